@@ -1,0 +1,65 @@
+# Needs python3 >= 3.11 and nothing else: `make quickstart` in a fresh clone builds its own environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# For another wheel of torch: make venv PIP_ARGS="--extra-index-url ..."
+PIP_ARGS ?=
+SEED ?= 0
+QUICKSTART_CONFIG ?= recipes/quickstart/ama/config_lora.yaml
+QUICKSTART_ARGS ?=
+# loadgroup: the tests that share an installed copy of the package run in one worker
+PYTEST_ARGS ?= -n 2 --dist loadgroup
+CHECKED := trl_ama tests recipes
+
+# The quickstart and the tests build their own models and data: they must not reach for the network.
+OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help venv quickstart test check style bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+venv: $(VENV)/.installed  ## create the environment in $(VENV)
+
+# The stamp makes this run again when the dependencies change, and only then.
+$(VENV)/.installed: pyproject.toml constraints.txt trl_ama_register.pth
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "trl-ama needs Python 3.11 or later; name one with: make venv PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(PIP_ARGS) "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# accelerate gives each process one thread unless told otherwise, which halves the speed of a machine without a GPU.
+quickstart: venv  ## all stages on a tiny model, in minutes and without a GPU
+	$(OFFLINE) $(BIN)/python recipes/quickstart/prepare.py
+	$(OFFLINE) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)} \
+		$(BIN)/trl ama --config $(QUICKSTART_CONFIG) --seed $(SEED) $(QUICKSTART_ARGS)
+
+# One thread per worker: two workers that each use every core are slower than one.
+test: venv  ## run the tests
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+check: venv  ## static checks: lint, format, YAML and TOML syntax, byte compilation
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/python -m compileall -q $(CHECKED)
+	git ls-files -z --cached --others --exclude-standard '*.yaml' '*.yml' '*.cff' | xargs -0 -r $(BIN)/python -c \
+		'import sys, yaml; [list(yaml.safe_load_all(open(path, encoding="utf-8"))) for path in sys.argv[1:]]'
+	bash -n .ci/run
+
+style: venv  ## mend what `make check` finds, where it can be mended
+	$(BIN)/ruff check --fix $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
+
+bench: venv  ## run every script in tests/benchmarks
+	@for script in tests/benchmarks/*.py; do \
+		[ -e "$$script" ] || { echo "tests/benchmarks has no scripts"; break; }; \
+		echo "== $$script"; $(OFFLINE) $(BIN)/python "$$script" || exit 1; \
+	done
+
+clean:  ## remove the environment, caches and build products
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

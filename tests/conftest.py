@@ -1,0 +1,145 @@
+"""Tiny models, tokenizers and preference pairs, all made in process: no test needs the network."""
+
+import os
+
+
+# Read when the Hugging Face libraries are imported, so they come first
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import numpy as np
+import pytest
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %} </s>{% endif %} {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+WORDS = (
+    "apple bread cloud dance earth flame grape house input jelly knife lemon mango night ocean piano quiet river"
+).split()
+
+
+def _make_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {
+        token: index
+        for index, token in enumerate(
+            ["<pad>", "</s>", "<unk>", "<user>", "<assistant>", "list", "sort", "brief", *WORDS]
+        )
+    }
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_model(vocab_size: int, seed: int = 0, **config):
+    """A random Llama of about 20,000 parameters."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    settings = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **{**settings, **config}))
+
+
+def make_rows(task: str, count: int, seed: int) -> list[dict]:
+    """Conversational preference pairs; each task's rule can be told from the first word of the prompt.
+
+    `list` prefers the words as given over shuffled ones, `sort` prefers them sorted over as given, `brief` prefers the
+    first word alone over all.
+    """
+    rng = np.random.default_rng([seed, sum(map(ord, task))])
+    rows = []
+    while len(rows) < count:
+        words = [str(word) for word in rng.choice(WORDS, size=int(rng.integers(3, 6)), replace=False)]
+        shuffled = [str(word) for word in rng.permutation(words)]
+        if words == sorted(words) or words == shuffled:
+            continue
+        chosen, rejected = {
+            "list": (words, shuffled),
+            "sort": (sorted(words), words),
+            "brief": (words[:1], words),
+        }[task]
+        rows.append(
+            {
+                "prompt": [{"role": "user", "content": " ".join([task, *words])}],
+                "chosen": [{"role": "assistant", "content": " ".join(chosen)}],
+                "rejected": [{"role": "assistant", "content": " ".join(rejected)}],
+            }
+        )
+    return rows
+
+
+def make_dataset(sizes: dict[str, int], seed: int = 0, labelled: bool = True):
+    """A dataset with a `task` column: `sizes` pairs of each task."""
+    from datasets import Dataset
+
+    rows = [{**row, "task": task} for task, size in sizes.items() for row in make_rows(task, size, seed)]
+    dataset = Dataset.from_list(rows)
+    return dataset if labelled else dataset.remove_columns("task")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return _make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_dir(tokenizer, tmp_path_factory):
+    """A saved tiny model with its tokenizer."""
+    path = tmp_path_factory.mktemp("model")
+    make_model(len(tokenizer)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def quick_args(tmp_path):
+    """Builds an `AMAConfig` (or another class) for a quick, silent CPU run."""
+
+    def build(config_class=None, **overrides):
+        from trl_ama import AMAConfig
+
+        settings = {
+            "output_dir": str(tmp_path / "run"),
+            "per_device_train_batch_size": 8,
+            "per_device_eval_batch_size": 16,
+            "max_steps": 4,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            "max_length": 64,
+            "beta": 0.5,
+            "bf16": False,
+            "use_cpu": True,
+            "gradient_checkpointing": False,
+            "report_to": "none",
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "seed": 7,
+        }
+        return (config_class or AMAConfig)(**{**settings, **overrides})
+
+    return build

@@ -1,0 +1,71 @@
+"""AutoMixAlign for TRL: several preference datasets in, one balanced model out.
+
+Names are listed in pipeline order and imported when first used, so `import trl_ama` costs next to nothing.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+
+try:
+    __version__ = version("trl-ama")
+except PackageNotFoundError:  # a source tree that was not installed
+    __version__ = "0+unknown"
+
+_EXPORTS = {
+    "TaskConfig": "tasks",
+    "TaskMixtureConfig": "tasks",
+    "load_tasks": "task_loading",
+    "train_specialist": "specialists",
+    "compute_reference_losses": "reference_losses",
+    "join_reference_losses": "reference_losses",
+    "MixingStrategy": "mixing",
+    "StepStatistics": "mixing",
+    "AMAConfig": "ama_config",
+    "AMATrainer": "ama_trainer",
+    "evaluate_policies": "evaluation",
+    "run_pipeline": "pipeline",
+    "AMAError": "errors",
+}
+
+if TYPE_CHECKING:
+    from .ama_config import AMAConfig
+    from .ama_trainer import AMATrainer
+    from .errors import AMAError
+    from .evaluation import evaluate_policies
+    from .mixing import MixingStrategy, StepStatistics
+    from .pipeline import run_pipeline
+    from .reference_losses import compute_reference_losses, join_reference_losses
+    from .specialists import train_specialist
+    from .task_loading import load_tasks
+    from .tasks import TaskConfig, TaskMixtureConfig
+
+__all__ = [*_EXPORTS, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _register_with_trl() -> None:
+    """Make `from trl import AMAConfig, AMATrainer` work, as lazily as TRL's own names."""
+    import sys
+
+    import trl
+
+    # TRL's lazy module finds a name's submodule in this table and imports it as `trl.<submodule>`
+    if hasattr(trl, "_class_to_module"):
+        sys.modules.setdefault("trl.ama", sys.modules[__name__])
+        trl._class_to_module.update(AMAConfig="ama", AMATrainer="ama")
+
+
+_register_with_trl()

@@ -1,0 +1,112 @@
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import DPOConfig
+
+from .errors import AMAError
+from .mixing import check_strategy_name
+from .preference_losses import check_loss_types
+
+
+_EXCESS_CLIPS = ("pair", "task", "none")
+_SAMPLINGS = ("uniform", "proportional")
+
+
+@dataclass
+class AMAConfig(DPOConfig):
+    r"""
+    Configuration class for the [`AMATrainer`].
+
+    This class includes only the parameters that are specific to AutoMixAlign. For the others, see [`~trl.DPOConfig`] and
+    [`~transformers.TrainingArguments`]; all of them work here.
+
+    Parameters:
+        mixing (`str`, *optional*, defaults to `"ama_s"`):
+            How tasks are mixed. `"ama_s"` adapts how often a task is drawn, `"ama_r"` how much its pairs count (both
+            AutoMixAlign); `"proportional"` (concatenate everything), `"uniform"` (every task equally often) and
+            `"task_normalized"` (draw proportionally, count every task equally) are fixed.
+        mixing_lr (`float` or `str`, *optional*, defaults to `"auto"`):
+            Step size η of the mixture weights, per nat of excess loss. `"auto"` takes it from the regret bound:
+            √(2 ln k / (T k)) for `ama_s` and √(2 ln k / T) for `ama_r`, with k tasks and T optimizer steps, divided by
+            the excess of an untrained policy (ln 2 for DPO).
+        smoothing (`float`, *optional*, defaults to `0.1`):
+            Share c of uniform draws in `ama_s`, in [0, 1]: no task is drawn with a probability below c / k.
+        excess_clip (`str`, *optional*, defaults to `"pair"`):
+            Where excess losses are clipped at zero. `"pair"`: a pair on which the policy matches its specialist sends no
+            gradient (the paper). `"task"`: a task whose mean excess is not positive sends none. `"none"`: nowhere.
+        sampling (`str`, *optional*, defaults to `"uniform"`):
+            The fixed draws of `ama_r`: `"uniform"` or `"proportional"`.
+        specialists (`dict[str, str]`, *optional*):
+            Task → adapter or model (local folder, or Hub id with an optional `@revision`). Their losses are computed
+            before training if the dataset has no `specialist_*_logps` columns. Without either, adaptive mixing is plain
+            worst-case DPO.
+    """
+
+    _VALID_DICT_FIELDS = DPOConfig._VALID_DICT_FIELDS + ["specialists"]
+
+    mixing: str = field(
+        default="ama_s",
+        metadata={
+            "help": "How tasks are mixed: `ama_s` (adaptive draws), `ama_r` (adaptive weights), `proportional`, "
+            "`uniform` or `task_normalized`."
+        },
+    )
+    # The command line passes the value as a string
+    mixing_lr: float | str | None = field(
+        default="auto",
+        metadata={
+            "help": "Step size of the mixture weights, per nat of excess loss: a positive number, or `auto` for the "
+            "regret bound's."
+        },
+    )
+    smoothing: float = field(
+        default=0.1,
+        metadata={"help": "Share c of uniform draws in `ama_s`: no task is drawn with a probability below c / k."},
+    )
+    excess_clip: str = field(
+        default="pair",
+        metadata={
+            "help": "Where excess losses are clipped at zero: per `pair`, per `task`, or `none`.",
+            "choices": list(_EXCESS_CLIPS),
+        },
+    )
+    sampling: str = field(
+        default="uniform",
+        metadata={"help": "The fixed draws of `ama_r`: `uniform` or `proportional`.", "choices": list(_SAMPLINGS)},
+    )
+    specialists: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Task to adapter or model (local folder or Hub id). Their losses are computed before training if "
+            "the dataset does not carry them."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_strategy_name(self.mixing)
+        check_loss_types(self.loss_type)
+        self.mixing_lr = _parse_mixing_lr(self.mixing_lr)
+        if not 0.0 <= self.smoothing <= 1.0:
+            raise AMAError(f"smoothing is the share of uniform draws and must lie in [0, 1], got {self.smoothing}.")
+        # The command line checks `choices` itself; YAML and Python come here
+        for name, known in (("excess_clip", _EXCESS_CLIPS), ("sampling", _SAMPLINGS)):
+            if getattr(self, name) not in known:
+                raise AMAError(f"{name} must be one of {list(known)}, got {getattr(self, name)!r}.")
+        if self.specialists is not None and not isinstance(self.specialists, dict):
+            raise AMAError(
+                f"specialists maps each task to its adapter, got {self.specialists!r}. Write it as "
+                '{"helpful": "path/or/hub-id", …}.'
+            )
+
+
+def _parse_mixing_lr(value: float | str | None) -> float | str:
+    if value is None or value == "auto":
+        return "auto"
+    try:
+        number = float(value)
+    except ValueError:
+        raise AMAError(f"mixing_lr must be 'auto' or a positive number, got {value!r}.") from None
+    if not 0.0 < number < float("inf"):
+        raise AMAError(f"mixing_lr must be 'auto' or a positive number, got {value!r}.")
+    return number

@@ -1,0 +1,469 @@
+import contextlib
+import textwrap
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from transformers import PreTrainedModel, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import get_config_model_id
+
+from .ama_config import AMAConfig
+from .errors import AMAError, nearest
+from .metrics import task_metrics, worst_and_mean
+from .mixing import build_strategy
+from .mixing.monitor import MixtureMonitor
+from .preference_losses import (
+    PairLogProbs,
+    PreferenceLossConfig,
+    excess_losses,
+    pair_losses,
+    sequence_logps,
+    untrained_loss,
+)
+from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS, add_logp_columns, has_columns
+from .sampler import TaskMixtureSampler
+from .step_recorder import RecordedForward, StepRecorder, TaskCollator
+from .tasks import TASK_COLUMN, refuse_streaming, task_names_of, with_task_labels
+
+
+logger = get_logger(__name__)
+
+_STATE_KEY = "ama"  # in trainer_state.json's `stateful_callbacks`
+
+
+class _BeginMixing(TrainerCallback):
+    def __init__(self, trainer: "AMATrainer"):
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._trainer._begin_mixing()
+
+
+class AMATrainer(DPOTrainer):
+    """
+    Trainer for AutoMixAlign (AMA): one model that is good at several preference tasks.
+
+    It is a [`~trl.DPOTrainer`] that differs in three things: batches are drawn by task, as the mixing strategy says; the
+    loss it descends is each pair's excess over its task's specialist; and after each optimizer step the strategy sees the
+    step's excess by task and moves towards the task that lags most. Every argument of [`~trl.DPOTrainer`] works.
+
+    Example:
+
+    ```python
+    from trl_ama import AMAConfig, AMATrainer
+
+    trainer = AMATrainer(
+        model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        args=AMAConfig(mixing="ama_s", specialists={"helpful": "org/helpful-lora", "harmless": "org/harmless-lora"}),
+        train_dataset=dataset,  # preference pairs with a `task` column
+        peft_config=LoraConfig(),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model, ref_model, data_collator, processing_class, compute_metrics, callbacks, optimizers, quantization_config, \
+peft_config:
+            As in [`~trl.DPOTrainer`].
+        args ([`AMAConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
+        train_dataset ([`~datasets.Dataset`]):
+            Preference pairs with a `task` column (string or `ClassLabel`). With the columns `ref_chosen_logps` and
+            `ref_rejected_logps`, no reference model is loaded or run; with `specialist_chosen_logps` and
+            `specialist_rejected_logps` as well, these are the reference losses.
+        eval_dataset (*optional*):
+            As in [`~trl.DPOTrainer`]. With a `task` column, figures by task are logged as `eval_ama/<figure>/<task>`, and
+            `eval_worst_excess`, `eval_worst_accuracy`, `eval_mean_excess` and `eval_mean_accuracy` over tasks.
+        specialists (`dict`, *optional*):
+            Task → adapter path, Hub id or model; overrides `args.specialists`.
+
+    Raises:
+        AMAError: If the data, the specialists or the configuration do not fit together; before any model is loaded where
+            that can be seen.
+    """
+
+    _tag_names = ["trl", "dpo", "ama"]
+    _name = "AMA"
+    _paper = {
+        "title": "AutoMixAlign: Adaptive Data Mixing for Multi-Task Preference Optimization in LLMs",
+        "id": "2506.00569",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @inproceedings{corrado2025automixalign,
+                title        = {{AutoMixAlign: Adaptive Data Mixing for Multi-Task Preference Optimization in LLMs}},
+                author       = {Nicholas E. Corrado and Julian Katz-Samuels and Adithya Devraj and Hyokun Yun and Chao Zhang and Yi Xu and Yi Pan and Bing Yin and Trishul Chilimbi},
+                year         = 2025,
+                booktitle    = {Proceedings of the 63rd Annual Meeting of the Association for Computational Linguistics (ACL)},
+                eprint       = {2506.00569},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel",
+        ref_model: PreTrainedModel | None = None,
+        args: AMAConfig | None = None,
+        data_collator=None,
+        train_dataset: Dataset | None = None,
+        eval_dataset=None,
+        processing_class=None,
+        compute_metrics=None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers=(None, None),
+        quantization_config=None,
+        peft_config=None,
+        specialists: dict[str, Any] | None = None,
+    ):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = AMAConfig(f"{model_name.split('/')[-1]}-AMA")
+        elif not isinstance(args, AMAConfig):
+            raise AMAError(
+                f"AMATrainer takes an AMAConfig as `args`, got {type(args).__name__}. Replace "
+                f"`{DPOConfig.__name__}(…)` by `AMAConfig(…)`: it has every field of it."
+            )
+        if train_dataset is None:
+            raise AMAError("AMATrainer needs a `train_dataset` of preference pairs with a `task` column, got None.")
+        refuse_streaming(train_dataset, "train_dataset")
+
+        self.task_names = task_names_of(train_dataset)
+        train_dataset = with_task_labels(train_dataset, self.task_names)
+        eval_dataset = self._label_eval(eval_dataset)
+        specialists = self._check_specialists(specialists if specialists is not None else args.specialists)
+        has_reference = has_columns(train_dataset, REFERENCE_COLUMNS, "train_dataset")
+        self.has_reference_losses = bool(specialists) or has_columns(
+            train_dataset, SPECIALIST_COLUMNS, "train_dataset"
+        )
+        for role, dataset in self._eval_parts(eval_dataset):
+            has_columns(dataset, REFERENCE_COLUMNS, role), has_columns(dataset, SPECIALIST_COLUMNS, role)
+        if has_reference and ref_model is not None:
+            raise AMAError(
+                f"train_dataset has the columns {list(REFERENCE_COLUMNS)} and `ref_model` was passed too. Pass one of them."
+            )
+        self._loss_config = PreferenceLossConfig.from_args(args)
+        counts = np.bincount(np.asarray(train_dataset[TASK_COLUMN]), minlength=len(self.task_names))
+        self.strategy = build_strategy(
+            args.mixing,
+            counts,
+            mixing_lr=None if args.mixing_lr == "auto" else args.mixing_lr,
+            smoothing=args.smoothing,
+            excess_clip=args.excess_clip,
+            sampling=args.sampling,
+        )
+        self._check_arguments(args)
+        self._initial_state = self.strategy.state_dict()
+        # DPOTrainer then loads no reference model; `_precompute_ref_logps` below computes nothing that is there
+        if has_reference and peft_config is None and not (not isinstance(model, str) and is_peft_model(model)):
+            args.precompute_ref_log_probs = True
+
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        self._check_all_tasks_left(counts)
+        self.data_collator = TaskCollator(self.data_collator)
+        self._sampler: TaskMixtureSampler | None = None
+        self._recorder = StepRecorder(len(self.task_names))
+        self._monitor = MixtureMonitor(self.task_names)
+        self._eval_pairs: list[torch.Tensor] = []
+        self._mean_micro_batch = 1.0
+        self.add_callback(_BeginMixing(self))
+        if specialists and SPECIALIST_COLUMNS[0] not in self.train_dataset.column_names:
+            self._score_specialists(specialists)
+        elif not self.has_reference_losses and self.strategy.objective == "excess":
+            logger.warning(
+                "There are no reference losses (no `specialist_*_logps` columns, no `specialists`), so mixing="
+                f"'{args.mixing}' is plain worst-case DPO: it follows the task with the highest loss."
+            )
+
+    # ---- Checks and preparation ----
+
+    def _label_eval(self, eval_dataset):
+        """Number the tasks of the held-out pairs as those of the training pairs; datasets without tasks pass."""
+        if isinstance(eval_dataset, dict):
+            return type(eval_dataset)({name: self._label_eval(part) for name, part in eval_dataset.items()})
+        if isinstance(eval_dataset, Dataset) and TASK_COLUMN in eval_dataset.column_names:
+            return with_task_labels(eval_dataset, self.task_names, "eval_dataset")
+        return eval_dataset
+
+    @staticmethod
+    def _eval_parts(eval_dataset) -> list[tuple[str, Dataset]]:
+        parts = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        return [(f"eval_dataset {name}".strip(), part) for name, part in parts.items() if isinstance(part, Dataset)]
+
+    def _check_specialists(self, specialists: dict[str, Any] | None) -> dict[str, Any] | None:
+        if not specialists:
+            return None
+        unknown = [task for task in specialists if task not in self.task_names]
+        if unknown:
+            raise AMAError(
+                f"There is a specialist for '{unknown[0]}', but the training tasks are {self.task_names}."
+                f"{nearest(unknown[0], self.task_names)}"
+            )
+        missing = [task for task in self.task_names if task not in specialists]
+        if missing:
+            raise AMAError(
+                f"Task '{missing[0]}' has no specialist; there are specialists for {sorted(specialists)}. Train one with "
+                "`trl ama-specialists --config …`, or add it to `specialists`."
+            )
+        return specialists
+
+    def _check_arguments(self, args: AMAConfig) -> None:
+        if self.strategy.uses_own_sampler and args.train_sampling_strategy != "random":
+            raise AMAError(
+                f"train_sampling_strategy='{args.train_sampling_strategy}' and mixing='{args.mixing}' both decide which "
+                "pairs come next. Leave train_sampling_strategy at 'random', or use mixing='proportional'."
+            )
+        if args.use_weighting and not self._descends_trl_loss:
+            raise AMAError(
+                f"use_weighting (WPO) weighs pairs by the policy's own probabilities, which excess losses over a specialist "
+                f"cannot be compared with. Turn it off, or use mixing='proportional' instead of '{args.mixing}'."
+            )
+        metric = (args.metric_for_best_model or "").removeprefix("eval_")
+        if metric in ("worst_excess", "mean_excess") and not (
+            self.has_reference_losses or self.strategy.objective == "excess"
+        ):
+            raise AMAError(
+                f"metric_for_best_model='{args.metric_for_best_model}' needs reference losses, and the dataset has none. "
+                "Compute them with `trl ama-losses`, or choose 'worst_accuracy'."
+            )
+
+    def _check_all_tasks_left(self, counts: np.ndarray) -> None:
+        left = np.bincount(np.asarray(self.train_dataset[TASK_COLUMN]), minlength=len(self.task_names))
+        for name, before, after in zip(self.task_names, counts, left, strict=True):
+            if after == 0:
+                raise AMAError(
+                    f"All {before} pairs of task '{name}' were dropped, because their prompts alone fill max_length "
+                    f"({self.args.max_length}). Raise max_length, or remove the task."
+                )
+        self.strategy.task_sizes = left.astype(np.float64)
+
+    def _score_specialists(self, specialists: dict[str, Any]) -> None:
+        self.train_dataset = add_logp_columns(self, self.train_dataset, self.task_names, specialists, "train")
+        if isinstance(self.eval_dataset, dict):
+            parts = dict(self._eval_parts(self.eval_dataset))
+            self.eval_dataset = {
+                name: add_logp_columns(self, part, self.task_names, specialists, name)
+                if f"eval_dataset {name}" in parts and TASK_COLUMN in part.column_names
+                else part
+                for name, part in self.eval_dataset.items()
+            }
+        elif isinstance(self.eval_dataset, Dataset) and TASK_COLUMN in self.eval_dataset.column_names:
+            self.eval_dataset = add_logp_columns(self, self.eval_dataset, self.task_names, specialists, "eval")
+
+    # Reference log-probs that the dataset carries are not computed again
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        if REFERENCE_COLUMNS[0] in dataset.column_names:
+            return dataset
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        for column in (TASK_COLUMN, *LOGP_COLUMNS):
+            if column not in self._signature_columns:
+                self._signature_columns.append(column)
+
+    # ---- Mixing ----
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not self.strategy.uses_own_sampler:
+            return super()._get_train_sampler(dataset)
+        per_loader_step = self.args.train_batch_size * self.args.world_size
+        length = len(dataset)
+        self._sampler = TaskMixtureSampler(
+            np.asarray(dataset[TASK_COLUMN]),
+            self.strategy,
+            block_size=per_loader_step * self.args.gradient_accumulation_steps,
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            epoch_draws=length - length % per_loader_step if self.args.dataloader_drop_last else length,
+        )
+        return self._sampler
+
+    def _begin_mixing(self) -> None:
+        """At the start of `train()`: the strategy's first state, or the checkpoint's if training resumes."""
+        self._monitor = MixtureMonitor(self.task_names)
+        self._recorder.reset()
+        self.strategy.set_horizon(self.state.max_steps, untrained_loss(self._loss_config))
+        if self.state.global_step == 0:
+            self.strategy.load_state_dict(
+                {**self._initial_state, "mixing_lr": getattr(self.strategy, "mixing_lr", None)}
+            )
+            return
+        saved = self.state.stateful_callbacks.get(_STATE_KEY)
+        if saved is None:
+            raise AMAError(
+                f"The checkpoint at step {self.state.global_step} has no mixing state: it was not written by AMATrainer. "
+                "Start without resume_from_checkpoint."
+            )
+        if saved["task_names"] != self.task_names:
+            raise AMAError(
+                f"The checkpoint has the tasks {saved['task_names']}, this run has {self.task_names}. Resume with the same "
+                "tasks, or start a new output_dir."
+            )
+        self.strategy.load_state_dict(saved["strategy"])
+        if self._sampler is not None:
+            self._sampler.load_state_dict(saved["sampler"], skips_data=not self.args.ignore_data_skip)
+
+    def _save_checkpoint(self, model, trial):
+        # Part of trainer_state.json, so a checkpoint has either both states or neither
+        self.state.stateful_callbacks[_STATE_KEY] = {
+            "version": 1,
+            "task_names": self.task_names,
+            "strategy": self.strategy.state_dict(),
+            "sampler": self._sampler.state_dict() if self._sampler is not None else None,
+        }
+        super()._save_checkpoint(model, trial)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and TASK_COLUMN in batches[0]:
+            self._mean_micro_batch = float(np.mean([len(batch[TASK_COLUMN]) for batch in batches]))
+        return batches, num_items
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:  # the last micro-batch of an optimizer step
+            self._finish_step()
+        return loss
+
+    def _finish_step(self) -> None:
+        probabilities = self.strategy.probabilities() if self._sampler is None else self._sampler.pop_trained()
+        step = self._recorder.finish(probabilities, self.accelerator)
+        metrics = self._metrics["train"]
+        for name, values in self.strategy.metrics().items():
+            for task, value in zip(self.task_names, values, strict=True):
+                metrics[f"ama/{name}/{task}"].append(float(value))
+        for index in np.flatnonzero(step.counts):
+            for name, sums in (
+                ("loss", step.loss_sums),
+                ("excess", step.excess_sums),
+                ("clipped_fraction", step.clipped_counts),
+            ):
+                metrics[f"ama/{name}/{self.task_names[index]}"].append(float(sums[index] / step.counts[index]))
+        self.strategy.observe(step)
+        if self.strategy.objective == "excess":
+            weights = self.strategy.mixture_weights()
+            for message in self._monitor.update(weights, step.mean_excess(), self.state.max_steps):
+                logger.warning(message)
+
+    # ---- Loss ----
+
+    @property
+    def _descends_trl_loss(self) -> bool:
+        """Whether TRL's own batch mean is what the θ-step descends: no excess, all weights 1."""
+        return self.strategy.objective == "loss" and bool((self.strategy.loss_weights() == 1).all())
+
+    @contextlib.contextmanager
+    def _reference_from_inputs(self):
+        before, self.precompute_ref_logps = self.precompute_ref_logps, True
+        try:
+            yield
+        finally:
+            self.precompute_ref_logps = before
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        task_ids = inputs.pop(TASK_COLUMN, None)
+        specialist = [inputs.pop(column, None) for column in SPECIALIST_COLUMNS]
+        if REFERENCE_COLUMNS[0] not in inputs:
+            if self.ref_model is None and not is_peft_model(self.model):
+                raise AMAError(
+                    f"These pairs lack {list(REFERENCE_COLUMNS)} and there is no reference model: the training pairs carry "
+                    "theirs, so none was loaded. Give the held-out pairs these columns too (`trl ama-losses` does)."
+                )
+            reference = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            inputs.update(zip(REFERENCE_COLUMNS, reference, strict=True))
+        forward = RecordedForward(model)
+        with self._reference_from_inputs():
+            result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
+        if task_ids is None:  # held-out pairs without tasks: DPOTrainer's evaluation
+            return result
+        loss = result[0] if return_outputs else result
+
+        mask = inputs["completion_mask"]
+        references = [inputs[column] for column in REFERENCE_COLUMNS]
+        tokens = mask.sum(dim=1).chunk(2)
+        policy = sequence_logps(forward.outputs.log_probs, mask, self.ld_alpha)
+        pairs = PairLogProbs(*policy, *references, *tokens)
+        losses = pair_losses(pairs, self._loss_config)  # (B,)
+        if specialist[0] is None:
+            baseline = torch.zeros_like(losses)
+        else:
+            with torch.no_grad():
+                baseline = pair_losses(PairLogProbs(*specialist, *references, *tokens), self._loss_config)  # (B,)
+        excess = excess_losses(losses, baseline, self.args.excess_clip)  # (B,)
+
+        if not self.model.training:
+            knows_excess = specialist[0] is not None or not self.has_reference_losses
+            margins = self.beta * (pairs.chosen_logratios - pairs.rejected_logratios)
+            self._record_eval(
+                task_ids, losses, margins, excess if knows_excess else torch.full_like(excess, torch.nan)
+            )
+            return result
+        self._recorder.add(task_ids, losses, excess, losses.detach() - baseline)
+        if self._descends_trl_loss:
+            return result
+        # The Trainer divides by the number of micro-batches; dividing by their mean size here makes it (1/|B|) Σ over the
+        # step's pairs, also where the last micro-batch of an epoch is smaller
+        weights = torch.as_tensor(self.strategy.loss_weights(), dtype=losses.dtype, device=losses.device)[task_ids]
+        objective = excess if self.strategy.objective == "excess" else losses
+        loss = (weights * objective).sum() / self._mean_micro_batch
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * forward.outputs.aux_loss
+        return (loss, result[1]) if return_outputs else loss
+
+    def compute_ref_log_probs(self, model, inputs):
+        ours = (TASK_COLUMN, *SPECIALIST_COLUMNS)
+        return super().compute_ref_log_probs(model, {key: value for key, value in inputs.items() if key not in ours})
+
+    # ---- Evaluation ----
+
+    def _record_eval(self, task_ids, losses, margins, excess) -> None:
+        rows = torch.stack([task_ids.to(losses.dtype), losses, margins, excess], dim=1).detach()  # (B, 4)
+        self._eval_pairs.append(self.accelerator.gather_for_metrics(rows).float().cpu())
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        eval_dataset = self._label_eval(eval_dataset)
+        before = self.precompute_ref_logps
+        parts = [part for _, part in self._eval_parts(eval_dataset)]
+        if parts and all(REFERENCE_COLUMNS[0] in part.column_names for part in parts):
+            self.precompute_ref_logps = False  # nothing is left to compute, so DPOTrainer need not refuse to
+        try:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self.precompute_ref_logps = before
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        self._eval_pairs = []
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self._eval_pairs:
+            task_ids, losses, margins, excess = torch.cat(self._eval_pairs).numpy().T
+            knows_excess = not np.isnan(excess).any()
+            by_task = task_metrics(
+                task_ids.astype(int), losses, margins, excess if knows_excess else None, self.task_names
+            )
+            for task, metrics in by_task.items():
+                for name in ("loss", "accuracy", "margin", "excess"):
+                    if name in metrics:
+                        output.metrics[f"{metric_key_prefix}_ama/{name}/{task}"] = metrics[name]
+            for name, value in worst_and_mean(by_task).items():
+                output.metrics[f"{metric_key_prefix}_{name}"] = value
+            self._eval_pairs = []
+        return output

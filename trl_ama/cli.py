@@ -1,0 +1,105 @@
+"""The commands `ama`, `ama-specialists`, `ama-losses` and `ama-eval`, for `trl`, `trl-ama` and `python -m trl_ama`.
+
+They do what TRL's `TrainingCommand` does, parse here and run the script under `accelerate launch`, with one addition:
+whatever is wrong with the input is said in one sentence before anything is launched.
+"""
+
+import importlib
+import subprocess
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from trl.cli.commands.base import Command, CommandContext
+
+from trl_ama.errors import AMAError
+
+
+COMMANDS = {
+    "ama": "Run AutoMixAlign: specialists, reference losses, mixed training, evaluation",
+    "ama-specialists": "Train (or pull) one specialist per task",
+    "ama-losses": "Compute the specialists' reference losses",
+    "ama-eval": "Evaluate a model per task and on its worst task",
+}
+
+
+class AMACommand(Command):
+    """
+    CLI command that launches a script of `trl_ama/scripts` with accelerate.
+
+    Parameters:
+        name (`str`):
+            CLI subcommand name; `"ama-losses"` runs `trl_ama/scripts/ama_losses.py`.
+        help_text (`str`):
+            Short description displayed in help output.
+    """
+
+    def register(self, subparsers) -> None:
+        subparsers.add_parser(self.name, help=self.help_text, add_help=False)
+
+    def run(self, args: Namespace, context: CommandContext) -> int:
+        from trl_ama.scripts.common import read_config, report_errors, split_arguments
+
+        with report_errors(self.name):
+            argv = context.argv_after(self.name)
+            read_config(argv)  # a mistyped path should not have to wait for torch, which the parser imports
+
+            script = importlib.import_module(f"trl_ama.scripts.{self.name.replace('-', '_')}")
+            launch_args, script_args = split_arguments(script.make_parser(prog=f"trl {self.name}"), argv)
+            return _launch(Path(script.__file__), launch_args, script_args)
+
+
+def _launch(script: Path, launch_args: list[str], script_args: list[str]) -> int:
+    """Run `script` under `accelerate launch` and return its exit code; the child has reported its own errors."""
+    from trl.cli.accelerate_launcher import launch_training_script
+
+    try:
+        # TRL joins the name to its own scripts folder; joining an absolute path gives that path.
+        launch_training_script(str(script.resolve()), launch_args, script_args)
+    except subprocess.CalledProcessError as error:
+        return _exit_code(error.returncode)
+    except ValueError as error:  # how accelerate rejects flags that contradict each other
+        raise AMAError(f"accelerate launch refused its arguments {launch_args}: {error}") from error
+    except Exception as error:
+        # torch's elastic agent, which runs several processes, raises a ChildFailedError; not imported to catch it
+        # because that import is slow and a single process never needs it.
+        failures = getattr(error, "failures", None)
+        if not failures:
+            raise
+        first = min(failures.values(), key=lambda failure: failure.timestamp)
+        return _exit_code(first.exitcode)
+    return 0
+
+
+def _exit_code(returncode: int) -> int:
+    """Map a process's return code to what a shell reports: 128 + n for a process ended by signal n."""
+    return returncode if returncode >= 0 else 128 - returncode
+
+
+def get_commands() -> list[Command]:
+    """Return the commands that trl-ama adds to `trl`."""
+    return [AMACommand(name, help_text) for name, help_text in COMMANDS.items()]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `trl-ama`: the same commands as `trl`, and `trl-ama --config ...` for `trl ama --config ...`."""
+    commands = {command.name: command for command in get_commands()}
+    parser = ArgumentParser(
+        prog="trl-ama", description="AutoMixAlign for TRL. Without a command, flags go to `ama`.", allow_abbrev=False
+    )
+    subparsers = parser.add_subparsers(help="available commands", dest="command")
+    for command in commands.values():
+        command.register(subparsers)
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
+        argv = ["ama", *argv]
+    args, _ = parser.parse_known_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    return commands[args.command].run(args, CommandContext(argv=argv))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,17 @@
+"""The one exception that trl-ama raises for bad input.
+
+Every message is one sentence that names both sides of the problem and one that names the fix, so the command line can
+print it alone, without a traceback.
+"""
+
+
+class AMAError(ValueError):
+    """Bad input: the message says what was expected, what was found and how to mend it."""
+
+
+def nearest(name: str, candidates: list[str]) -> str:
+    """Return `" Did you mean 'x'?"` for the candidate most like `name`, or `""` when none is close."""
+    import difflib
+
+    match = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
+    return f" Did you mean '{match[0]}'?" if match else ""

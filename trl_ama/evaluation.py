@@ -1,0 +1,94 @@
+"""Held-out figures of base, specialists and generalists, by task and for the worst task."""
+
+import gc
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from .errors import AMAError
+from .metrics import task_metrics, worst_and_mean
+from .preference_losses import PairLogProbs, PreferenceLossConfig, excess_losses, pair_losses
+from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
+from .reference_losses import joined_data
+from .run_settings import RunSettings
+from .scoring import ScoringTrainer, score_pairs, trained_policy
+from .tasks import TASK_COLUMN
+
+
+def evaluate_policies(settings: RunSettings, policies: dict[str, str]) -> dict[str, Any]:
+    """Score the held-out pairs with each policy and compare with base and specialists.
+
+    Args:
+        settings ([`RunSettings`]): The run.
+        policies (`dict[str, str]`): Name → adapter or model folder, or Hub id.
+
+    Returns:
+        `dict` of `tasks` (names) and `policies`: for `base`, `specialists` and each of `policies`, `by_task` (see
+        [`task_metrics`]) and `summary` (see [`worst_and_mean`]).
+
+    Raises:
+        AMAError: If there are no held-out pairs, or a policy cannot be read.
+    """
+    if "test" not in settings.data:
+        raise AMAError(
+            "No task has held-out pairs, so there is nothing to evaluate on. Set `eval_split` of the tasks, or "
+            "`test_split_size` for all."
+        )
+    held_out = joined_data(settings)["test"]
+    trainer = ScoringTrainer(
+        model=settings.model_name,
+        args=settings.with_arguments(push_to_hub=False, report_to="none", precompute_ref_log_probs=True),
+        train_dataset=held_out,
+        quantization_config=settings.quantization_config(),
+        peft_config=settings.peft_config(),
+    )
+    trainer.model.to(trainer.accelerator.device)
+    pairs = trainer.train_dataset
+    known = {name: np.asarray(pairs[name], dtype=np.float32) for name in LOGP_COLUMNS}
+    result = {}
+    tokens = None
+    scored = {}
+    for name, source in policies.items():
+        with trained_policy(trainer, f"the generalist '{name}'", source) as model:
+            scores = score_pairs(trainer, model, pairs, f"Evaluating {name}")
+        tokens = (scores["chosen_tokens"], scores["rejected_tokens"])
+        scored[name] = (scores["chosen_logps"], scores["rejected_logps"])
+    if tokens is None:  # nothing but base and specialists, whose log-probs are known
+        collator = trainer.data_collator
+        masks = [collator([pairs[row]])["completion_mask"].sum(dim=1).numpy() for row in range(len(pairs))]
+        tokens = tuple(np.array([mask[side] for mask in masks]) for side in (0, 1))
+    config = PreferenceLossConfig.from_args(settings.training_args)
+    everyone = {
+        "base": tuple(known[name] for name in REFERENCE_COLUMNS),
+        "specialists": tuple(known[name] for name in SPECIALIST_COLUMNS),
+        **scored,
+    }
+    for name, logps in everyone.items():
+        by_task = _figures(pairs, logps, known, tokens, config, settings)
+        result[name] = {"by_task": by_task, "summary": worst_and_mean(by_task)}
+    del trainer
+    gc.collect()
+    return {"tasks": settings.task_names, "policies": result}
+
+
+def _figures(
+    pairs: Dataset,
+    logps: tuple[np.ndarray, np.ndarray],
+    known: dict[str, np.ndarray],
+    tokens: tuple[np.ndarray, np.ndarray],
+    config: PreferenceLossConfig,
+    settings: RunSettings,
+) -> dict[str, dict[str, float]]:
+    lengths = [torch.as_tensor(count) for count in tokens]
+    references = [torch.as_tensor(known[name]) for name in REFERENCE_COLUMNS]
+    policy = PairLogProbs(*map(torch.as_tensor, logps), *references, *lengths)
+    specialist = PairLogProbs(*(torch.as_tensor(known[name]) for name in SPECIALIST_COLUMNS), *references, *lengths)
+    losses = pair_losses(policy, config)
+    # Clipped by pair whatever the training used: one definition for every column of the table
+    excess = excess_losses(losses, pair_losses(specialist, config), "pair")
+    margins = config.beta * (policy.chosen_logratios - policy.rejected_logratios)
+    return task_metrics(
+        np.asarray(pairs[TASK_COLUMN]), losses.numpy(), margins.numpy(), excess.numpy(), settings.task_names
+    )

@@ -1,0 +1,148 @@
+"""The stages in order, each skipping what is there already: specialists, reference losses, generalists, evaluation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from trl import ModelConfig
+
+from .ama_config import AMAConfig
+from .errors import AMAError
+from .evaluation import evaluate_policies
+from .fingerprint import write_json
+from .generalists import generalist_stage, train_generalist
+from .mixing import build_strategy
+from .pipeline_arguments import PipelineArguments
+from .reference_losses import compute_reference_losses, reference_losses_done
+from .report import plot_mixture, result_table, write_card
+from .run_settings import RunSettings
+from .specialists import require_specialists, specialist_stage, train_specialists
+from .tasks import TASK_COLUMN, TaskMixtureConfig
+
+
+STAGES = ("specialists", "losses", "train", "eval")
+
+
+def run_pipeline(
+    pipeline_args: PipelineArguments,
+    training_args: AMAConfig,
+    model_args: ModelConfig,
+    task_args: TaskMixtureConfig,
+    stages: Sequence[str] = STAGES,
+) -> dict[str, Any] | None:
+    """Run stages of AutoMixAlign in one output folder; a stage that is done is not done again.
+
+    Args:
+        pipeline_args, training_args, model_args, task_args: The parsed recipe.
+        stages (`Sequence[str]`): Of `specialists`, `losses`, `train` and `eval`.
+
+    Returns:
+        The results of the evaluation (see [`evaluate_policies`]), if it ran.
+
+    Raises:
+        AMAError: If the recipe, the data or what earlier runs left do not fit together, before anything is trained.
+    """
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if unknown:
+        raise AMAError(f"Unknown stage '{unknown[0]}'; known are {list(STAGES)}.")
+    settings = RunSettings(pipeline_args, training_args, model_args, task_args)
+    check_recipe(settings)
+    for line in describe_plan(settings, stages):
+        print(line, flush=True)
+    if "specialists" in stages:
+        train_specialists(settings)
+    if "losses" in stages:
+        require_specialists(settings)
+        compute_reference_losses(settings)
+    if "train" in stages:
+        for strategy in settings.strategies:
+            train_generalist(settings, strategy)
+    if "eval" not in stages:
+        return None
+    if "test" not in settings.data:
+        print("No task has held-out pairs (`eval_split`, `test_split_size`), so there is nothing to evaluate on.")
+        return None
+    return evaluate(settings)
+
+
+def check_recipe(settings: RunSettings) -> None:
+    """Find what is wrong with a recipe before anything is trained."""
+    settings.tokenizer  # noqa: B018 - reads the base model's folder
+    sizes = [settings.data["train"][TASK_COLUMN][:].count(index) for index in range(len(settings.task_names))]
+    args = settings.training_args
+    for strategy in settings.strategies:
+        build_strategy(
+            strategy,
+            sizes,
+            mixing_lr=None if args.mixing_lr == "auto" else args.mixing_lr,
+            smoothing=args.smoothing,
+            excess_clip=args.excess_clip,
+            sampling=args.sampling,
+        )
+    for task in settings.task_args.tasks:
+        settings.specialist_arguments(task)
+
+
+def describe_plan(settings: RunSettings, stages: Sequence[str]) -> list[str]:
+    """What the run will do and what it found done, a line each.
+
+    Raises:
+        AMAError: If something that is there was made by other settings.
+    """
+    counts = {split: len(part) for split, part in settings.data.items()}
+    lines = [
+        f"AutoMixAlign in '{settings.output_dir}': {len(settings.task_names)} tasks, {counts['train']} training pairs, "
+        f"{counts.get('test', 0)} held out; base model {settings.model_name}"
+    ]
+    if "specialists" in stages or "losses" in stages:
+        for task in settings.task_names:
+            if task in settings.external_specialists:
+                state = f"from {settings.external_specialists[task]}"
+            else:
+                stage = specialist_stage(settings, task)
+                stage.check()
+                state = stage.state
+            lines.append(f"  specialist        {task:<14} {state}")
+    specialists_there = all(
+        task in settings.external_specialists or specialist_stage(settings, task).result is not None
+        for task in settings.task_names
+    )
+    losses_there = False
+    if "losses" in stages or "train" in stages:
+        done = {task: specialists_there and reference_losses_done(settings, task) for task in settings.task_names}
+        losses_there = all(done.values())
+        lines += [f"  reference losses  {task:<14} {'done' if there else 'to do'}" for task, there in done.items()]
+    if "train" in stages:
+        for strategy in settings.strategies:
+            state = "to do"
+            if losses_there:
+                stage = generalist_stage(settings, strategy)
+                stage.check()
+                state = stage.state
+            lines.append(f"  generalist        {strategy:<14} {state}")
+    if "eval" in stages:
+        lines.append(
+            "  evaluation        held-out pairs of every task" if "test" in settings.data else "  evaluation        –"
+        )
+    return lines
+
+
+def evaluate(settings: RunSettings) -> dict[str, Any]:
+    """Evaluate the generalists that are there; write results, table, plot and card, and print the table."""
+    policies = {
+        strategy: str(settings.generalist_dir(strategy))
+        for strategy in settings.strategies
+        if generalist_stage(settings, strategy).result is not None
+    }
+    results = evaluate_policies(settings, policies)
+    write_json(settings.output_dir / "results.json", results)
+    table = result_table(results)
+    (settings.output_dir / "results.md").write_text(table, encoding="utf-8")
+    plot = settings.output_dir / "plots" / "mixture.png"
+    plot_mixture(settings, plot)
+    print("\n" + table)
+    print(f"Results: {settings.output_dir / 'results.md'}")
+    if policies:
+        print(f"Plot:    {plot}")
+    if settings.training_args.mixing in policies:
+        print(f"Card:    {write_card(settings, results, plot)}")
+    return results

@@ -1,0 +1,72 @@
+"""The four log-prob columns that let a dataset carry its reference losses, and what may be wrong with them."""
+
+import numpy as np
+from datasets import Dataset
+from trl import DPOTrainer
+
+from .errors import AMAError
+from .scoring import reference_policy, score_pairs, trained_policy
+from .tasks import TASK_COLUMN
+
+
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+SPECIALIST_COLUMNS = ("specialist_chosen_logps", "specialist_rejected_logps")
+LOGP_COLUMNS = REFERENCE_COLUMNS + SPECIALIST_COLUMNS
+
+
+def has_columns(dataset: Dataset, columns: tuple[str, ...], role: str) -> bool:
+    """Whether the dataset has all of `columns`.
+
+    Raises:
+        AMAError: If it has only some of them, or they hold values that are missing or not finite.
+    """
+    missing = [column for column in columns if column not in dataset.column_names]
+    if len(missing) == len(columns):
+        return False
+    if missing:
+        raise AMAError(
+            f"{role} has {[column for column in columns if column not in missing]} but lacks {missing}. Give all of them, "
+            "or none."
+        )
+    for column in columns:
+        values = np.asarray(dataset[column], dtype=np.float64)
+        bad = np.flatnonzero(~np.isfinite(values))
+        if len(bad):
+            raise AMAError(
+                f"Column '{column}' of {role} is missing or not finite in {len(bad)} of {len(values)} pairs (the first in "
+                f"row {bad[0]}: {values[bad[0]]}). Compute the reference losses again with `trl ama-losses`, or drop those "
+                "pairs."
+            )
+    return True
+
+
+def add_logp_columns(
+    trainer: DPOTrainer, dataset: Dataset, task_names: list[str], specialists: dict, split: str
+) -> Dataset:
+    """Add the columns of `LOGP_COLUMNS` that are missing, each pair scored by the reference and its task's specialist.
+
+    Args:
+        trainer (`DPOTrainer`): Holds the base model.
+        dataset (`Dataset`): Prepared pairs with `task` numbers. # N rows
+        task_names (`list[str]`): Names of those numbers.
+        specialists (`dict`): Task name to adapter path, Hub id or model.
+        split (`str`): For the progress bars.
+    """
+    if REFERENCE_COLUMNS[0] not in dataset.column_names:
+        with reference_policy(trainer) as model:
+            scores = score_pairs(trainer, model, dataset, f"Reference log-probs, {split}")
+        for column, key in zip(REFERENCE_COLUMNS, ("chosen_logps", "rejected_logps"), strict=True):
+            dataset = dataset.add_column(column, scores[key])
+    columns = {column: np.zeros(len(dataset), dtype=np.float32) for column in SPECIALIST_COLUMNS}
+    tasks = np.asarray(dataset[TASK_COLUMN])
+    for index, task in enumerate(task_names):
+        rows = np.flatnonzero(tasks == index)
+        if len(rows) == 0:
+            continue
+        with trained_policy(trainer, f"the specialist of task '{task}'", specialists[task]) as model:
+            scores = score_pairs(trainer, model, dataset.select(rows), f"Specialist '{task}', {split}")
+        for column, key in zip(SPECIALIST_COLUMNS, ("chosen_logps", "rejected_logps"), strict=True):
+            columns[column][rows] = scores[key]
+    for column, values in columns.items():
+        dataset = dataset.add_column(column, values)
+    return dataset

@@ -1,0 +1,190 @@
+"""What every stage of the pipeline shares: the parsed arguments, the data and the places of files."""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+from transformers import AutoTokenizer
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from .ama_config import AMAConfig
+from .errors import AMAError, nearest
+from .fingerprint import model_identity
+from .pipeline_arguments import PipelineArguments
+from .task_loading import drop_truncated_pairs, load_tasks
+from .tasks import TASK_COLUMN, TaskConfig, TaskMixtureConfig
+
+
+@dataclass
+class RunSettings:
+    """The parsed arguments of a run, and what follows from them.
+
+    Raises:
+        AMAError: From any property, if the arguments or the data do not fit together.
+    """
+
+    pipeline_args: PipelineArguments
+    training_args: AMAConfig
+    model_args: ModelConfig
+    task_args: TaskMixtureConfig
+
+    def __post_init__(self):
+        if not self.model_args.model_name_or_path:
+            raise AMAError(
+                "There is no base model. Set `model_name_or_path` in the recipe, or pass --model_name_or_path."
+            )
+        training = self.training_args
+        # As in `trl dpo`: the model's arguments, and what the recipe sets explicitly on top
+        self.training_args = self.with_arguments(
+            model_init_kwargs={
+                "revision": self.model_args.model_revision,
+                "trust_remote_code": training.trust_remote_code,
+                "attn_implementation": self.model_args.attn_implementation,
+                "dtype": self.model_args.dtype or "float32",
+                **(training.model_init_kwargs or {}),
+            },
+            specialists=None,  # the pipeline joins their log-probs instead
+        )
+        self.external_specialists: dict[str, str] = {
+            **(training.specialists or {}),
+            **{task.task: task.specialist for task in self.task_args.tasks if task.specialist},
+        }
+        names = [task.task for task in self.task_args.tasks]
+        unknown = [task for task in self.external_specialists if task not in names]
+        if unknown:
+            raise AMAError(
+                f"There is a specialist for '{unknown[0]}', but the recipe's tasks are {names}.{nearest(unknown[0], names)}"
+            )
+
+    # ---- Arguments ----
+
+    def with_arguments(self, **changes: Any) -> AMAConfig:
+        """The training arguments with some changed, checked and converted as when they are parsed.
+
+        Raises:
+            AMAError: If a name is not a training argument (the nearest is suggested).
+        """
+        known = [field.name for field in dataclasses.fields(AMAConfig) if field.init]
+        for name in changes:
+            if name not in known:
+                raise AMAError(f"Unknown training argument '{name}' in specialist_args.{nearest(name, known)}")
+        return dataclasses.replace(self.training_args, **changes)
+
+    def specialist_arguments(self, task: TaskConfig) -> AMAConfig:
+        """Training arguments of one task's specialist."""
+        return self.with_arguments(
+            **{
+                "output_dir": str(self.specialist_dir(task.task)),
+                "push_to_hub": False,
+                "eval_strategy": "no",
+                "load_best_model_at_end": False,
+                "metric_for_best_model": None,
+                **self.pipeline_args.specialist_args,
+                **task.specialist_args,
+            }
+        )
+
+    @property
+    def strategies(self) -> list[str]:
+        """The generalists to train: the recipe's `mixing` first, then those it is compared with."""
+        return list(dict.fromkeys([self.training_args.mixing, *self.pipeline_args.compare]))
+
+    def peft_config(self):
+        """A fresh PEFT configuration; `None` for full fine-tuning."""
+        return get_peft_config(self.model_args)
+
+    def quantization_config(self):
+        """The quantisation of the base model, if any."""
+        return get_quantization_config(self.model_args)
+
+    @property
+    def model_name(self) -> str:
+        """The base model as the user names it."""
+        return self.model_args.model_name_or_path
+
+    # ---- What they stand for ----
+
+    @cached_property
+    def base_identity(self) -> str:
+        """The base model's weights by name and hash or commit."""
+        return model_identity(self.model_name, self.model_args.model_revision)
+
+    @cached_property
+    def tokenizer(self):
+        """The base model's tokenizer, as DPOTrainer loads and completes it."""
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.model_name,
+                revision=self.model_args.model_revision,
+                trust_remote_code=self.training_args.trust_remote_code,
+            )
+        except (OSError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise AMAError(
+                f"The base model '{self.model_name}' cannot be read: {reason} Check model_name_or_path, or your network."
+            ) from error
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    @cached_property
+    def data(self) -> DatasetDict:
+        """Train and held-out pairs of all tasks; see [`load_tasks`]."""
+        data = load_tasks(self.task_args, seed=self.training_args.seed)
+        if not self.task_args.drop_truncated:
+            return data
+        kept = DatasetDict(
+            {
+                split: drop_truncated_pairs(part, self.tokenizer, self.training_args.max_length)
+                for split, part in data.items()
+            }
+        )
+        for index, name in enumerate(self.task_names):
+            if index not in kept["train"].unique(TASK_COLUMN):
+                raise AMAError(
+                    f"No pair of task '{name}' fits into max_length={self.training_args.max_length}, and drop_truncated is "
+                    "on. Raise max_length, or turn drop_truncated off."
+                )
+        return kept
+
+    @property
+    def task_names(self) -> list[str]:
+        """Names of the tasks, in the recipe's order."""
+        return [task.task for task in self.task_args.tasks]
+
+    def pairs_of(self, task: str, split: str) -> Dataset | None:
+        """One task's pairs of a split; `None` if it has none."""
+        if split not in self.data:
+            return None
+        index = self.task_names.index(task)
+        part = self.data[split].filter(
+            lambda batch: [value == index for value in batch[TASK_COLUMN]], batched=True, desc=f"Selecting {task}"
+        )
+        return part if len(part) else None
+
+    # ---- Places ----
+
+    @property
+    def output_dir(self) -> Path:
+        """Where everything of this run is written."""
+        return Path(self.training_args.output_dir)
+
+    def specialist_dir(self, task: str) -> Path:
+        """The folder of a trained specialist."""
+        return self.output_dir / "specialists" / task
+
+    def specialist_source(self, task: str) -> str:
+        """Where a task's specialist is read from: the user's, or the one trained here."""
+        return self.external_specialists.get(task, str(self.specialist_dir(task)))
+
+    @property
+    def losses_dir(self) -> Path:
+        """The reference-loss dataset: a folder per task."""
+        return self.output_dir / "reference_losses"
+
+    def generalist_dir(self, strategy: str) -> Path:
+        """The folder of a trained generalist."""
+        return self.output_dir / "generalists" / strategy

@@ -1,0 +1,165 @@
+"""Draws tasks by the mixing strategy's probabilities, and pairs within a task without replacement.
+
+Draws happen in blocks of one optimizer step, whatever the micro-batch, so that a step's pairs share one p and the draws
+do not depend on how the step is split. Loaders read ahead: a block is therefore kept, with its p, from the moment it is
+drawn until the trainer says that it was trained on, and those blocks are part of the state.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from .errors import AMAError
+from .mixing import MixingStrategy
+
+
+# Salts that keep the two kinds of random streams of one seed apart
+_ALLOCATION_STREAM, _SHUFFLE_STREAM = 0, 1
+
+
+@dataclass
+class Block:
+    """The draws of one optimizer step: row numbers, and the p that they were drawn with."""
+
+    indices: list[int]
+    probabilities: list[float]
+
+
+class TaskMixtureSampler(Sampler[int]):
+    """Yields row numbers; an epoch is N = Σ n_i draws.
+
+    Every process of a distributed run holds the same sampler in the same state and draws the same rows; Accelerate's
+    shards split them.
+
+    Args:
+        task_ids (`np.ndarray`): Task of each row. # (N,)
+        strategy ([`MixingStrategy`]): Asked for its probabilities before each block.
+        block_size (`int`): Pairs of one optimizer step, over all micro-batches and processes.
+        seed (`int`): Seed of all draws.
+        epoch_draws (`int`, *optional*): Draws of an epoch that reach the trainer; less than N when the last, incomplete
+            batch is dropped.
+
+    Raises:
+        AMAError: If `block_size` is not positive.
+    """
+
+    def __init__(
+        self,
+        task_ids: np.ndarray,
+        strategy: MixingStrategy,
+        block_size: int,
+        seed: int,
+        epoch_draws: int | None = None,
+    ):
+        if block_size < 1:
+            raise AMAError(f"block_size is the number of pairs of an optimizer step, got {block_size}.")
+        task_ids = np.asarray(task_ids)
+        # One stable sort instead of k scans: rows of task i are order[starts[i]:starts[i + 1]]
+        self._order = np.argsort(task_ids, kind="stable")
+        self._starts = np.searchsorted(task_ids[self._order], np.arange(strategy.num_tasks + 1))
+        self._strategy = strategy
+        self._block_size = block_size
+        self._seed = seed
+        self._length = len(task_ids)
+        self._epoch_draws = self._length if epoch_draws is None else epoch_draws
+        self._permutations: dict[int, tuple[int, np.ndarray]] = {}
+        self._blocks_drawn = 0  # over the whole run: the counter of the allocation's random stream
+        self._cursors = np.zeros(strategy.num_tasks, dtype=np.int64)  # pairs taken of each task, over all its passes
+        self._ahead: deque[Block] = deque()  # drawn and not yet trained on
+        self._trained_draws = 0  # of this epoch
+        self._resume_at: int | None = None
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield an epoch's rows. After `load_state_dict`, first stand-ins for what the trainer will skip."""
+        if self._resume_at is None:
+            self._ahead.clear()  # what a dropped last batch left over
+            self._trained_draws = 0
+            position = 0
+        else:
+            # `skip_first_batches` throws these away unread: row 0 stands in for the rows that were trained on
+            position, self._resume_at = self._resume_at, None
+            yield from [0] * position
+            for block in list(self._ahead):
+                position += len(block.indices)
+                yield from block.indices
+        while position < self._length:
+            block = self._draw(min(self._block_size, self._length - position))
+            self._ahead.append(block)
+            position += len(block.indices)
+            yield from block.indices
+
+    def pop_trained(self) -> np.ndarray:
+        """Forget the oldest block, because its step is done, and return the p that it was drawn with. # (k,)"""
+        block = self._ahead.popleft()
+        self._trained_draws += len(block.indices)
+        return np.asarray(block.probabilities)
+
+    def _draw(self, size: int) -> Block:
+        probabilities = self._strategy.probabilities()
+        rng = np.random.default_rng([_ALLOCATION_STREAM, self._seed, self._blocks_drawn])
+        self._blocks_drawn += 1
+        # Systematic allocation: one uniform shift of an even grid. Each task gets size * p_i draws, rounded up or down
+        # so that the expectation is exact, with far less variance than independent draws.
+        grid = (rng.random() + np.arange(size)) / size
+        tasks = np.searchsorted(np.cumsum(probabilities), grid, side="right").clip(max=len(probabilities) - 1)
+        rng.shuffle(tasks)  # else every micro-batch would hold a single task
+        rows = [self._next_row(int(task)) for task in tasks]
+        return Block(rows, probabilities.tolist())
+
+    def _next_row(self, task: int) -> int:
+        start, size = self._starts[task], self._starts[task + 1] - self._starts[task]
+        task_pass, position = divmod(int(self._cursors[task]), int(size))
+        self._cursors[task] += 1
+        current = self._permutations.get(task)
+        if current is None or current[0] != task_pass:
+            rng = np.random.default_rng([_SHUFFLE_STREAM, self._seed, task, task_pass])
+            current = self._permutations[task] = (task_pass, rng.permutation(size))
+        return int(self._order[start + current[1][position]])
+
+    def state_dict(self) -> dict[str, Any]:
+        """State at the head of the draws plus the blocks drawn ahead and not yet trained on, as JSON types."""
+        return {
+            "seed": self._seed,
+            "length": self._length,
+            "block_size": self._block_size,
+            "blocks_drawn": self._blocks_drawn,
+            "cursors": self._cursors.tolist(),
+            "trained_draws": self._trained_draws,
+            "ahead": [asdict(block) for block in self._ahead],
+        }
+
+    def load_state_dict(self, state: dict[str, Any], skips_data: bool = True) -> None:
+        """Continue from a `state_dict`: the next `__iter__` goes on where training stopped.
+
+        Args:
+            state (`dict`): What `state_dict` returned.
+            skips_data (`bool`): Whether the trainer skips the batches it already trained on, as the Trainer does unless
+                `ignore_data_skip` is set.
+
+        Raises:
+            AMAError: If the data, the seed or the pairs per optimizer step are not those of the state.
+        """
+        ours = {"seed": self._seed, "length": self._length, "block_size": self._block_size}
+        names = {"seed": "seed", "length": "number of training pairs", "block_size": "pairs per optimizer step"}
+        for field, value in ours.items():
+            if state[field] != value:
+                raise AMAError(
+                    f"The checkpoint was written with {names[field]} {state[field]}, this run has {value}, so its draws "
+                    "cannot be continued. Resume with the same settings and data, or start a new output_dir."
+                )
+        self._blocks_drawn = state["blocks_drawn"]
+        self._cursors = np.asarray(state["cursors"], dtype=np.int64)
+        self._trained_draws = state["trained_draws"]
+        self._ahead = deque(Block(**block) for block in state["ahead"])
+        self._permutations.clear()
+        if self._trained_draws >= self._epoch_draws:  # the checkpoint was written at an epoch's end
+            self._resume_at = None
+        else:
+            self._resume_at = self._trained_draws if skips_data else 0

@@ -1,0 +1,240 @@
+"""What the scripts share: the parser, the checks of flags and config file, and errors of one sentence."""
+
+import argparse
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from trl_ama.errors import AMAError, nearest
+
+
+# Keys of a config file that are neither a field of our dataclasses nor an option of `accelerate launch`.
+RESERVED_KEYS = ("env", "accelerate_config")
+
+
+class Config(NamedTuple):
+    """A config file: its path, its content and the line of each key, for messages."""
+
+    path: str
+    values: dict[str, Any]
+    lines: dict[str, int]
+
+
+def make_parser(
+    command: str, subparsers: argparse._SubParsersAction | None = None, prog: str | None = None
+) -> argparse.ArgumentParser:
+    """Build the parser of `command`; all commands read the same four dataclasses, so one YAML file serves them all."""
+    from trl import ModelConfig, TrlParser
+
+    from trl_ama.ama_config import AMAConfig
+    from trl_ama.cli import COMMANDS
+    from trl_ama.pipeline_arguments import PipelineArguments
+    from trl_ama.tasks import TaskMixtureConfig
+
+    dataclass_types = (PipelineArguments, AMAConfig, ModelConfig, TaskMixtureConfig)
+    if subparsers is not None:
+        return subparsers.add_parser(command, help=COMMANDS[command], dataclass_types=dataclass_types)
+    return TrlParser(dataclass_types, prog=prog)
+
+
+@contextmanager
+def report_errors(command: str) -> Iterator[None]:
+    """Turn an `AMAError` into one line on stderr and exit code 2, as argparse does for a wrong flag."""
+    try:
+        yield
+    except AMAError as error:
+        # Every process meets the same error. The first one speaks; the others wait, and are ended by the launcher
+        # when it is gone, so that they are only heard if the first process has not failed.
+        if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+            time.sleep(5)
+        print(f"trl {command}: error: {one_line(error)}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def one_line(error: Exception) -> str:
+    """Return the message of `error` on one line."""
+    return " ".join(str(error).split())
+
+
+def join_values(argv: list[str]) -> list[str]:
+    """Rewrite `--config=x` as `--config x`, for the two flags that TRL looks for by their exact name."""
+    result = []
+    for item in argv:
+        flag, equals, value = item.partition("=")
+        result += [flag, value] if equals and flag in ("--config", "--accelerate_config") else [item]
+    return result
+
+
+def read_config(argv: list[str]) -> Config | None:
+    """Read the file that `--config` names, or return `None` without one."""
+    import yaml
+
+    argv = join_values(argv)
+    if "--config" not in argv:
+        return None
+    index = argv.index("--config") + 1
+    if index == len(argv):
+        raise AMAError("--config needs the path of a YAML file, and none follows it.")
+    path = argv[index]
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        values = yaml.safe_load(text)
+    except OSError as error:
+        raise AMAError(
+            f"The config file {path} cannot be read ({error.strerror}); give --config the path of a YAML file."
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}," if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise AMAError(f"The config file {path}{where} is not valid YAML: {problem}.") from error
+    if not isinstance(values, dict):
+        found = "nothing" if values is None else f"a {type(values).__name__}"
+        raise AMAError(
+            f"The config file {path}, line 1, must hold a YAML mapping (`key: value` lines), but holds {found}."
+        )
+    lines = {key.value: key.start_mark.line + 1 for key, _ in yaml.compose(text, yaml.SafeLoader).value}
+    if not isinstance(values.get("env", {}), dict):
+        raise AMAError(
+            f"The config file {path}, line {lines['env']}: `env` must be a mapping of environment variables to "
+            f"values, but is {values['env']!r}."
+        )
+    return Config(path, {str(key): value for key, value in values.items()}, lines)
+
+
+def option_names(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """Return the options of `parser` by their names without leading dashes."""
+    return {
+        option.lstrip("-"): action
+        for action in parser._actions
+        for option in action.option_strings
+        if action.dest != "help"
+    }
+
+
+def check_keys(config: Config | None, parser: argparse.ArgumentParser, launch_parser: argparse.ArgumentParser) -> None:
+    """Raise an `AMAError` for the first key of `config` that nobody knows."""
+    if config is None:
+        return
+    # TRL matches a key to an option's destination, `accelerate launch` gets it as a flag.
+    known = {action.dest for action in parser._actions if action.dest != "help"}
+    known.update(option_names(launch_parser), RESERVED_KEYS)
+    for key in config.values:
+        if key not in known:
+            where = f", line {config.lines[key]}," if key in config.lines else ""
+            raise AMAError(
+                f"The config file {config.path}{where} has the key '{key}', which neither the command nor `accelerate "
+                f"launch` knows.{nearest(key, sorted(known))}"
+            )
+
+
+def check_flags(flags: list[str], parser: argparse.ArgumentParser, launch_parser: argparse.ArgumentParser) -> None:
+    """Raise an `AMAError` unless `accelerate launch` takes all of `flags`, those that `parser` did not know."""
+    # Options come first and the script follows, so a word that no option takes would be run as the script.
+    script = "<script>"
+    parsed, unknown = launch_parser.parse_known_args([*flags, script])
+    unknown = [flag for flag in unknown if flag.startswith("-") and not re.fullmatch(r"-[\d.]+(e[+-]?\d+)?", flag)]
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        known = ["config", *RESERVED_KEYS[1:], *option_names(parser), *option_names(launch_parser)]
+        guess = nearest(name.lstrip("-"), known).replace("'", "'--", 1)
+        raise AMAError(f"The flag '{name}' is known neither to the command nor to `accelerate launch`.{guess}")
+    if parsed.training_script != script:
+        raise AMAError(f"The value '{parsed.training_script}' follows no flag that takes it; put its flag before it.")
+
+
+def parse_dataclasses(parser: Any, argv: list[str]) -> tuple[tuple[Any, ...], list[str]]:
+    """Parse `argv` and its config file; return the dataclasses and the flags that `parser` does not know."""
+    try:
+        *dataclasses, _, remaining = parser.parse_args_and_config(
+            argv, return_remaining_strings=True, separate_remaining_strings=True
+        )
+    except AMAError:
+        raise
+    except (ValueError, TypeError) as error:  # from a dataclass's `__post_init__`; wrong types end in argparse
+        raise AMAError(one_line(error)) from error
+    return tuple(dataclasses), remaining
+
+
+def split_arguments(parser: Any, argv: list[str]) -> tuple[list[str], list[str]]:
+    """
+    Check `argv` and split it into the arguments of `accelerate launch` and those of the script.
+
+    Handles `-h` (prints the help of `parser` and exits) and sets the variables of the config file's `env`.
+    """
+    from accelerate.commands.launch import launch_command_parser
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    argv = join_values(argv)
+    config = read_config(argv)
+    launch_parser = launch_command_parser()
+    check_keys(config, parser, launch_parser)
+    consumed = {action.dest for action in parser._actions}
+    _, flags = parse_dataclasses(parser, argv)
+
+    launch_args = list(flags)
+    if config is not None:
+        launch_args = _config_launch_arguments(config, consumed, option_names(launch_parser), flags) + launch_args
+    try:
+        launch_args = resolve_accelerate_config_argument(launch_args)
+    except ValueError as error:
+        raise AMAError(one_line(error)) from error
+    check_flags(launch_args, parser, launch_parser)
+    return launch_args, _without(argv, flags)
+
+
+def _config_launch_arguments(
+    config: Config, consumed: set[str], launch_options: dict[str, argparse.Action], flags: list[str]
+) -> list[str]:
+    """Return the keys of `config` that are for `accelerate launch`, as flags."""
+    arguments: list[str] = []
+    for key, value in config.values.items():
+        if key == "env" or key in consumed or value is None:
+            continue
+        if key == "accelerate_config" and "--accelerate_config" in flags:
+            continue  # as everywhere, the command line wins; TRL resolves only one of the two
+        action = launch_options.get(key)
+        if action is not None and action.nargs == 0:  # a switch: `multi_gpu: true` is `--multi_gpu`, without a value
+            arguments += [f"--{key}"] if value else []
+        else:
+            arguments += [f"--{key}", str(value)]
+    return arguments
+
+
+def _without(argv: list[str], removed: list[str]) -> list[str]:
+    """Return `argv` without `removed`, which argparse left over from it in the same order."""
+    kept, rest = [], list(removed)
+    for item in argv:
+        if rest and item == rest[0]:
+            rest.pop(0)
+        else:
+            kept.append(item)
+    return kept
+
+
+def parse_arguments(parser: Any, argv: list[str] | None = None) -> tuple[Any, ...]:
+    """Parse a script's own arguments, with the checks of the command: a script may be launched without it."""
+    from accelerate.commands.launch import launch_command_parser
+
+    argv = join_values(sys.argv[1:] if argv is None else argv)
+    launch_parser = launch_command_parser()
+    check_keys(read_config(argv), parser, launch_parser)
+    dataclasses, flags = parse_dataclasses(parser, argv)
+    if flags:
+        check_flags(flags, parser, launch_parser)
+        raise AMAError(
+            f"The flags {flags} are for `accelerate launch`: put them before the script, or run `trl ama`, which takes "
+            "both kinds in any order."
+        )
+    return dataclasses
+
+
+def run_script(command: str, parser_fn: Callable[[], Any], main_fn: Callable[..., None]) -> None:
+    """Run a script as a program: parse the command line, call `main_fn`, and report errors in one line."""
+    with report_errors(command):
+        main_fn(*parse_arguments(parser_fn()))

@@ -1,0 +1,126 @@
+"""One DPO adapter (or full model) per task, from the same start, by TRL's own `DPOTrainer`."""
+
+import gc
+import math
+import warnings
+
+from trl import DPOTrainer
+
+from .errors import AMAError
+from .fingerprint import package_versions, pairs_identity, relevant_arguments
+from .preference_losses import PreferenceLossConfig, untrained_loss
+from .run_settings import RunSettings
+from .training_stage import TrainingStage
+
+
+def specialist_stage(settings: RunSettings, task: str) -> TrainingStage:
+    """The stage that trains a task's specialist."""
+    config = next(entry for entry in settings.task_args.tasks if entry.task == task)
+    arguments = relevant_arguments(settings.specialist_arguments(config), settings.model_args)
+    for name in (
+        "mixing",
+        "mixing_lr",
+        "smoothing",
+        "excess_clip",
+        "sampling",
+        "model_name_or_path",
+        "model_revision",
+    ):
+        arguments.pop(name, None)
+    fingerprint = {
+        "base_model": settings.base_identity,
+        "pairs": pairs_identity(settings.pairs_of(task, "train")),
+        **arguments,
+        "versions": package_versions(),
+    }
+    return TrainingStage(settings.specialist_dir(task), f"The specialist of task '{task}'", fingerprint)
+
+
+def train_specialist(settings: RunSettings, task: str) -> dict[str, float]:
+    """Train a task's specialist, unless it is finished already, and hold it against the base on held-out pairs.
+
+    Returns:
+        `dict` of `steps`, `train_loss` and, with held-out pairs, `eval_loss`, `eval_accuracy`, `eval_pairs` and
+        `base_loss`.
+
+    Raises:
+        AMAError: If the folder holds a specialist that other settings made.
+    """
+    stage = specialist_stage(settings, task)
+    stage.check()
+    if stage.result is not None:
+        return stage.result
+    config = next(entry for entry in settings.task_args.tasks if entry.task == task)
+    args = settings.specialist_arguments(config)
+    held_out = settings.pairs_of(task, "test")
+    trainer = DPOTrainer(
+        model=settings.model_name,
+        args=args,
+        train_dataset=settings.pairs_of(task, "train").remove_columns("task"),
+        eval_dataset=None if held_out is None else held_out.remove_columns("task"),
+        quantization_config=settings.quantization_config(),
+        peft_config=settings.peft_config(),
+    )
+    stage.train(trainer)
+    history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    result = {"steps": trainer.state.global_step, "train_loss": history[-1] if history else None}
+    if held_out is not None:
+        metrics = trainer.evaluate()
+        result |= {
+            "eval_loss": metrics["eval_loss"],
+            "eval_accuracy": metrics["eval_rewards/accuracies"],
+            "eval_pairs": len(trainer.eval_dataset),
+            "base_loss": untrained_loss(PreferenceLossConfig.from_args(args)),
+        }
+    stage.finish(result)
+    del trainer
+    gc.collect()
+    return result
+
+
+def quality_warning(task: str, result: dict[str, float]) -> str | None:
+    """What to tell the user about a specialist that does not beat the base on its own held-out pairs; `None` if it does.
+
+    The base has the loss of an untrained policy and gets half of the pairs right. "Beats" means a lower loss and an
+    accuracy more than one standard error above ½.
+    """
+    if "eval_loss" not in result:
+        return None
+    loss, base, accuracy = result["eval_loss"], result["base_loss"], result["eval_accuracy"]
+    error = math.sqrt(0.25 / result["eval_pairs"])
+    if loss < base and accuracy > 0.5 + error:
+        return None
+    return (
+        f"The specialist of task '{task}' does not beat the base model on its own {result['eval_pairs']} held-out pairs: "
+        f"loss {loss:.3f} against {base:.3f}, accuracy {accuracy:.2f} against 0.50 ± {error:.2f}. Its reference losses are "
+        "then no target worth reaching. Train it longer or with a higher learning_rate (specialist_args), or look at the "
+        "data."
+    )
+
+
+def train_specialists(settings: RunSettings) -> dict[str, dict[str, float]]:
+    """Train the specialists of all tasks that the user gave none for. Returns each one's figures."""
+    results = {}
+    for task in settings.task_names:
+        if task in settings.external_specialists:
+            continue
+        results[task] = train_specialist(settings, task)
+        message = quality_warning(task, results[task])
+        if message is not None:
+            warnings.warn(message, UserWarning, stacklevel=2)
+    return results
+
+
+def require_specialists(settings: RunSettings) -> None:
+    """Raise an `AMAError` that names the first task whose specialist is missing."""
+    there = [
+        task
+        for task in settings.task_names
+        if task in settings.external_specialists or specialist_stage(settings, task).result is not None
+    ]
+    for task in settings.task_names:
+        if task not in there:
+            raise AMAError(
+                f"Task '{task}' has no specialist in '{settings.specialist_dir(task)}'; found {there}. Run "
+                "`trl ama-specialists --config …` first, or name one with `specialist:` in the task."
+            )

@@ -1,0 +1,191 @@
+"""Loads the tasks of a recipe into one train and one held-out dataset, in TRL's preference format."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset
+from trl import extract_prompt
+
+from .errors import AMAError
+from .tasks import TASK_COLUMN, TaskConfig, TaskMixtureConfig, add_pair_ids, check_task_names, concatenate_tasks
+
+
+_PAIR_COLUMNS = ("prompt", "chosen", "rejected")
+_EXTRA_COLUMNS = ("tools", "chat_template_kwargs")  # DPOTrainer's tokenisation reads them
+_LOCAL_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_TURN = re.compile(r"\n\n(Human|Assistant):\s?")
+
+
+def load_tasks(config: TaskMixtureConfig, seed: int = 0) -> DatasetDict:
+    """Load every task and concatenate them.
+
+    Args:
+        config ([`TaskMixtureConfig`]): The tasks of the recipe.
+        seed (`int`): Seed of the held-out split and of the subsets, where the recipe asks for them.
+
+    Returns:
+        `DatasetDict` with `train` and, if any task has held-out pairs, `test`; columns `prompt`, `chosen`, `rejected`,
+        `pair_id` and `task` (a ClassLabel in the recipe's order).
+
+    Raises:
+        AMAError: If there are no tasks, one cannot be read, has no rows, or lacks the preference columns.
+    """
+    if not config.tasks:
+        raise AMAError("There are no tasks. List at least one under `tasks:` in the recipe, or pass `--tasks`.")
+    check_task_names([task.task for task in config.tasks])
+    train, test = {}, {}
+    for task in config.tasks:
+        train[task.task], held_out = _load_task(task, config, seed)
+        if held_out is not None:
+            test[task.task] = held_out
+    splits = {"train": concatenate_tasks(train)}
+    if test:
+        # The same ClassLabel in both splits, also when only some tasks have held-out pairs
+        splits["test"] = concatenate_tasks(test).map(
+            lambda batch: {TASK_COLUMN: [list(train).index(list(test)[index]) for index in batch[TASK_COLUMN]]},
+            batched=True,
+            features=splits["train"].features,
+        )
+    return DatasetDict(splits)
+
+
+def _load_task(task: TaskConfig, config: TaskMixtureConfig, seed: int) -> tuple[Dataset, Dataset | None]:
+    if config.tasks_dir is not None:
+        loader, files = _local_files(task, Path(config.tasks_dir))
+        train = _load_split(task, "train", path=loader, data_files={"train": files["train"]})
+        test = _load_split(task, "test", path=loader, data_files={"test": files["test"]}) if "test" in files else None
+    else:
+        source = {"path": task.path, "name": task.name, "data_dir": task.data_dir, "data_files": task.data_files}
+        train = _load_split(task, task.split, **source)
+        test = _load_split(task, task.eval_split, **source) if task.eval_split else None
+    train, test = (part if part is None else _preference_columns(part, task) for part in (train, test))
+    if test is None and config.test_split_size is not None:
+        halves = train.train_test_split(test_size=config.test_split_size, seed=seed)
+        train, test = halves["train"], halves["test"]
+    train = _at_most(train, config.max_train_pairs, seed)
+    return add_pair_ids(train), None if test is None else add_pair_ids(_at_most(test, config.max_eval_pairs, seed))
+
+
+def _at_most(dataset: Dataset, count: int | None, seed: int) -> Dataset:
+    if count is None or len(dataset) <= count:
+        return dataset
+    return dataset.shuffle(seed=seed).select(range(count))
+
+
+def _local_files(task: TaskConfig, folder: Path) -> tuple[str, dict[str, str]]:
+    files, loader = {}, None
+    for split in ("train", "test"):
+        for path in sorted(folder.glob(f"{task.task}_{split}.*")):
+            suffix = next((part for part in reversed(path.suffixes) if part in _LOCAL_FORMATS), None)
+            if suffix is not None:
+                files[split], loader = str(path), _LOCAL_FORMATS[suffix]
+                break
+    if "train" not in files:
+        raise AMAError(
+            f"tasks_dir '{folder}' has no file for task '{task.task}'; looked for '{task.task}_train' with one of "
+            f"{list(_LOCAL_FORMATS)}, possibly compressed."
+        )
+    return loader, files
+
+
+def _load_split(task: TaskConfig, split: str, **source: Any) -> Dataset:
+    try:
+        dataset = load_dataset(split=split, **{key: value for key, value in source.items() if value is not None})
+    except Exception as error:  # load_dataset raises a dozen kinds; all mean that this entry cannot be read
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        where = source.get("data_files") or source["path"]
+        raise AMAError(
+            f"Task '{task.task}' cannot be loaded: split '{split}' of {where!r}: {reason} Check `path`, `data_files` and "
+            "`split` of the task, or point it at local files with --tasks_dir."
+        ) from error
+    if len(dataset) == 0:
+        raise AMAError(f"Task '{task.task}' has no rows in split '{split}'. Remove the task, or choose another split.")
+    return dataset
+
+
+def _preference_columns(dataset: Dataset, task: TaskConfig) -> Dataset:
+    """Bring one task into TRL's preference format with an explicit prompt."""
+    if isinstance(task.columns, dict):
+        lacking = [theirs for theirs in task.columns.values() if theirs not in dataset.column_names]
+        if lacking:
+            raise AMAError(f"Task '{task.task}' has no column '{lacking[0]}'; found {dataset.column_names}.")
+        renamed = {theirs: ours for ours, theirs in task.columns.items() if theirs != ours}
+        dataset = dataset.select_columns(list(task.columns.values())).rename_columns(renamed)
+    elif task.columns is not None:
+        lacking = [column for column in task.columns if column not in dataset.column_names]
+        if lacking:
+            raise AMAError(f"Task '{task.task}' has no column '{lacking[0]}'; found {dataset.column_names}.")
+        dataset = dataset.select_columns(task.columns)
+    for column in ("chosen", "rejected"):
+        if column not in dataset.column_names:
+            raise AMAError(
+                f"Task '{task.task}' has no column '{column}'; found {dataset.column_names}. Name the dataset's own columns "
+                "with `columns: {chosen: …, rejected: …}`."
+            )
+    if task.format == "hh_rlhf":
+        dataset = dataset.map(_from_transcript, remove_columns=dataset.column_names, desc=f"Reading {task.task}")
+    elif task.format is not None:
+        raise AMAError(
+            f"Task '{task.task}' has format '{task.format}'; known is 'hh_rlhf'. Leave it out for TRL's own."
+        )
+    for row, example in enumerate(dataset.select_columns(["chosen", "rejected"])):
+        if not example["chosen"] or not example["rejected"]:
+            raise AMAError(
+                f"Task '{task.task}' has a pair without an answer (row {row}: chosen={example['chosen']!r}, "
+                f"rejected={example['rejected']!r}). Drop such rows."
+            )
+    if "prompt" not in dataset.column_names:
+        dataset = dataset.map(extract_prompt, desc=f"Extracting the prompts of {task.task}")
+    extra = [column for column in _EXTRA_COLUMNS if column in dataset.column_names]
+    dataset = dataset.select_columns([*_PAIR_COLUMNS, *extra])
+    if isinstance(dataset[0]["prompt"], list):
+        dataset = _plain_messages(dataset)
+    return dataset
+
+
+def _plain_messages(dataset: Dataset) -> Dataset:
+    """Keep role and content of messages, so that tasks with other message keys can be concatenated."""
+
+    def strip(row):
+        return {
+            column: [{"role": message["role"], "content": message["content"]} for message in row[column]]
+            for column in _PAIR_COLUMNS
+        }
+
+    keys = set(dataset[0]["prompt"][0]) if dataset[0]["prompt"] else set()
+    return dataset if keys == {"role", "content"} else dataset.map(strip)
+
+
+def _from_transcript(row: dict[str, str]) -> dict[str, Any]:
+    """One Anthropic/hh-rlhf row: the transcripts differ in their last assistant turn only."""
+    chosen, rejected = (_turns(row[key]) for key in ("chosen", "rejected"))
+    return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
+
+
+def _turns(transcript: str) -> list[dict[str, str]]:
+    parts = _TURN.split(transcript)[1:]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[role], "content": content.strip()}
+        for role, content in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
+def drop_truncated_pairs(dataset: Dataset, tokenizer, max_length: int | None) -> Dataset:
+    """Drop the pairs of which `max_length` tokens would cut an answer, as the chat template renders them."""
+    if max_length is None:
+        return dataset
+
+    def fits(row):
+        for answer in ("chosen", "rejected"):
+            text = row["prompt"] + row[answer]
+            if isinstance(text, str):
+                tokens = tokenizer(text)["input_ids"]
+            else:
+                tokens = tokenizer.apply_chat_template(text, tokenize=True, return_dict=True)["input_ids"]
+            if len(tokens) > max_length:
+                return False
+        return True
+
+    return dataset.filter(fits, desc=f"Dropping pairs longer than {max_length} tokens")

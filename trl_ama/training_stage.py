@@ -1,0 +1,69 @@
+"""Training that is done once: skipped when finished under the same fingerprint, resumed when it was stopped."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+from trl import DPOTrainer
+
+from .fingerprint import check_fingerprint, read_json, write_json
+
+
+_STAGE_FILE = "stage.json"
+
+
+class TrainingStage:
+    """One folder with one trained model and a note of what made it.
+
+    Args:
+        folder (`Path`): Where the model and its checkpoints go.
+        what (`str`): For messages, e.g. `"Specialist 'code'"`.
+        fingerprint (`dict`): Everything that decides the result.
+    """
+
+    def __init__(self, folder: Path, what: str, fingerprint: dict[str, Any]):
+        self.folder = folder
+        self.what = what
+        self.fingerprint = fingerprint
+
+    def check(self) -> None:
+        """Raise an `AMAError` if the folder holds something that other settings made."""
+        note = read_json(self.folder / _STAGE_FILE)
+        if note is not None:
+            check_fingerprint(
+                self.fingerprint,
+                note["fingerprint"],
+                f"{self.what} in '{self.folder}' was",
+                "Choose another output_dir, delete that folder, or set the old value.",
+            )
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What `finish` noted; `None` if the training is not finished."""
+        note = read_json(self.folder / _STAGE_FILE)
+        return note.get("result") if note is not None else None
+
+    @property
+    def state(self) -> str:
+        """`"done"`, `"stopped at step N"` or `"to do"`."""
+        if self.result is not None:
+            return "done"
+        checkpoint = self._last_checkpoint()
+        return f"stopped at step {checkpoint.rsplit('-', 1)[-1]}" if checkpoint else "to do"
+
+    def _last_checkpoint(self) -> str | None:
+        if not self.folder.is_dir() or read_json(self.folder / _STAGE_FILE) is None:
+            return None
+        return get_last_checkpoint(str(self.folder))
+
+    def train(self, trainer: DPOTrainer) -> None:
+        """Train from the start or from the last checkpoint, and save the model and the trainer's state."""
+        checkpoint = self._last_checkpoint()
+        write_json(self.folder / _STAGE_FILE, {"fingerprint": self.fingerprint, "result": None})
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model(str(self.folder))
+        trainer.save_state()
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Note the result: from now on the stage is done."""
+        write_json(self.folder / _STAGE_FILE, {"fingerprint": self.fingerprint, "result": result})
