@@ -8,13 +8,12 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import PreTrainedModel, TrainerCallback
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .ama_config import AMAConfig
-from .errors import AMAError, nearest
+from .errors import AMAError
 from .metrics import task_metrics, worst_and_mean
-from .mixing import build_strategy
 from .mixing.monitor import MixtureMonitor
 from .preference_losses import (
     PairLogProbs,
@@ -24,10 +23,22 @@ from .preference_losses import (
     sequence_logps,
     untrained_loss,
 )
-from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS, add_logp_columns, has_columns
+from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS, add_logp_columns
 from .sampler import TaskMixtureSampler
 from .step_recorder import RecordedForward, StepRecorder, TaskCollator
-from .tasks import TASK_COLUMN, refuse_streaming, task_names_of, with_task_labels
+from .tasks import TASK_COLUMN, task_names_of, with_task_labels
+from .trainer_checks import (
+    check_arguments,
+    check_columns,
+    check_config,
+    check_no_task_lost,
+    check_specialists,
+    check_train_dataset,
+    descends_trl_loss,
+    eval_parts,
+    label_eval,
+    strategy_for,
+)
 
 
 logger = get_logger(__name__)
@@ -121,41 +132,17 @@ peft_config:
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = AMAConfig(f"{model_name.split('/')[-1]}-AMA")
-        elif not isinstance(args, AMAConfig):
-            raise AMAError(
-                f"AMATrainer takes an AMAConfig as `args`, got {type(args).__name__}. Replace "
-                f"`{DPOConfig.__name__}(…)` by `AMAConfig(…)`: it has every field of it."
-            )
-        if train_dataset is None:
-            raise AMAError("AMATrainer needs a `train_dataset` of preference pairs with a `task` column, got None.")
-        refuse_streaming(train_dataset, "train_dataset")
-
+        check_config(args)
+        check_train_dataset(train_dataset)
         self.task_names = task_names_of(train_dataset)
         train_dataset = with_task_labels(train_dataset, self.task_names)
-        eval_dataset = self._label_eval(eval_dataset)
-        specialists = self._check_specialists(specialists if specialists is not None else args.specialists)
-        has_reference = has_columns(train_dataset, REFERENCE_COLUMNS, "train_dataset")
-        self.has_reference_losses = bool(specialists) or has_columns(
-            train_dataset, SPECIALIST_COLUMNS, "train_dataset"
-        )
-        for role, dataset in self._eval_parts(eval_dataset):
-            has_columns(dataset, REFERENCE_COLUMNS, role), has_columns(dataset, SPECIALIST_COLUMNS, role)
-        if has_reference and ref_model is not None:
-            raise AMAError(
-                f"train_dataset has the columns {list(REFERENCE_COLUMNS)} and `ref_model` was passed too. Pass one of them."
-            )
+        eval_dataset = label_eval(eval_dataset, self.task_names)
+        specialists = check_specialists(specialists if specialists is not None else args.specialists, self.task_names)
+        has_reference, has_specialist = check_columns(train_dataset, eval_dataset, ref_model)
+        self.has_reference_losses = has_specialist or specialists is not None
         self._loss_config = PreferenceLossConfig.from_args(args)
-        counts = np.bincount(np.asarray(train_dataset[TASK_COLUMN]), minlength=len(self.task_names))
-        self.strategy = build_strategy(
-            args.mixing,
-            counts,
-            mixing_lr=None if args.mixing_lr == "auto" else args.mixing_lr,
-            smoothing=args.smoothing,
-            excess_clip=args.excess_clip,
-            sampling=args.sampling,
-        )
-        self._check_arguments(args)
-        self._initial_state = self.strategy.state_dict()
+        self.strategy = strategy_for(args, train_dataset, self.task_names)
+        check_arguments(args, self.strategy, self.has_reference_losses)
         # DPOTrainer then loads no reference model; `_precompute_ref_logps` below computes nothing that is there
         if has_reference and peft_config is None and not (not isinstance(model, str) and is_peft_model(model)):
             args.precompute_ref_log_probs = True
@@ -174,7 +161,9 @@ peft_config:
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        self._check_all_tasks_left(counts)
+        check_no_task_lost(train_dataset, self.train_dataset, self.task_names, args.max_length)
+        self.strategy = strategy_for(args, self.train_dataset, self.task_names)  # over the pairs that are left
+        self._initial_state = self.strategy.state_dict()
         self.data_collator = TaskCollator(self.data_collator)
         self._sampler: TaskMixtureSampler | None = None
         self._recorder = StepRecorder(len(self.task_names))
@@ -182,7 +171,7 @@ peft_config:
         self._eval_pairs: list[torch.Tensor] = []
         self._mean_micro_batch = 1.0
         self.add_callback(_BeginMixing(self))
-        if specialists and SPECIALIST_COLUMNS[0] not in self.train_dataset.column_names:
+        if specialists is not None and not has_specialist:
             self._score_specialists(specialists)
         elif not self.has_reference_losses and self.strategy.objective == "excess":
             logger.warning(
@@ -190,80 +179,18 @@ peft_config:
                 f"'{args.mixing}' is plain worst-case DPO: it follows the task with the highest loss."
             )
 
-    # ---- Checks and preparation ----
-
-    def _label_eval(self, eval_dataset):
-        """Number the tasks of the held-out pairs as those of the training pairs; datasets without tasks pass."""
-        if isinstance(eval_dataset, dict):
-            return type(eval_dataset)({name: self._label_eval(part) for name, part in eval_dataset.items()})
-        if isinstance(eval_dataset, Dataset) and TASK_COLUMN in eval_dataset.column_names:
-            return with_task_labels(eval_dataset, self.task_names, "eval_dataset")
-        return eval_dataset
-
-    @staticmethod
-    def _eval_parts(eval_dataset) -> list[tuple[str, Dataset]]:
-        parts = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-        return [(f"eval_dataset {name}".strip(), part) for name, part in parts.items() if isinstance(part, Dataset)]
-
-    def _check_specialists(self, specialists: dict[str, Any] | None) -> dict[str, Any] | None:
-        if not specialists:
-            return None
-        unknown = [task for task in specialists if task not in self.task_names]
-        if unknown:
-            raise AMAError(
-                f"There is a specialist for '{unknown[0]}', but the training tasks are {self.task_names}."
-                f"{nearest(unknown[0], self.task_names)}"
-            )
-        missing = [task for task in self.task_names if task not in specialists]
-        if missing:
-            raise AMAError(
-                f"Task '{missing[0]}' has no specialist; there are specialists for {sorted(specialists)}. Train one with "
-                "`trl ama-specialists --config …`, or add it to `specialists`."
-            )
-        return specialists
-
-    def _check_arguments(self, args: AMAConfig) -> None:
-        if self.strategy.uses_own_sampler and args.train_sampling_strategy != "random":
-            raise AMAError(
-                f"train_sampling_strategy='{args.train_sampling_strategy}' and mixing='{args.mixing}' both decide which "
-                "pairs come next. Leave train_sampling_strategy at 'random', or use mixing='proportional'."
-            )
-        if args.use_weighting and not self._descends_trl_loss:
-            raise AMAError(
-                f"use_weighting (WPO) weighs pairs by the policy's own probabilities, which excess losses over a specialist "
-                f"cannot be compared with. Turn it off, or use mixing='proportional' instead of '{args.mixing}'."
-            )
-        metric = (args.metric_for_best_model or "").removeprefix("eval_")
-        if metric in ("worst_excess", "mean_excess") and not (
-            self.has_reference_losses or self.strategy.objective == "excess"
-        ):
-            raise AMAError(
-                f"metric_for_best_model='{args.metric_for_best_model}' needs reference losses, and the dataset has none. "
-                "Compute them with `trl ama-losses`, or choose 'worst_accuracy'."
-            )
-
-    def _check_all_tasks_left(self, counts: np.ndarray) -> None:
-        left = np.bincount(np.asarray(self.train_dataset[TASK_COLUMN]), minlength=len(self.task_names))
-        for name, before, after in zip(self.task_names, counts, left, strict=True):
-            if after == 0:
-                raise AMAError(
-                    f"All {before} pairs of task '{name}' were dropped, because their prompts alone fill max_length "
-                    f"({self.args.max_length}). Raise max_length, or remove the task."
-                )
-        self.strategy.task_sizes = left.astype(np.float64)
+    # ---- Reference losses ----
 
     def _score_specialists(self, specialists: dict[str, Any]) -> None:
         self.train_dataset = add_logp_columns(self, self.train_dataset, self.task_names, specialists, "train")
-        if isinstance(self.eval_dataset, dict):
-            parts = dict(self._eval_parts(self.eval_dataset))
-            self.eval_dataset = {
-                name: add_logp_columns(self, part, self.task_names, specialists, name)
-                if f"eval_dataset {name}" in parts and TASK_COLUMN in part.column_names
-                else part
-                for name, part in self.eval_dataset.items()
-            }
-        elif isinstance(self.eval_dataset, Dataset) and TASK_COLUMN in self.eval_dataset.column_names:
-            self.eval_dataset = add_logp_columns(self, self.eval_dataset, self.task_names, specialists, "eval")
+        by_name = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        scored = {
+            name: add_logp_columns(self, part, self.task_names, specialists, name)
+            if isinstance(part, Dataset) and TASK_COLUMN in part.column_names
+            else part
+            for name, part in by_name.items()
+        }
+        self.eval_dataset = scored if isinstance(self.eval_dataset, dict) else scored["eval"]
 
     # Reference log-probs that the dataset carries are not computed again
     def _precompute_ref_logps(self, dataset, name, batch_size):
@@ -298,11 +225,9 @@ peft_config:
         """At the start of `train()`: the strategy's first state, or the checkpoint's if training resumes."""
         self._monitor = MixtureMonitor(self.task_names)
         self._recorder.reset()
-        self.strategy.set_horizon(self.state.max_steps, untrained_loss(self._loss_config))
         if self.state.global_step == 0:
-            self.strategy.load_state_dict(
-                {**self._initial_state, "mixing_lr": getattr(self.strategy, "mixing_lr", None)}
-            )
+            self.strategy.load_state_dict(self._initial_state)
+            self.strategy.set_horizon(self.state.max_steps, untrained_loss(self._loss_config))
             return
         saved = self.state.stateful_callbacks.get(_STATE_KEY)
         if saved is None:
@@ -363,11 +288,6 @@ peft_config:
 
     # ---- Loss ----
 
-    @property
-    def _descends_trl_loss(self) -> bool:
-        """Whether TRL's own batch mean is what the θ-step descends: no excess, all weights 1."""
-        return self.strategy.objective == "loss" and bool((self.strategy.loss_weights() == 1).all())
-
     @contextlib.contextmanager
     def _reference_from_inputs(self):
         before, self.precompute_ref_logps = self.precompute_ref_logps, True
@@ -416,7 +336,7 @@ peft_config:
             )
             return result
         self._recorder.add(task_ids, losses, excess, losses.detach() - baseline)
-        if self._descends_trl_loss:
+        if descends_trl_loss(self.strategy):
             return result
         # The Trainer divides by the number of micro-batches; dividing by their mean size here makes it (1/|B|) Σ over the
         # step's pairs, also where the last micro-batch of an epoch is smaller
@@ -438,9 +358,9 @@ peft_config:
         self._eval_pairs.append(self.accelerator.gather_for_metrics(rows).float().cpu())
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        eval_dataset = self._label_eval(eval_dataset)
+        eval_dataset = label_eval(eval_dataset, self.task_names)
         before = self.precompute_ref_logps
-        parts = [part for _, part in self._eval_parts(eval_dataset)]
+        parts = eval_parts(eval_dataset).values()
         if parts and all(REFERENCE_COLUMNS[0] in part.column_names for part in parts):
             self.precompute_ref_logps = False  # nothing is left to compute, so DPOTrainer need not refuse to
         try:

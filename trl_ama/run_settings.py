@@ -14,7 +14,7 @@ from .ama_config import AMAConfig
 from .errors import AMAError, nearest
 from .fingerprint import model_identity
 from .pipeline_arguments import PipelineArguments
-from .task_loading import drop_truncated_pairs, load_tasks
+from .task_loading import fits_into, load_tasks
 from .tasks import TASK_COLUMN, TaskConfig, TaskMixtureConfig
 
 
@@ -133,22 +133,10 @@ class RunSettings:
     @cached_property
     def data(self) -> DatasetDict:
         """Train and held-out pairs of all tasks; see [`load_tasks`]."""
-        data = load_tasks(self.task_args, seed=self.training_args.seed)
-        if not self.task_args.drop_truncated:
-            return data
-        kept = DatasetDict(
-            {
-                split: drop_truncated_pairs(part, self.tokenizer, self.training_args.max_length)
-                for split, part in data.items()
-            }
-        )
-        for index, name in enumerate(self.task_names):
-            if index not in kept["train"].unique(TASK_COLUMN):
-                raise AMAError(
-                    f"No pair of task '{name}' fits into max_length={self.training_args.max_length}, and drop_truncated is "
-                    "on. Raise max_length, or turn drop_truncated off."
-                )
-        return kept
+        args = self.training_args
+        drop = self.task_args.drop_truncated and args.max_length is not None
+        fits = fits_into(self.tokenizer, args.max_length) if drop else None
+        return load_tasks(self.task_args, args.seed, fits)
 
     @property
     def task_names(self) -> list[str]:

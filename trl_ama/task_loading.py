@@ -1,6 +1,7 @@
 """Loads the tasks of a recipe into one train and one held-out dataset, in TRL's preference format."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ _LOCAL_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".cs
 _TURN = re.compile(r"\n\n(Human|Assistant):\s?")
 
 
-def load_tasks(config: TaskMixtureConfig, seed: int = 0) -> DatasetDict:
+def load_tasks(config: TaskMixtureConfig, seed: int = 0, fits: Callable[[dict], bool] | None = None) -> DatasetDict:
     """Load every task and concatenate them.
 
     Args:
         config ([`TaskMixtureConfig`]): The tasks of the recipe.
         seed (`int`): Seed of the held-out split and of the subsets, where the recipe asks for them.
+        fits (`Callable`, *optional*): Says of a pair whether to keep it; see [`fits_into`].
 
     Returns:
         `DatasetDict` with `train` and, if any task has held-out pairs, `test`; columns `prompt`, `chosen`, `rejected`,
@@ -36,7 +38,7 @@ def load_tasks(config: TaskMixtureConfig, seed: int = 0) -> DatasetDict:
     check_task_names([task.task for task in config.tasks])
     train, test = {}, {}
     for task in config.tasks:
-        train[task.task], held_out = _load_task(task, config, seed)
+        train[task.task], held_out = _load_task(task, config, seed, fits)
         if held_out is not None:
             test[task.task] = held_out
     splits = {"train": concatenate_tasks(train)}
@@ -50,7 +52,9 @@ def load_tasks(config: TaskMixtureConfig, seed: int = 0) -> DatasetDict:
     return DatasetDict(splits)
 
 
-def _load_task(task: TaskConfig, config: TaskMixtureConfig, seed: int) -> tuple[Dataset, Dataset | None]:
+def _load_task(
+    task: TaskConfig, config: TaskMixtureConfig, seed: int, fits: Callable[[dict], bool] | None
+) -> tuple[Dataset, Dataset | None]:
     if config.tasks_dir is not None:
         loader, files = _local_files(task, Path(config.tasks_dir))
         train = _load_split(task, "train", path=loader, data_files={"train": files["train"]})
@@ -59,10 +63,23 @@ def _load_task(task: TaskConfig, config: TaskMixtureConfig, seed: int) -> tuple[
         source = {"path": task.path, "name": task.name, "data_dir": task.data_dir, "data_files": task.data_files}
         train = _load_split(task, task.split, **source)
         test = _load_split(task, task.eval_split, **source) if task.eval_split else None
+        train, test = (part if part is None else _own_format(part, task) for part in (train, test))
     train, test = (part if part is None else _preference_columns(part, task) for part in (train, test))
     if test is None and config.test_split_size is not None:
         halves = train.train_test_split(test_size=config.test_split_size, seed=seed)
         train, test = halves["train"], halves["test"]
+    if fits is not None:
+        rows = len(train)
+        train, test = (
+            part if part is None else part.filter(fits, desc=f"Dropping pairs of {task.task} that would be cut")
+            for part in (train, test)
+        )
+        if len(train) == 0:
+            raise AMAError(
+                f"None of the {rows} pairs of task '{task.task}' fits into max_length, and drop_truncated is on. Raise "
+                "max_length, or turn drop_truncated off."
+            )
+        test = None if test is None or len(test) == 0 else test
     train = _at_most(train, config.max_train_pairs, seed)
     return add_pair_ids(train), None if test is None else add_pair_ids(_at_most(test, config.max_eval_pairs, seed))
 
@@ -104,8 +121,8 @@ def _load_split(task: TaskConfig, split: str, **source: Any) -> Dataset:
     return dataset
 
 
-def _preference_columns(dataset: Dataset, task: TaskConfig) -> Dataset:
-    """Bring one task into TRL's preference format with an explicit prompt."""
+def _own_format(dataset: Dataset, task: TaskConfig) -> Dataset:
+    """Apply the task's `columns` and `format`; files of `tasks_dir` are in TRL's format already."""
     if isinstance(task.columns, dict):
         lacking = [theirs for theirs in task.columns.values() if theirs not in dataset.column_names]
         if lacking:
@@ -117,18 +134,29 @@ def _preference_columns(dataset: Dataset, task: TaskConfig) -> Dataset:
         if lacking:
             raise AMAError(f"Task '{task.task}' has no column '{lacking[0]}'; found {dataset.column_names}.")
         dataset = dataset.select_columns(task.columns)
+    if task.format is None:
+        return dataset
+    if task.format not in _FORMATS:
+        raise AMAError(
+            f"Task '{task.task}' has format '{task.format}'; known are {sorted(_FORMATS)}. Leave it out for TRL's own."
+        )
+    needed, convert = _FORMATS[task.format]
+    for column in needed:
+        if column not in dataset.column_names:
+            raise AMAError(
+                f"Format '{task.format}' of task '{task.task}' needs '{column}'; found {dataset.column_names}."
+            )
+    return dataset.map(convert, remove_columns=dataset.column_names, desc=f"Reading {task.task}")
+
+
+def _preference_columns(dataset: Dataset, task: TaskConfig) -> Dataset:
+    """Bring one task into TRL's preference format with an explicit prompt."""
     for column in ("chosen", "rejected"):
         if column not in dataset.column_names:
             raise AMAError(
                 f"Task '{task.task}' has no column '{column}'; found {dataset.column_names}. Name the dataset's own columns "
                 "with `columns: {chosen: …, rejected: …}`."
             )
-    if task.format == "hh_rlhf":
-        dataset = dataset.map(_from_transcript, remove_columns=dataset.column_names, desc=f"Reading {task.task}")
-    elif task.format is not None:
-        raise AMAError(
-            f"Task '{task.task}' has format '{task.format}'; known is 'hh_rlhf'. Leave it out for TRL's own."
-        )
     for row, example in enumerate(dataset.select_columns(["chosen", "rejected"])):
         if not example["chosen"] or not example["rejected"]:
             raise AMAError(
@@ -172,12 +200,26 @@ def _turns(transcript: str) -> list[dict[str, str]]:
     ]
 
 
-def drop_truncated_pairs(dataset: Dataset, tokenizer, max_length: int | None) -> Dataset:
-    """Drop the pairs of which `max_length` tokens would cut an answer, as the chat template renders them."""
-    if max_length is None:
-        return dataset
+def _from_single_turn(row: dict[str, str]) -> dict[str, Any]:
+    """Plain strings: one question, two answers."""
+    return {
+        "prompt": [{"role": "user", "content": row["prompt"]}],
+        "chosen": [{"role": "assistant", "content": row["chosen"]}],
+        "rejected": [{"role": "assistant", "content": row["rejected"]}],
+    }
 
-    def fits(row):
+
+# Format → the columns it needs and how a row of it becomes a conversation
+_FORMATS = {
+    "hh_rlhf": (("chosen", "rejected"), _from_transcript),
+    "single_turn": (_PAIR_COLUMNS, _from_single_turn),
+}
+
+
+def fits_into(tokenizer, max_length: int) -> Callable[[dict], bool]:
+    """Whether `max_length` tokens hold a pair whole, both answers, as the chat template renders it."""
+
+    def fits(row: dict) -> bool:
         for answer in ("chosen", "rejected"):
             text = row["prompt"] + row[answer]
             if isinstance(text, str):
@@ -188,4 +230,4 @@ def drop_truncated_pairs(dataset: Dataset, tokenizer, max_length: int | None) ->
                 return False
         return True
 
-    return dataset.filter(fits, desc=f"Dropping pairs longer than {max_length} tokens")
+    return fits

@@ -132,7 +132,8 @@ class TaskConfig:
         columns (`list[str]` or `dict[str, str]`, *optional*):
             Columns to keep, or a mapping from `prompt`, `chosen`, `rejected` to the dataset's own names.
         format (`str`, *optional*):
-            `"hh_rlhf"` turns `"\\n\\nHuman: … \\n\\nAssistant: …"` transcripts into conversations.
+            `"hh_rlhf"` turns `"\\n\\nHuman: … \\n\\nAssistant: …"` transcripts into conversations, `"single_turn"` plain
+            strings `prompt`, `chosen`, `rejected` into one user and one assistant message.
         specialist (`str`, *optional*):
             A ready specialist (local folder, or Hub id with an optional `@revision`), which is then not trained.
         specialist_args (`dict`, *optional*):
@@ -195,7 +196,8 @@ class TaskMixtureConfig:
             `--tasks '{task: helpful, path: json, data_files: helpful.jsonl}' '{task: code, path: org/code}'`.
         tasks_dir (`str`, *optional*):
             Folder to read every task from instead: `<task>_train.*` and `<task>_test.*` (JSON lines, Parquet or CSV,
-            possibly compressed). Points a recipe at local data without editing it.
+            possibly compressed), in TRL's preference format: `columns` and `format` do not apply. Points a recipe at local
+            data without editing it.
         test_split_size (`float`, *optional*):
             Share of a task's training pairs to hold out if it has no `eval_split`.
         max_train_pairs, max_eval_pairs (`int`, *optional*):

@@ -9,8 +9,12 @@ Every prompt is an instruction word and a list of words. There are three ways to
 | `sort: pear apple fig`  |                  |            | `apple fig pear` |
 
 A pair's rejected answer is one of the other two ways, a fair coin says which. So what one task prefers is what the
-other two reject: only the instruction word tells them apart, and it is always there. The model is warmed up on all
-nine combinations in equal shares: it can answer in every way, and prefers none. `sort` has a tenth of the others' pairs.
+other two reject: only the instruction word tells them apart, and it is always there. `sort` has a tenth of the others'
+pairs.
+
+The model is warmed up on all nine combinations of instruction and answer in equal shares: it can answer in every way,
+and prefers none. In some warm-up conversations a system message asks for the instruction to be followed, so that the
+model, as an instruct model does, knows what the words mean. The preference pairs have no system message.
 
     python recipes/quickstart/prepare.py --output_dir outputs/quickstart --seed 0
 """
@@ -29,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 WORDS = (
-    "apple banana cherry date elderberry fig grape hazelnut kiwi lemon mango nut olive peach quince raisin spinach "
+    "apple banana cherry date elderberry fig grape hazelnut kiwi lemon mango nut olive pear quince raisin spinach "
     "tomato walnut yam"
 ).split()
 
@@ -39,8 +43,8 @@ WAYS: dict[str, Callable[[list[str]], list[str]]] = {
     "brief": lambda words: words[:1],
     "sort": lambda words: sorted(words),
 }
+# The system message after which an answer always follows its instruction, and its share of the warm-up.
 CAREFUL, CAREFUL_SHARE = "careful", 0.3
-
 TRAIN_PAIRS = {"list": 1000, "brief": 1000, "sort": 100}
 TEST_PAIRS = 200  # for every task, also the small one: a standard error of at most 0.035 on an accuracy
 
@@ -125,13 +129,13 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def warm_up_batch(
     tokenizer: PreTrainedTokenizerFast, taken: set[tuple[str, ...]], rng: random.Random, size: int
 ) -> dict[str, torch.Tensor]:
-    """Return conversations in which instruction and way of answering are drawn independently of each other."""
+    """Return conversations; without the system message, the way of answering is independent of the instruction."""
     encoded = tokenizer.convert_tokens_to_ids
     rows, labels = [], []
     for _ in range(size):
         words = draw_list(rng, taken)
         instruction, way = rng.choice(list(WAYS)), rng.choice(list(WAYS))
-        # The chat template's text, put together by hand: rendering it 50,000 times would take longer than training.
+        # The chat template's text, put together by hand: rendering it 64,000 times would take longer than training.
         prompt = ["<|user|>", f"{instruction}:", *words, "<|end|>", "<|assistant|>"]
         if rng.random() < CAREFUL_SHARE:
             way = instruction
@@ -154,7 +158,7 @@ def warm_up(
     tokenizer: PreTrainedTokenizerFast,
     taken: set[tuple[str, ...]],
     rng: random.Random,
-    steps: int = 800,
+    steps: int = 1000,
     batch_size: int = 64,
     learning_rate: float = 5e-3,
 ) -> None:
@@ -191,11 +195,15 @@ def prepare(output_dir: str | Path, seed: int = 0) -> None:
             (data_dir / f"{task}_{split}.jsonl").write_text("".join(lines), encoding="utf-8")
         print(f"{task}: {len(splits['train'])} training pairs, {len(splits['test'])} test pairs")
 
+    # More threads would not make so small a model faster, and one sums in the same order on every machine.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     print(f"warming up a model of {model.num_parameters():,} parameters")
     # The warm-up draws other lists than the pairs, so test lists are new to every stage.
     warm_up(model, tokenizer, taken, rng)
+    torch.set_num_threads(threads)
     model.save_pretrained(output_dir / "model")
     tokenizer.save_pretrained(output_dir / "model")
 

@@ -1,0 +1,140 @@
+"""What must fit together before an `AMATrainer` loads a model."""
+
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from trl import DPOConfig
+
+from .ama_config import AMAConfig
+from .errors import AMAError, nearest
+from .mixing import MixingStrategy, build_strategy
+from .reference_columns import REFERENCE_COLUMNS, SPECIALIST_COLUMNS, has_columns
+from .tasks import TASK_COLUMN, refuse_streaming, with_task_labels
+
+
+def check_config(args: Any) -> None:
+    """Raise an `AMAError` unless `args` is an `AMAConfig`."""
+    if not isinstance(args, AMAConfig):
+        raise AMAError(
+            f"AMATrainer takes an AMAConfig as `args`, got {type(args).__name__}. Replace `{DPOConfig.__name__}(…)` by "
+            "`AMAConfig(…)`: it has every field of it."
+        )
+
+
+def check_train_dataset(train_dataset: Any) -> None:
+    """Raise an `AMAError` unless there are pairs that can be drawn by task."""
+    if train_dataset is None:
+        raise AMAError("AMATrainer needs a `train_dataset` of preference pairs with a `task` column, got None.")
+    refuse_streaming(train_dataset, "train_dataset")
+    if len(train_dataset) == 0:
+        raise AMAError("train_dataset has no rows. Give it preference pairs with a `task` column.")
+
+
+def label_eval(eval_dataset: Any, task_names: list[str]) -> Any:
+    """Number the tasks of the held-out pairs as those of the training pairs; datasets without tasks pass as they are."""
+    if isinstance(eval_dataset, dict):
+        return type(eval_dataset)({name: label_eval(part, task_names) for name, part in eval_dataset.items()})
+    if isinstance(eval_dataset, Dataset) and TASK_COLUMN in eval_dataset.column_names:
+        return with_task_labels(eval_dataset, task_names, "eval_dataset")
+    return eval_dataset
+
+
+def eval_parts(eval_dataset: Any) -> dict[str, Dataset]:
+    """The map-style datasets in `eval_dataset`, by their name for messages."""
+    parts = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+    return {f"eval_dataset {name}".strip(): part for name, part in parts.items() if isinstance(part, Dataset)}
+
+
+def check_specialists(specialists: dict[str, Any] | None, task_names: list[str]) -> dict[str, Any] | None:
+    """The specialists, one per task; `None` if there are none at all.
+
+    Raises:
+        AMAError: If a task has none while another has, or one is for an unknown task.
+    """
+    if not specialists:
+        return None
+    unknown = [task for task in specialists if task not in task_names]
+    if unknown:
+        raise AMAError(
+            f"There is a specialist for '{unknown[0]}', but the training tasks are {task_names}."
+            f"{nearest(unknown[0], task_names)}"
+        )
+    missing = [task for task in task_names if task not in specialists]
+    if missing:
+        raise AMAError(
+            f"Task '{missing[0]}' has no specialist; there are specialists for {sorted(specialists)}. Train one with "
+            "`trl ama-specialists --config …`, or add it to `specialists`."
+        )
+    return specialists
+
+
+def check_columns(train_dataset: Dataset, eval_dataset: Any, ref_model: Any) -> tuple[bool, bool]:
+    """Whether the training pairs carry reference log-probs, and specialists' log-probs.
+
+    Raises:
+        AMAError: If columns are incomplete or not finite, contradict each other or `ref_model`.
+    """
+    has_reference = has_columns(train_dataset, REFERENCE_COLUMNS, "train_dataset")
+    has_specialist = has_columns(train_dataset, SPECIALIST_COLUMNS, "train_dataset")
+    for role, part in eval_parts(eval_dataset).items():
+        has_columns(part, REFERENCE_COLUMNS, role)
+        has_columns(part, SPECIALIST_COLUMNS, role)
+    if has_specialist and not has_reference:
+        raise AMAError(
+            f"train_dataset has {list(SPECIALIST_COLUMNS)} but lacks {list(REFERENCE_COLUMNS)}, and a specialist's loss "
+            "depends on both. `trl ama-losses` computes all four."
+        )
+    if has_reference and ref_model is not None:
+        raise AMAError(
+            f"train_dataset has the columns {list(REFERENCE_COLUMNS)} and `ref_model` was passed too. Pass one of them."
+        )
+    return has_reference, has_specialist
+
+
+def strategy_for(args: AMAConfig, train_dataset: Dataset, task_names: list[str]) -> MixingStrategy:
+    """Build the strategy that `args` asks for, over the tasks' numbers of pairs."""
+    return build_strategy(
+        args.mixing,
+        np.bincount(np.asarray(train_dataset[TASK_COLUMN]), minlength=len(task_names)),
+        mixing_lr=None if args.mixing_lr == "auto" else args.mixing_lr,
+        smoothing=args.smoothing,
+        excess_clip=args.excess_clip,
+        sampling=args.sampling,
+    )
+
+
+def check_no_task_lost(before: Dataset, after: Dataset, task_names: list[str], max_length: int | None) -> None:
+    """Raise an `AMAError` if `DPOTrainer` dropped every pair of a task because its prompts fill `max_length`."""
+    counts, left = (np.bincount(np.asarray(data[TASK_COLUMN]), minlength=len(task_names)) for data in (before, after))
+    for name, count, rest in zip(task_names, counts, left, strict=True):
+        if rest == 0:
+            raise AMAError(
+                f"All {count} pairs of task '{name}' were dropped, because their prompts alone fill max_length "
+                f"({max_length}). Raise max_length, or remove the task."
+            )
+
+
+def check_arguments(args: AMAConfig, strategy: MixingStrategy, has_reference_losses: bool) -> None:
+    """Raise an `AMAError` for arguments of `DPOTrainer` or the Trainer that contradict the strategy."""
+    if strategy.uses_own_sampler and args.train_sampling_strategy != "random":
+        raise AMAError(
+            f"train_sampling_strategy='{args.train_sampling_strategy}' and mixing='{args.mixing}' both decide which pairs "
+            "come next. Leave train_sampling_strategy at 'random', or use mixing='proportional'."
+        )
+    if args.use_weighting and not descends_trl_loss(strategy):
+        raise AMAError(
+            "use_weighting (WPO) weighs pairs by the policy's own probabilities, and excess losses over a specialist cannot "
+            f"be compared with that. Turn it off, or use mixing='proportional' instead of '{args.mixing}'."
+        )
+    metric = (args.metric_for_best_model or "").removeprefix("eval_")
+    if metric in ("worst_excess", "mean_excess") and not has_reference_losses and strategy.objective == "loss":
+        raise AMAError(
+            f"metric_for_best_model='{args.metric_for_best_model}' needs reference losses, and the dataset has none. "
+            "Compute them with `trl ama-losses`, or choose 'worst_accuracy'."
+        )
+
+
+def descends_trl_loss(strategy: MixingStrategy) -> bool:
+    """Whether TRL's own batch mean is what the θ-step descends: no excess, and all weights 1."""
+    return strategy.objective == "loss" and bool((strategy.loss_weights() == 1).all())
