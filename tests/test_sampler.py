@@ -179,7 +179,7 @@ class Run:
     excess = np.random.default_rng(9).exponential(size=30)
 
     def __init__(self, name="ama_s", micro_batch=4, accumulation=2, drop_last=False, seed=1):
-        self.strategy = build_strategy(name, SIZES, mixing_lr=0.8)
+        self.strategy = build_strategy(name, SIZES, mixing_lr=0.1)
         self.micro_batch, self.accumulation, self.drop_last = micro_batch, accumulation, drop_last
         block = micro_batch * accumulation
         self.sampler = make_sampler(
@@ -244,7 +244,8 @@ def test_draws_do_not_depend_on_how_a_step_is_cut(micro_batch, accumulation):
     cut = Run(micro_batch=micro_batch, accumulation=accumulation).train(epochs=3)
     assert cut.steps == whole.steps
     assert [len(rows) for rows, _ in whole.steps] == [8, 8, 8, 6] * 3
-    assert len({tuple(p) for _, p in whole.steps}) >= 11  # the mixture moved all the time
+    # The mixture moved all the time; only an epoch's first two blocks share a p, because of the reading ahead
+    assert len({tuple(p) for _, p in whole.steps}) == 9
 
 
 @pytest.mark.parametrize("name", ["ama_s", "ama_r", "uniform"])
@@ -288,9 +289,8 @@ def test_a_resumed_sampler_yields_stand_ins_then_the_pending_then_new_rows():
 
 def test_a_state_of_an_epochs_end_begins_a_new_epoch():
     undisturbed = Run().train(epochs=2)
-    resumed = make_sampler(build_strategy("ama_s", SIZES, mixing_lr=0.8), 8)
-    resumed.load_state_dict(json.loads(undisturbed.saved[3])["sampler"])  # after 4 steps of 8, 8, 8 and 6
-    assert take(iter(resumed), 8) == undisturbed.steps[4][0]
+    resumed = Run().load(undisturbed.saved[3])  # after 4 steps of 8, 8, 8 and 6
+    assert take(iter(resumed.sampler), 8) == undisturbed.steps[4][0]
 
 
 def test_leftovers_of_a_dropped_batch_are_not_trained_on():
