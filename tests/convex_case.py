@@ -24,13 +24,13 @@ from trl_ama.mixing import StepStatistics, build_strategy
 
 
 BETA = 1.0
-RADIUS = 3.0  # θ lives in this ball
-PAIRS, DIMENSIONS, BATCH = 40, 3, 8
-# Where each task's feature differences point, how far, and how much they scatter: tasks 0 and 1 pull against each other,
-# task 2 across them, and task 0 is the hardest, so that the minimax mixture is not the uniform one
-DIRECTIONS = np.array([[1.0, 0.0, 0.3], [-1.0, 0.6, 0.3], [-0.2, -1.2, 0.3]])
-LENGTHS = np.array([0.7, 2.5, 1.4])
-SCATTER = 0.5
+RADIUS = 2.0  # θ lives in this ball
+PAIRS, DIMENSIONS, BATCH = 200, 3, 32
+# Where each task's feature differences point, how far, and how much they scatter. They pull in three directions, and task
+# 0 with the shortest step is the hardest to please, so that the minimax mixture is neither a corner nor uniform.
+DIRECTIONS = np.array([[1.0, 0.0, 0.15], [-1.0, 0.6, 0.15], [-0.2, -1.2, 0.15]])
+LENGTHS = np.array([0.5, 2.0, 1.2])
+SCATTER = 0.8
 
 
 def log1p_exp(values: np.ndarray) -> np.ndarray:
@@ -105,7 +105,9 @@ def minimize_in_ball(
         A lower bound of the minimum, an upper bound that a θ of the ball attains, and that θ.
     """
     d = dimensions
-    center, shape = np.zeros(d), RADIUS**2 * np.eye(d)  # the ellipsoid {x: (x − c)ᵀ P⁻¹ (x − c) ≤ 1}: first the ball
+    # The ellipsoid {x: (x − c)ᵀ P⁻¹ (x − c) ≤ 1} that holds the minimum: first the ball and a little more, so that rounding
+    # never leaves out a minimum on the sphere
+    center, shape = np.zeros(d), (1.01 * RADIUS) ** 2 * np.eye(d)
     lower, upper, best = -math.inf, math.inf, center
     for _ in range(100_000):
         if center @ center > RADIUS**2:  # outside: cut away the half-space beyond

@@ -69,7 +69,9 @@ def test_from_trl_import_after_import_trl_ama():
     assert out[:2] == ["[]", "True"]
 
 
-@pytest.mark.parametrize("name", ["AMAConfig", "AMATrainer", "AMAError", "run_pipeline", "load_tasks", "MixingStrategy"])
+@pytest.mark.parametrize(
+    "name", ["AMAConfig", "AMATrainer", "AMAError", "run_pipeline", "load_tasks", "MixingStrategy"]
+)
 def test_public_names_can_be_imported(name):
     import trl_ama
 
@@ -197,7 +199,9 @@ def test_excess_is_zero_at_the_start_if_the_specialist_is_the_base(model_dir, qu
     for side in ("chosen", "rejected"):
         data = data.remove_columns(f"specialist_{side}_logps")
         data = data.add_column(f"specialist_{side}_logps", data[f"ref_{side}_logps"])
-    trainer = AMATrainer(model_dir, args=quick_args(max_steps=1, weight_decay=0.0), train_dataset=data, peft_config=lora())
+    trainer = AMATrainer(
+        model_dir, args=quick_args(max_steps=1, weight_decay=0.0), train_dataset=data, peft_config=lora()
+    )
     # the made-up reference log-probs are far from the base's, so take the base's own
     real = trainer.compute_ref_log_probs(
         trainer.model, trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(80)]))
@@ -206,7 +210,9 @@ def test_excess_is_zero_at_the_start_if_the_specialist_is_the_base(model_dir, qu
         for owner in ("ref", "specialist"):
             data = data.remove_columns(f"{owner}_{side}_logps")
             data = data.add_column(f"{owner}_{side}_logps", values.cpu().numpy())
-    trainer = AMATrainer(model_dir, args=quick_args(max_steps=1, weight_decay=0.0), train_dataset=data, peft_config=lora())
+    trainer = AMATrainer(
+        model_dir, args=quick_args(max_steps=1, weight_decay=0.0), train_dataset=data, peft_config=lora()
+    )
     before = weights_of(trainer)
     trainer.train()
     assert trainer.state.log_history[0]["ama/excess/list"] == pytest.approx(0, abs=1e-5)
@@ -223,7 +229,9 @@ def test_evaluation_by_task_and_worst_task(model_dir, quick_args):
     column = {name: torch.tensor(np.asarray(trainer.eval_dataset[name])) for name in LOGP_COLUMNS}
     ones = torch.ones(len(held_out))
     references = (column["ref_chosen_logps"], column["ref_rejected_logps"])
-    policy = PairLogProbs(*(torch.tensor(scores[f"{side}_logps"]) for side in ("chosen", "rejected")), *references, ones, ones)
+    policy = PairLogProbs(
+        *(torch.tensor(scores[f"{side}_logps"]) for side in ("chosen", "rejected")), *references, ones, ones
+    )
     specialist = PairLogProbs(
         column["specialist_chosen_logps"], column["specialist_rejected_logps"], *references, ones, ones
     )
@@ -234,7 +242,9 @@ def test_evaluation_by_task_and_worst_task(model_dir, quick_args):
         rows = tasks == index
         assert metrics[f"eval_ama/excess/{task}"] == pytest.approx(excess[rows].mean().item(), rel=1e-4)
         assert metrics[f"eval_ama/accuracy/{task}"] == pytest.approx((margins[rows] > 0).float().mean().item())
-        assert metrics[f"eval_ama/loss/{task}"] == pytest.approx(pair_losses(policy, config)[rows].mean().item(), rel=1e-4)
+        assert metrics[f"eval_ama/loss/{task}"] == pytest.approx(
+            pair_losses(policy, config)[rows].mean().item(), rel=1e-4
+        )
         assert metrics[f"eval_ama/margin/{task}"] == pytest.approx(margins[rows].mean().item(), rel=1e-3, abs=1e-4)
     assert metrics["eval_worst_excess"] == max(metrics[f"eval_ama/excess/{task}"] for task in trainer.task_names)
     assert metrics["eval_worst_accuracy"] == min(metrics[f"eval_ama/accuracy/{task}"] for task in trainer.task_names)
@@ -344,7 +354,9 @@ def test_what_is_learned(model_dir, quick_args):
     sizes = {"sort": 200, "brief": 600}
     trainer = AMATrainer(
         model_dir,
-        args=quick_args(mixing="ama_s", max_steps=60, learning_rate=1e-2, logging_steps=20, per_device_train_batch_size=16),
+        args=quick_args(
+            mixing="ama_s", max_steps=60, learning_rate=1e-2, logging_steps=20, per_device_train_batch_size=16
+        ),
         train_dataset=make_dataset(sizes),
         eval_dataset=make_dataset({"sort": 60, "brief": 60}, seed=1),
         peft_config=LoraConfig(r=8, target_modules="all-linear"),

@@ -17,7 +17,6 @@ from trl_ama.preference_losses import (
     PAIR_LOSSES,
     PairLogProbs,
     PreferenceLossConfig,
-    check_loss_types,
     excess_losses,
     pair_losses,
     sequence_logps,

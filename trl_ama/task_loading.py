@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
 from trl import extract_prompt
 
 from .errors import AMAError
@@ -167,7 +167,7 @@ def _preference_columns(dataset: Dataset, task: TaskConfig) -> Dataset:
         dataset = dataset.map(extract_prompt, desc=f"Extracting the prompts of {task.task}")
     extra = [column for column in _EXTRA_COLUMNS if column in dataset.column_names]
     dataset = dataset.select_columns([*_PAIR_COLUMNS, *extra])
-    if isinstance(dataset[0]["prompt"], list):
+    if isinstance(dataset[0]["prompt"], list) and dataset[0]["prompt"]:
         dataset = _plain_messages(dataset)
     return dataset
 
@@ -181,8 +181,14 @@ def _plain_messages(dataset: Dataset) -> Dataset:
             for column in _PAIR_COLUMNS
         }
 
-    keys = set(dataset[0]["prompt"][0]) if dataset[0]["prompt"] else set()
-    return dataset if keys == {"role", "content"} else dataset.map(strip)
+    features = dict(dataset.features)
+    plain = List({"role": Value("string"), "content": Value("string")})
+    if all(features[column] == plain for column in _PAIR_COLUMNS) or not isinstance(
+        dataset[0]["prompt"][0]["content"], str
+    ):
+        return dataset
+    # The features are given because a message's other keys would otherwise stay, empty
+    return dataset.map(strip, features=Features({**features, **dict.fromkeys(_PAIR_COLUMNS, plain)}))
 
 
 def _from_transcript(row: dict[str, str]) -> dict[str, Any]:

@@ -106,7 +106,9 @@ def strategy_for(args: AMAConfig, train_dataset: Dataset, task_names: list[str])
 
 def check_no_task_lost(before: Dataset, after: Dataset, task_names: list[str], max_length: int | None) -> None:
     """Raise an `AMAError` if `DPOTrainer` dropped every pair of a task because its prompts fill `max_length`."""
-    counts, left = (np.bincount(np.asarray(data[TASK_COLUMN]), minlength=len(task_names)) for data in (before, after))
+    counts, left = (
+        np.bincount(np.asarray(data[TASK_COLUMN], dtype=int), minlength=len(task_names)) for data in (before, after)
+    )
     for name, count, rest in zip(task_names, counts, left, strict=True):
         if rest == 0:
             raise AMAError(

@@ -1,0 +1,357 @@
+"""The stages end to end on a tiny model, what a second run does, and what each stage refuses."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_rows
+from datasets import load_dataset
+from test_invariants import lora
+from trl import DPOTrainer, ModelConfig, TrlParser
+
+from trl_ama import AMAConfig, AMAError, AMATrainer, TaskMixtureConfig, join_reference_losses, run_pipeline
+from trl_ama.fingerprint import read_json, write_json
+from trl_ama.pipeline_arguments import PipelineArguments
+from trl_ama.reference_columns import LOGP_COLUMNS
+from trl_ama.reference_losses import joined_data, load_reference_losses
+from trl_ama.run_settings import RunSettings
+from trl_ama.specialists import quality_warning
+
+
+SIZES = {"list": 48, "sort": 12, "brief": 48}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for task, count in SIZES.items():
+        for split, size, seed in (("train", count, 0), ("test", 20, 1)):
+            with open(folder / f"{task}_{split}.jsonl", "w") as file:
+                file.writelines(json.dumps(row) + "\n" for row in make_rows(task, size, seed))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(model_dir, data_dir, tmp_path_factory):
+    """Builds the four parsed argument groups, as the command line does."""
+    path = tmp_path_factory.mktemp("recipe") / "config.yaml"
+    write_json(
+        path,
+        {
+            "model_name_or_path": model_dir,
+            "tasks": [{"task": task, "path": "org/data", "eval_split": "test"} for task in SIZES],
+            "tasks_dir": str(data_dir),
+            "mixing": "ama_s",
+            "compare": ["proportional"],
+            "specialist_args": {"max_steps": 12},
+            "use_peft": True,
+            "lora_r": 4,
+            "lora_alpha": 8,
+            "lora_target_modules": "all-linear",
+            "learning_rate": 5e-3,
+            "per_device_train_batch_size": 8,
+            "per_device_eval_batch_size": 16,
+            "max_steps": 6,
+            "max_length": 64,
+            "beta": 0.5,
+            "bf16": False,
+            "use_cpu": True,
+            "gradient_checkpointing": False,
+            "report_to": "none",
+            "save_strategy": "steps",
+            "save_steps": 4,
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "seed": 3,
+        },
+    )
+
+    def build(output_dir, *flags):
+        parser = TrlParser((PipelineArguments, AMAConfig, ModelConfig, TaskMixtureConfig))
+        return parser.parse_args_and_config(["--config", str(path), "--output_dir", str(output_dir), *map(str, flags)])
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory):
+    """A finished run; tests copy it before they change it."""
+    output_dir = tmp_path_factory.mktemp("run")
+    results = run_pipeline(*recipe(output_dir))
+    return output_dir, results
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    monkeypatch.setattr(DPOTrainer, "train", lambda *args, **kwargs: pytest.fail("something was trained"))
+
+
+def test_what_a_run_leaves(finished):
+    output_dir, results = finished
+    assert results == read_json(output_dir / "results.json")
+    assert list(results["policies"]) == ["base", "specialists", "ama_s", "proportional"]
+    base, specialists = results["policies"]["base"], results["policies"]["specialists"]
+    for task in SIZES:
+        assert base["by_task"][task]["accuracy"] == 0.5
+        assert base["by_task"][task]["loss"] == pytest.approx(np.log(2))
+        assert specialists["by_task"][task]["excess"] == 0
+        assert base["by_task"][task]["pairs"] == 20
+    assert specialists["by_task"]["brief"]["accuracy"] > 0.8
+    for name in ("ama_s", "proportional"):
+        summary, by_task = results["policies"][name]["summary"], results["policies"][name]["by_task"]
+        assert summary["worst_accuracy"] == min(by_task[task]["accuracy"] for task in SIZES)
+        assert summary["worst_excess"] == max(by_task[task]["excess"] for task in SIZES)
+        assert by_task["brief"]["accuracy"] > 0.5
+        assert (output_dir / "generalists" / name / "adapter_model.safetensors").is_file()
+    assert (output_dir / "plots" / "mixture.png").read_bytes().startswith(b"\x89PNG")
+    table = (output_dir / "results.md").read_text()
+    assert "| **worst task**" in table and "| mean of tasks" in table
+    card = (output_dir / "generalists" / "ama_s" / "README.md").read_text()
+    assert table in card and "mixture.png" in card and "tags:" in card
+    assert str(output_dir) not in card
+
+
+def test_a_second_run_finds_everything_done(copy, recipe, finished, no_training, capsys):
+    assert run_pipeline(*recipe(copy)) == finished[1]
+    printed = capsys.readouterr().out
+    assert printed.count(" done") == 3 + 3 + 2 and "to do" not in printed
+
+
+def test_the_plan_comes_first(recipe, tmp_path, monkeypatch, capsys):
+    class Stop(Exception):
+        pass
+
+    def stop(*args):
+        raise Stop
+
+    monkeypatch.setattr("trl_ama.pipeline.train_specialists", stop)
+    with pytest.raises(Stop):
+        run_pipeline(*recipe(tmp_path))
+    printed = capsys.readouterr().out
+    assert "3 tasks, 108 training pairs, 60 held out" in printed
+    assert printed.count("to do") == 3 + 3 + 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (
+            ["--learning_rate", "0.001"],
+            r"specialist of task 'list'.*made with learning_rate=0.005.*has learning_rate=0.001",
+        ),
+        (["--specialist_args", "{max_steps: 13}"], r"made with max_steps=12, but this run has max_steps=13"),
+        (["--max_train_pairs", "8"], r"specialist of task 'list'.*made with pairs="),
+        (["--lora_r", "8"], r"made with lora_r=4, but this run has lora_r=8"),
+    ],
+)
+def test_other_settings_in_the_same_folder_are_refused(copy, recipe, no_training, flags, text):
+    with pytest.raises(AMAError, match=text) as caught:
+        run_pipeline(*recipe(copy, *flags))
+    assert "another output_dir" in str(caught.value)
+
+
+def test_only_the_mixing_changed(copy, recipe, no_training):
+    """Specialists and reference losses serve any mixing; the generalist of that name does not."""
+    with pytest.raises(
+        AMAError, match=r"The generalist 'ama_s'.*made with smoothing=0.1, but this run has smoothing=0.3"
+    ):
+        run_pipeline(*recipe(copy, "--smoothing", "0.3"))
+
+
+def test_another_beta_needs_no_scoring(copy, recipe, monkeypatch):
+    monkeypatch.setattr("trl_ama.reference_losses.score_pairs", lambda *args: pytest.fail("pairs were scored again"))
+    shutil.rmtree(copy / "generalists")
+    flags = ["--beta", "0.2", "--specialist_args", "{max_steps: 12, beta: 0.5}"]
+    results = run_pipeline(*recipe(copy, *flags), stages=("losses", "train", "eval"))
+    assert results["policies"]["specialists"]["by_task"]["brief"]["loss"] < np.log(2)
+
+
+def test_reference_losses_of_other_settings_are_refused(copy, recipe, no_training):
+    shutil.rmtree(copy / "generalists")
+    note = read_json(copy / "reference_losses" / "sort" / "fingerprint.json")
+    for field, value in (("tokenizer", "0000"), ("max_length", 128), ("dtype", "bfloat16"), ("specialist", "x@1")):
+        changed = {**note, "fingerprint": {**note["fingerprint"], field: value}}
+        write_json(copy / "reference_losses" / "sort" / "fingerprint.json", changed)
+        with pytest.raises(
+            AMAError, match=f"reference losses of task 'sort'.*made with {field}={value!r}, but this run has"
+        ):
+            run_pipeline(*recipe(copy))
+
+
+def test_losses_without_specialists(recipe, tmp_path, no_training):
+    with pytest.raises(AMAError, match=r"Task 'list' has no specialist in .*; found \[\]. Run `trl ama-specialists"):
+        run_pipeline(*recipe(tmp_path), stages=("losses",))
+
+
+def test_training_without_reference_losses(copy, recipe, no_training):
+    shutil.rmtree(copy / "reference_losses" / "sort")
+    shutil.rmtree(copy / "generalists")
+    with pytest.raises(
+        AMAError, match=r"'sort' has no reference losses; found \['brief', 'list'\]. Run `trl ama-losses"
+    ):
+        run_pipeline(*recipe(copy), stages=("train",))
+
+
+def test_a_damaged_loss_file_is_named(copy, recipe, no_training):
+    path = copy / "reference_losses" / "list" / "train.parquet"
+    path.write_bytes(path.read_bytes()[:200])
+    shutil.rmtree(copy / "generalists")
+    with pytest.raises(AMAError, match="reference losses in .* cannot be read"):
+        run_pipeline(*recipe(copy), stages=("train",))
+
+
+def test_only_what_is_missing_is_scored(copy, recipe, monkeypatch):
+    """A task's losses come back equal, and the others' files are left alone."""
+    folder = copy / "reference_losses"
+    before = load_dataset("parquet", data_files=str(folder / "sort" / "train.parquet"), split="train").to_pandas()
+    shutil.rmtree(folder / "sort")
+    untouched = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    run_pipeline(*recipe(copy), stages=("losses",))
+    assert untouched == {path: path.stat().st_mtime_ns for path in untouched}
+    after = load_dataset("parquet", data_files=str(folder / "sort" / "train.parquet"), split="train").to_pandas()
+    for column in LOGP_COLUMNS:
+        np.testing.assert_allclose(before[column], after[column], rtol=1e-6)
+
+
+def test_the_stages_losses_are_the_trainers_own(finished, recipe):
+    """Joined by id, the stored log-probs equal what an AMATrainer computes from the same specialists."""
+    settings = RunSettings(*recipe(finished[0]))
+    joined = joined_data(settings)["train"]
+    trainer = AMATrainer(
+        settings.model_name,
+        args=settings.with_arguments(
+            specialists={task: str(settings.specialist_dir(task)) for task in SIZES}, model_init_kwargs=None
+        ),
+        train_dataset=settings.data["train"],
+        peft_config=lora(),
+    )
+    own = trainer.train_dataset
+    theirs = dict(zip(zip(own["task"], own["pair_id"], strict=True), range(len(own)), strict=True))
+    names = [joined.features["task"].names[task] for task in joined["task"]]
+    rows = [
+        theirs[key]
+        for key in zip([own.features["task"].names.index(n) for n in names], joined["pair_id"], strict=True)
+    ]
+    for column in LOGP_COLUMNS:
+        np.testing.assert_allclose(np.asarray(joined[column]), np.asarray(own[column])[rows], rtol=1e-4, atol=1e-4)
+
+
+def test_joining_is_by_id_not_position(finished, recipe):
+    settings = RunSettings(*recipe(finished[0]))
+    losses = load_reference_losses(settings.losses_dir, settings.task_names)["train"]
+    data = settings.data["train"]
+    straight, shuffled = (join_reference_losses(data, part) for part in (losses, losses.shuffle(seed=1)))
+    for column in LOGP_COLUMNS:
+        assert straight[column][:] == shuffled[column][:]
+    with pytest.raises(AMAError, match=r"lack 1 of the 48 pairs of task 'list' \(the first is"):
+        join_reference_losses(data, losses.select(range(1, len(losses))))
+    without = losses.remove_columns("ref_chosen_logps")
+    values = np.asarray(losses["ref_chosen_logps"]).copy()
+    values[5] = np.nan
+    with pytest.raises(
+        AMAError, match="'ref_chosen_logps' of The reference-loss dataset is missing or not finite in 1 of"
+    ):
+        join_reference_losses(data, without.add_column("ref_chosen_logps", values))
+
+
+def test_pairs_that_dpo_trainer_drops_are_left_out_by_id(recipe, tmp_path):
+    """max_length 7 drops the prompts of five words and keeps those of three and four."""
+    arguments = recipe(tmp_path / "run", "--max_length", "7")
+    run_pipeline(*arguments)
+    settings = RunSettings(*arguments)
+    losses = load_reference_losses(settings.losses_dir, settings.task_names)
+    assert 0 < len(losses["train"]) < len(settings.data["train"])
+    lengths = {len(row["prompt"][0]["content"].split()) for row in losses["train"]}
+    assert lengths == {4, 5} - {length for length in (4, 5) if length not in lengths}
+    joined = joined_data(settings)["train"]
+    assert sorted(joined["pair_id"]) == sorted(losses["train"]["pair_id"])
+
+
+def test_without_texts(copy, recipe):
+    shutil.rmtree(copy / "reference_losses")
+    run_pipeline(*recipe(copy, "--include_text", "False"), stages=("losses",))
+    path = copy / "reference_losses" / "list" / "train.parquet"
+    columns = load_dataset("parquet", data_files=str(path), split="train").column_names
+    assert not {"prompt", "chosen", "rejected"} & set(columns) and {"pair_id", *LOGP_COLUMNS} <= set(columns)
+    assert len(joined_data(RunSettings(*recipe(copy)))["train"]) == sum(SIZES.values())
+
+
+def test_a_stopped_specialist_goes_on_from_its_checkpoint(recipe, finished, tmp_path, monkeypatch):
+    output_dir = tmp_path / "run"
+    steps = []
+    original = DPOTrainer.training_step
+
+    def count(self, *args, **kwargs):
+        steps.append(self.state.global_step)
+        if len(steps) == 10:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(DPOTrainer, "training_step", count)
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(*recipe(output_dir), stages=("specialists",))
+    assert (output_dir / "specialists" / "list" / "checkpoint-8").is_dir()
+    run_pipeline(*recipe(output_dir), stages=("specialists",))
+    assert steps[10:14] == [8, 9, 10, 11]
+    adapter = Path("specialists", "list", "adapter_model.safetensors")
+    assert (output_dir / adapter).read_bytes() == (finished[0] / adapter).read_bytes()
+
+
+def test_a_users_own_specialist_is_not_trained(copy, recipe, tmp_path, monkeypatch):
+    source = tmp_path / "mine"
+    shutil.copytree(copy / "specialists" / "sort", source)
+    shutil.rmtree(copy)
+    trained = []
+    monkeypatch.setattr("trl_ama.specialists.train_specialist", lambda settings, task: trained.append(task) or {})
+    run_pipeline(*recipe(copy, "--specialists", json.dumps({"sort": str(source)})), stages=("specialists",))
+    assert trained == ["list", "brief"]
+    with pytest.raises(AMAError, match=r"specialist for 'sorting', but the recipe's tasks are .* Did you mean 'sort'"):
+        run_pipeline(*recipe(copy, "--specialists", json.dumps({"sorting": str(source)})))
+
+
+def test_quality_warning():
+    good = {"eval_loss": 0.5, "base_loss": 0.693, "eval_accuracy": 0.8, "eval_pairs": 100}
+    assert quality_warning("list", good) is None
+    for worse in ({"eval_loss": 0.7}, {"eval_accuracy": 0.54}):
+        text = quality_warning("list", {**good, **worse})
+        assert "specialist of task 'list' does not beat the base model on its own 100 held-out pairs" in text
+    assert quality_warning("list", {"steps": 3}) is None
+
+
+def test_a_weak_specialist_is_said_loudly(recipe, tmp_path):
+    with pytest.warns(UserWarning, match="does not beat the base model"):
+        run_pipeline(
+            *recipe(tmp_path, "--specialist_args", "{max_steps: 1, learning_rate: 1.0e-9}"), stages=("specialists",)
+        )
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (
+            ["--specialist_args", "{learning_rat: 1}"],
+            "Unknown training argument 'learning_rat' .*Did you mean 'learning_rate'",
+        ),
+        (["--model_name_or_path", "org/not-cached"], "base model 'org/not-cached' cannot be read"),
+    ],
+)
+def test_recipes_that_cannot_run(recipe, tmp_path, no_training, flags, text):
+    with pytest.raises(AMAError, match=text):
+        run_pipeline(*recipe(tmp_path, *flags))
+
+
+def test_nothing_to_evaluate_on(recipe, copy, no_training, capsys):
+    settings = RunSettings(*recipe(copy))
+    from trl_ama import evaluate_policies
+
+    del settings.data["test"]
+    with pytest.raises(AMAError, match="No task has held-out pairs"):
+        evaluate_policies(settings, {})

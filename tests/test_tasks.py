@@ -1,0 +1,169 @@
+import json
+
+import pytest
+from conftest import make_rows
+from datasets import ClassLabel, Dataset
+
+from trl_ama import AMAError, TaskMixtureConfig, load_tasks
+from trl_ama.task_loading import fits_into
+from trl_ama.tasks import concatenate_tasks, pair_id, task_names_of, with_task_labels
+
+
+@pytest.fixture
+def files(tmp_path):
+    for task, count in (("list", 30), ("sort", 10)):
+        for split, seed in (("train", 0), ("test", 1)):
+            with open(tmp_path / f"{task}_{split}.jsonl", "w") as file:
+                file.writelines(json.dumps({**row, "id": 1}) + "\n" for row in make_rows(task, count, seed))
+    return tmp_path
+
+
+def entries(folder, **changes):
+    return [
+        {
+            "task": task,
+            "path": "json",
+            "data_files": {split: str(folder / f"{task}_{split}.jsonl") for split in ("train", "test")},
+            "split": "train",
+            "eval_split": "test",
+            **changes,
+        }
+        for task in ("sort", "list")
+    ]
+
+
+def test_tasks_are_loaded_in_the_recipes_order(files):
+    data = load_tasks(TaskMixtureConfig(tasks=entries(files)))
+    assert data["train"].features["task"].names == ["sort", "list"]
+    assert {split: len(part) for split, part in data.items()} == {"train": 40, "test": 40}
+    assert set(data["train"].column_names) == {"prompt", "chosen", "rejected", "pair_id", "task"}
+    first = data["train"][0]
+    assert first["task"] == 0 and first["prompt"][0]["content"].startswith("sort")
+    assert first["pair_id"] == pair_id(first["prompt"], first["chosen"], first["rejected"])
+
+
+def test_tasks_dir_replaces_the_recipes_paths(files):
+    tasks = [{"task": name, "path": "nowhere/at-all", "format": "hh_rlhf"} for name in ("sort", "list")]
+    data = load_tasks(TaskMixtureConfig(tasks=tasks, tasks_dir=str(files)))
+    assert len(data["train"]) == 40 and len(data["test"]) == 40
+
+
+def test_tasks_on_the_command_line_are_inline_yaml(files):
+    text = f"{{task: list, path: json, data_files: '{files / 'list_train.jsonl'}'}}"
+    data = load_tasks(TaskMixtureConfig(tasks=[text], test_split_size=0.2))
+    assert {split: len(part) for split, part in data.items()} == {"train": 24, "test": 6}
+    assert not set(data["train"]["pair_id"]) & set(data["test"]["pair_id"])
+
+
+def test_only_some_tasks_have_held_out_pairs(files):
+    tasks = entries(files)
+    tasks[0]["eval_split"] = None
+    data = load_tasks(TaskMixtureConfig(tasks=tasks))
+    assert data["test"].features["task"].names == ["sort", "list"]
+    assert set(data["test"]["task"]) == {1}
+
+
+def test_at_most_so_many_pairs_seeded(files):
+    config = TaskMixtureConfig(tasks=entries(files), max_train_pairs=7, max_eval_pairs=3)
+    data, again, other = load_tasks(config, seed=1), load_tasks(config, seed=1), load_tasks(config, seed=2)
+    assert (len(data["train"]), len(data["test"])) == (14, 6)
+    assert data["train"]["pair_id"][:] == again["train"]["pair_id"][:] != other["train"]["pair_id"][:]
+
+
+def test_dropping_happens_before_counting(files, tokenizer):
+    fits = fits_into(tokenizer, 13)
+    data = load_tasks(TaskMixtureConfig(tasks=entries(files), max_train_pairs=5), fits=fits)
+    assert len(data["train"]) == 10 and all(fits(row) for row in data["train"])
+    with pytest.raises(AMAError, match="None of the 10 pairs of task 'sort' fits"):
+        load_tasks(TaskMixtureConfig(tasks=entries(files)), fits=fits_into(tokenizer, 2))
+
+
+def test_columns_can_be_renamed(tmp_path):
+    rows = [{"question": "a?", "good": "yes", "bad": "no", "extra": 1}] * 3
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = {"task": "x", "path": "json", "data_files": str(tmp_path / "x.jsonl")}
+    columns = {"prompt": "question", "chosen": "good", "rejected": "bad"}
+    plain = load_tasks(TaskMixtureConfig(tasks=[{**task, "columns": columns}]))["train"]
+    assert plain[0]["prompt"] == "a?" and plain[0]["chosen"] == "yes"
+    turns = load_tasks(TaskMixtureConfig(tasks=[{**task, "columns": columns, "format": "single_turn"}]))["train"]
+    assert turns[0]["prompt"] == [{"role": "user", "content": "a?"}]
+    assert turns[0]["rejected"] == [{"role": "assistant", "content": "no"}]
+    with pytest.raises(AMAError, match="Task 'x' has no column 'better'; found"):
+        load_tasks(TaskMixtureConfig(tasks=[{**task, "columns": {"chosen": "better"}}]))
+    with pytest.raises(AMAError, match="has no column 'chosen'; found .* Name the dataset's own columns"):
+        load_tasks(TaskMixtureConfig(tasks=[task]))
+    with pytest.raises(AMAError, match="format 'hh'; known are"):
+        load_tasks(TaskMixtureConfig(tasks=[{**task, "columns": columns, "format": "hh"}]))
+
+
+def test_hh_rlhf_transcripts(tmp_path):
+    start = "\n\nHuman: Hi there\n\nAssistant: Hello!\n\nHuman: What is 1+1?\n\nAssistant: "
+    (tmp_path / "hh.jsonl").write_text(json.dumps({"chosen": start + "2", "rejected": start + "3\n\nsurely"}))
+    task = {"task": "hh", "path": "json", "data_files": str(tmp_path / "hh.jsonl"), "format": "hh_rlhf"}
+    row = load_tasks(TaskMixtureConfig(tasks=[task]))["train"][0]
+    assert [turn["role"] for turn in row["prompt"]] == ["user", "assistant", "user"]
+    assert row["prompt"][-1]["content"] == "What is 1+1?"
+    assert row["chosen"] == [{"role": "assistant", "content": "2"}]
+    assert row["rejected"] == [{"role": "assistant", "content": "3\n\nsurely"}]
+
+
+def test_implicit_prompts_and_extra_message_keys(tmp_path):
+    turns = [{"role": "user", "content": "q", "id": 3}]
+    row = {
+        "chosen": [*turns, {"role": "assistant", "content": "a", "id": 4}],
+        "rejected": [*turns, {"role": "assistant", "content": "b", "id": 5}],
+    }
+    (tmp_path / "x.jsonl").write_text(json.dumps(row))
+    data = load_tasks(
+        TaskMixtureConfig(tasks=[{"task": "x", "path": "json", "data_files": str(tmp_path / "x.jsonl")}])
+    )
+    assert data["train"][0]["prompt"] == [{"role": "user", "content": "q"}]
+    assert data["train"][0]["chosen"] == [{"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"data_files": "missing.jsonl"}, "Task 'sort' cannot be loaded: split 'train' of 'missing.jsonl'"),
+        ({"split": "trian"}, "split 'trian'"),
+        ({"path": "org/not-cached", "data_files": None}, "Check `path`, `data_files` and `split`"),
+    ],
+)
+def test_data_that_cannot_be_loaded(files, changes, text):
+    with pytest.raises(AMAError, match=text) as caught:
+        load_tasks(TaskMixtureConfig(tasks=entries(files, **changes)))
+    assert "\n" not in str(caught.value)
+
+
+def test_no_local_file_for_a_task(files):
+    tasks = [{"task": name, "path": "x"} for name in ("sort", "code")]
+    with pytest.raises(AMAError, match="has no file for task 'code'; looked for 'code_train'"):
+        load_tasks(TaskMixtureConfig(tasks=tasks, tasks_dir=str(files)))
+
+
+def test_a_pair_without_an_answer(tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "q", "chosen": "", "rejected": "b"}))
+    with pytest.raises(AMAError, match=r"a pair without an answer \(row 0"):
+        load_tasks(TaskMixtureConfig(tasks=[{"task": "x", "path": "json", "data_files": str(tmp_path / "x.jsonl")}]))
+
+
+def test_tasks_of_different_formats_cannot_be_concatenated():
+    plain = Dataset.from_list([{"prompt": "q", "chosen": "a", "rejected": "b"}])
+    turns = Dataset.from_list(make_rows("list", 1, 0))
+    with pytest.raises(AMAError, match="Task 'b' has columns .* task 'a' has .* Bring all tasks into one format"):
+        concatenate_tasks({"a": plain, "b": turns})
+
+
+def test_labels_follow_the_training_tasks():
+    dataset = Dataset.from_dict({"task": ["b", "a", "b"]})
+    assert task_names_of(dataset) == ["a", "b"]
+    assert with_task_labels(dataset, ["b", "c", "a"])["task"][:] == [0, 2, 0]
+    labelled = dataset.cast_column("task", ClassLabel(names=["b", "a"]))
+    assert with_task_labels(labelled, ["a", "b"])["task"][:] == [1, 0, 1]
+
+
+def test_pair_ids_are_of_the_text_alone():
+    turns = [{"role": "user", "content": "é"}]
+    swapped = [{"content": "é", "role": "user"}]
+    assert pair_id(turns, "a", "b") == pair_id(swapped, "a", "b")
+    assert len({pair_id("p", "a", "b"), pair_id("p", "b", "a"), pair_id(None, "a", "b"), pair_id("pa", "", "b")}) == 4
