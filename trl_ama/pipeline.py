@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from datasets import disable_progress_bars as disable_dataset_bars
+from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 from trl import ModelConfig
 
 from .ama_config import AMAConfig
@@ -44,6 +46,9 @@ def run_pipeline(
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown:
         raise AMAError(f"Unknown stage '{unknown[0]}'; known are {list(STAGES)}.")
+    if training_args.disable_tqdm:
+        disable_dataset_bars()
+        disable_transformers_bars()
     settings = RunSettings(pipeline_args, training_args, model_args, task_args)
     check_recipe(settings)
     for line in describe_plan(settings, stages):

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from . import __version__
 from .fingerprint import read_json
 from .run_settings import RunSettings
+from .tasks import TaskConfig
 
 
 _FIGURES = (("accuracy", "Held-out reward accuracy", "mean_accuracy", "worst_accuracy"),
@@ -98,8 +99,10 @@ def plot_mixture(settings: RunSettings, path: Path) -> None:
             axis = axes[row][column]
             for index, task in enumerate(settings.task_names):
                 points = history.get(key, {}).get(task, [])
-                axis.plot([step for step, _ in points], [value for _, value in points], color=f"C{index}", label=task)
-            axis.set_ylim(bottom=0)
+                steps, values = [step for step, _ in points], [value for _, value in points]
+                # Dashes of several lengths, so that equal curves show each other
+                dashes = (0, (4, index)) if index else "-"
+                axis.plot(steps, values, color=f"C{index}", linestyle=dashes, label=task)
             axis.grid(alpha=0.3)
             if column == 0:
                 axis.set_ylabel(label)
@@ -107,6 +110,8 @@ def plot_mixture(settings: RunSettings, path: Path) -> None:
                 axis.set_title(strategy)
             else:
                 axis.set_xlabel("optimizer step")
+    for row in axes:  # shared within a row, and only right once every curve is there
+        row[0].set_ylim(bottom=0)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=min(len(labels), 6), frameon=False)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
@@ -115,12 +120,24 @@ def plot_mixture(settings: RunSettings, path: Path) -> None:
     pyplot.close(figure)
 
 
+def _data_source(task: TaskConfig, settings: RunSettings) -> str:
+    """Where a task's pairs come from, without the paths of this machine."""
+    if settings.task_args.tasks_dir is not None:
+        return "local files"
+    if task.data_files is not None or Path(task.path).exists():
+        files = task.data_files if isinstance(task.data_files, (list, dict)) else [task.data_files or task.path]
+        paths = files.values() if isinstance(files, dict) else files
+        return "local files: " + ", ".join(Path(path).name for path in paths)
+    return f"[{task.path}](https://huggingface.co/datasets/{task.path})"
+
+
 def write_card(settings: RunSettings, results: dict[str, Any], plot: Path | None) -> Path:
     """Write the model card of the recipe's own generalist into its folder, with the plot beside it."""
     strategy = settings.training_args.mixing
     folder = settings.generalist_dir(strategy)
-    name = Path(settings.training_args.hub_model_id or settings.output_dir.resolve().name).name
     is_hub_model = not Path(settings.model_name).is_dir()
+    base_name = Path(settings.model_name).resolve().name
+    name = (settings.training_args.hub_model_id or f"{base_name}-{strategy}").split("/")[-1]
     data = ModelCardData(
         base_model=settings.model_name if is_hub_model else None,
         library_name="peft" if settings.model_args.use_peft else "transformers",
@@ -141,11 +158,9 @@ def write_card(settings: RunSettings, results: dict[str, Any], plot: Path | None
         data,
         template_path=str(template),
         model_name=name,
-        base_model=settings.model_name if is_hub_model else Path(settings.model_name).name,
-        tasks=[
-            {"name": task.task, "data": Path(task.path).name if Path(task.path).exists() else task.path}
-            for task in settings.task_args.tasks
-        ],
+        base_model=settings.model_name if is_hub_model else base_name,
+        is_hub_model=is_hub_model,
+        tasks=[{"name": task.task, "data": _data_source(task, settings)} for task in settings.task_args.tasks],
         strategy=strategy,
         strategies=settings.strategies,
         table=result_table(results),
