@@ -163,6 +163,11 @@ def test_loss_types_without_a_per_pair_meaning(quick_args, loss_type):
         quick_args(loss_type=["sigmoid", loss_type], loss_weights=[1.0, 0.5])
 
 
+def test_exo_without_label_smoothing(quick_args):
+    with pytest.raises(AMAError, match="'exo_pair' needs label_smoothing above 0, got 0.0"):
+        quick_args(loss_type=["exo_pair"])
+
+
 def test_unknown_strategy_clip_and_sampling(quick_args):
     with pytest.raises(AMAError, match="Unknown mixing 'amas'.*Did you mean 'ama_s'"):
         quick_args(mixing="amas")

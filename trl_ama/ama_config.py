@@ -85,7 +85,7 @@ class AMAConfig(DPOConfig):
     def __post_init__(self):
         super().__post_init__()
         check_strategy_name(self.mixing)
-        check_loss_types(self.loss_type)
+        check_loss_types(self.loss_type, self.label_smoothing)
         self.mixing_lr = _parse_mixing_lr(self.mixing_lr)
         if not 0.0 <= self.smoothing <= 1.0:
             raise AMAError(f"smoothing is the share of uniform draws and must lie in [0, 1], got {self.smoothing}.")

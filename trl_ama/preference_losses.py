@@ -53,7 +53,7 @@ class PreferenceLossConfig:
     discopop_tau: float = 0.05
 
     def __post_init__(self):
-        check_loss_types(self.loss_type)
+        check_loss_types(self.loss_type, self.label_smoothing)
         self.loss_weights = self.loss_weights or [1.0] * len(self.loss_type)
 
     @classmethod
@@ -210,8 +210,8 @@ _BATCH_LOSSES = {
 }
 
 
-def check_loss_types(loss_types: list[str]) -> None:
-    """Raise an `AMAError` for a loss type under which a single pair has no loss."""
+def check_loss_types(loss_types: list[str], label_smoothing: float = 0.0) -> None:
+    """Raise an `AMAError` for a loss type under which a single pair has no loss, or that lacks its label smoothing."""
     for loss_type in loss_types:
         if loss_type in _BATCH_LOSSES:
             raise AMAError(
@@ -223,6 +223,8 @@ def check_loss_types(loss_types: list[str]) -> None:
                 f"Unknown loss_type '{loss_type}'; known are {sorted(PAIR_LOSSES)}."
                 f"{nearest(loss_type, list(PAIR_LOSSES))}"
             )
+        if loss_type == "exo_pair" and not label_smoothing > 0:
+            raise AMAError(f"loss_type 'exo_pair' needs label_smoothing above 0, got {label_smoothing}; 1e-3 is usual.")
 
 
 def pair_losses(pair: PairLogProbs, config: PreferenceLossConfig) -> torch.Tensor:

@@ -162,4 +162,6 @@ class TaskMixtureSampler(Sampler[int]):
         if self._trained_draws >= self._epoch_draws:  # the checkpoint was written at an epoch's end
             self._resume_at = None
         else:
-            self._resume_at = self._trained_draws if skips_data else 0
+            if not skips_data:  # the trainer begins this epoch's count anew
+                self._trained_draws = 0
+            self._resume_at = self._trained_draws

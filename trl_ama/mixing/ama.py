@@ -147,7 +147,7 @@ class AMAReweighting(_ExponentiatedGradient):
 
     def observe(self, step: StepStatistics) -> None:
         self._follow(step)
-        estimate = np.nan_to_num(step.mean_excess(), nan=0.0)
+        estimate = np.where(step.counts > 0, step.mean_excess(), 0.0)
         if self.excess_clip == "task":
             estimate = np.maximum(estimate, 0.0)
         self._ascend(estimate)

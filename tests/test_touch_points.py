@@ -1,0 +1,216 @@
+"""The places where trl-ama leans on the inside of TRL, transformers and accelerate, one test each.
+
+docs/touch_points.md lists them. If an upgrade breaks one, the test that fails says which.
+"""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_dataset
+from test_invariants import lora, with_reference_columns
+from transformers import Trainer
+from trl import DPOConfig, DPOTrainer
+
+from trl_ama import AMATrainer
+from trl_ama.step_recorder import RecordedForward
+
+
+DOC = Path(__file__).parent.parent / "docs" / "touch_points.md"
+
+
+@pytest.fixture(scope="module")
+def dpo(model_dir, tmp_path_factory):
+    args = DPOConfig(
+        str(tmp_path_factory.mktemp("dpo")),
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        report_to="none",
+        max_length=64,
+        disable_tqdm=True,
+    )
+    return DPOTrainer(model_dir, args=args, train_dataset=make_dataset({"list": 8}), peft_config=lora())
+
+
+def batch_of(trainer, rows=4):
+    return trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[row] for row in range(rows)]))
+
+
+def test_1_trl_lazy_table_of_names():
+    import trl
+
+    import trl_ama  # noqa: F401
+
+    assert isinstance(trl._class_to_module, dict) and trl._class_to_module["DPOTrainer"] == "trainer"
+    assert trl.AMATrainer is AMATrainer
+
+
+def test_2_trl_command_list():
+    from trl.cli import commands
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+    from trl.cli.accelerate_launcher import launch_training_script
+    from trl.cli.commands.base import Command
+
+    assert all(isinstance(command, Command) for command in commands.get_commands())
+    assert resolve_accelerate_config_argument(["--accelerate_config", "single_gpu"])[0] == "--config_file"
+    assert list(inspect.signature(launch_training_script).parameters)[:3] == [
+        "script_name",
+        "launch_args",
+        "training_script_args",
+    ]
+
+
+def test_3_dpo_loss_only_calls_its_model(dpo):
+    forward = RecordedForward(dpo.model)
+    inputs = batch_of(dpo)
+    loss = dpo.compute_loss(forward, dict(inputs))
+    assert loss.requires_grad and forward.outputs.log_probs.requires_grad
+    assert forward.outputs.log_probs.shape == (8, inputs["input_ids"].shape[1] - 1)
+
+
+def test_4_dpo_loss_reads_reference_log_probs_from_the_batch(dpo, monkeypatch):
+    inputs = batch_of(dpo)
+    reference = dpo.compute_ref_log_probs(dpo.model, inputs)
+    plain = dpo.compute_loss(dpo.model, dict(inputs))
+    monkeypatch.setattr(dpo, "precompute_ref_logps", True)
+    for shift in (0.0, 1.0):
+        given = {**inputs, "ref_chosen_logps": reference[0] - shift, "ref_rejected_logps": reference[1]}
+        loss = dpo.compute_loss(dpo.model, given)
+        assert torch.isclose(loss, plain, atol=1e-5) == (shift == 0.0)
+
+
+def test_5_dpo_precompute_hook(dpo):
+    assert list(inspect.signature(DPOTrainer._precompute_ref_logps).parameters) == [
+        "self",
+        "dataset",
+        "name",
+        "batch_size",
+    ]
+    assert list(inspect.signature(DPOTrainer.compute_ref_log_probs).parameters) == ["self", "model", "inputs"]
+    source = inspect.getsource(DPOTrainer.__init__)
+    assert "self._precompute_ref_logps(" in source and "args.precompute_ref_log_probs" in source
+
+
+def test_6_dpo_signature_columns(dpo):
+    dpo._signature_columns = None
+    dpo._set_signature_columns_if_needed()
+    assert {"prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps"} <= set(dpo._signature_columns)
+
+
+def test_7_dpo_metrics_are_averaged_into_the_log(dpo):
+    dpo.model.train()
+    dpo._metrics["train"]["ama/test"] += [1.0, 2.0]
+    logs = {}
+    dpo.log(logs)
+    assert logs["ama/test"] == 1.5 and not dpo._metrics["train"]
+
+
+def test_8_dpo_preparation_keeps_other_columns(dpo):
+    assert {"task", "prompt_ids", "chosen_ids", "rejected_ids"} <= set(dpo.train_dataset.column_names)
+
+
+def test_9_trl_model_helpers():
+    from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, use_adapter
+
+    assert "outputs" in inspect.signature(add_fused_lm_head).parameters
+    assert list(inspect.signature(use_adapter).parameters) == ["model", "adapter_name"]
+    assert callable(create_model_from_path) and callable(get_config_model_id)
+
+
+def test_10_trainer_sampler_hook():
+    assert list(inspect.signature(Trainer._get_train_sampler).parameters) == ["self", "train_dataset"]
+
+
+def test_11_trainer_fetches_a_steps_batches_at_once(model_dir, quick_args):
+    sizes = []
+
+    class Watched(AMATrainer):
+        def get_batch_samples(self, *args):
+            batches, items = super().get_batch_samples(*args)
+            sizes.append([len(batch["task"]) for batch in batches])
+            return batches, items
+
+    data = with_reference_columns(make_dataset({"list": 10, "sort": 8}))
+    trainer = Watched(
+        model_dir,
+        args=quick_args(max_steps=3, per_device_train_batch_size=4, gradient_accumulation_steps=2),
+        train_dataset=data,
+        peft_config=lora(),
+    )
+    trainer.train()
+    assert sizes == [[4, 4], [4, 4], [2]]
+
+
+def test_12_trainer_sets_sync_gradients_before_the_last_micro_batch(model_dir, quick_args):
+    seen = []
+
+    class Watched(AMATrainer):
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            seen.append(self.accelerator.sync_gradients)
+            return loss
+
+    data = with_reference_columns(make_dataset({"list": 10, "sort": 8}))
+    Watched(
+        model_dir,
+        args=quick_args(max_steps=3, per_device_train_batch_size=4, gradient_accumulation_steps=2),
+        train_dataset=data,
+        peft_config=lora(),
+    ).train()
+    assert seen == [False, True, False, True, True]
+
+
+def test_13_trainer_state_carries_our_state():
+    from transformers.trainer_callback import TrainerState
+
+    source = inspect.getsource(Trainer._save_checkpoint)
+    assert "self.state.save_to_json" in source
+    assert isinstance(TrainerState().stateful_callbacks, dict)
+
+
+def test_14_trainer_begins_training_after_reading_the_state():
+    source = inspect.getsource(Trainer._inner_training_loop)
+    order = [
+        source.index(name)
+        for name in ("get_train_dataloader", "_init_training_state", "on_train_begin", "_run_epoch(")
+    ]
+    assert order == sorted(order)
+
+
+def test_15_trainer_logs_the_evaluation_loops_metrics():
+    assert list(inspect.signature(Trainer.evaluation_loop).parameters)[1:] == [
+        "dataloader",
+        "description",
+        "prediction_loss_only",
+        "ignore_keys",
+        "metric_key_prefix",
+    ]
+
+
+def test_16_accelerate_skips_batches_through_the_batch_sampler():
+    from accelerate import skip_first_batches
+    from torch.utils.data import DataLoader
+
+    drawn = []
+
+    class Sampler(torch.utils.data.Sampler):
+        def __len__(self):
+            return 6
+
+        def __iter__(self):
+            for index in range(6):
+                drawn.append(index)
+                yield index
+
+    loader = skip_first_batches(DataLoader(list(range(6)), batch_size=2, sampler=Sampler()), 2)
+    assert [batch.tolist() for batch in loader] == [[4, 5]]
+    assert drawn == list(range(6))  # replayed from the start: the sampler must answer for what is skipped
+
+
+def test_every_touch_point_is_documented():
+    numbered = {int(number) for number in re.findall(r"^\| (\d+) \|", DOC.read_text(), flags=re.MULTILINE)}
+    tested = {int(match) for match in re.findall(r"def test_(\d+)_", Path(__file__).read_text())}
+    assert numbered == tested
