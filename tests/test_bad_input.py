@@ -113,6 +113,13 @@ def test_a_specialist_of_another_base_model(refuse, tmp_path, model_dir):
     assert "adapter of 'other/base'" in text and f"base model is '{model_dir}'" in text
 
 
+def test_specialists_are_checked_before_a_pair_is_scored(refuse, tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_ama.reference_columns.score_pairs", lambda *args: pytest.fail("pairs were scored"))
+    (tmp_path / "broken").mkdir()
+    text = refuse(specialists=dict.fromkeys(SIZES, str(tmp_path / "broken")))
+    assert "neither an adapter (no adapter_config.json) nor a model" in text
+
+
 def test_a_full_specialist_with_another_vocabulary(refuse, tmp_path):
     from conftest import make_model
 
@@ -191,6 +198,8 @@ def test_streaming(refuse):
 
 def test_arguments_that_contradict_the_strategy(refuse, quick_args):
     assert "both decide which pairs come next" in refuse(config=quick_args(train_sampling_strategy="group_by_length"))
+    moving = quick_args(sync_ref_model=True)
+    assert "sync_ref_model moves the reference" in refuse(with_reference_columns(make_dataset(SIZES)), config=moving)
     assert "use_weighting (WPO)" in refuse(config=quick_args(use_weighting=True))
     config = quick_args(
         mixing="uniform", metric_for_best_model="worst_excess", eval_strategy="steps", save_strategy="best"

@@ -348,6 +348,27 @@ def test_recipes_that_cannot_run(recipe, tmp_path, no_training, flags, text):
         run_pipeline(*recipe(tmp_path, *flags))
 
 
+def test_what_the_trainer_would_refuse_is_refused_before_any_specialist(recipe, tmp_path, no_training):
+    for flags, text in (
+        (["--use_weighting"], "use_weighting"),
+        (["--sync_ref_model"], "sync_ref_model moves the reference"),
+        (["--train_sampling_strategy", "group_by_length"], "both decide which pairs come next"),
+        (
+            ["--specialists", json.dumps({"brief": str(tmp_path)})],
+            "specialist of task 'brief' at .* is neither an adapter",
+        ),
+    ):
+        with pytest.raises(AMAError, match=text):
+            run_pipeline(*recipe(tmp_path / "run", *flags))
+
+
+def test_pushing_is_not_silently_left_out(recipe, copy, no_training):
+    arguments = recipe(copy)
+    arguments[1].push_to_hub = True
+    with pytest.warns(UserWarning, match="does not push yet"):
+        run_pipeline(*arguments, stages=("specialists",))
+
+
 def test_nothing_to_evaluate_on(recipe, copy, no_training, capsys):
     settings = RunSettings(*recipe(copy))
     from trl_ama import evaluate_policies

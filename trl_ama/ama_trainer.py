@@ -1,13 +1,23 @@
 import contextlib
 import textwrap
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
-from datasets import Dataset
-from transformers import PreTrainedModel, TrainerCallback
+from datasets import Dataset, DatasetDict
+from peft import PeftConfig, PeftModel
+from transformers import (
+    BitsAndBytesConfig,
+    DataCollator,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+)
 from trl import DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
@@ -25,6 +35,7 @@ from .preference_losses import (
 )
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS, add_logp_columns
 from .sampler import TaskMixtureSampler
+from .scoring import check_policy_source
 from .step_recorder import RecordedForward, StepRecorder, TaskCollator
 from .tasks import TASK_COLUMN, task_names_of, with_task_labels
 from .trainer_checks import (
@@ -115,18 +126,18 @@ peft_config:
 
     def __init__(
         self,
-        model: "str | PreTrainedModel",
+        model: "str | PreTrainedModel | PeftModel",
         ref_model: PreTrainedModel | None = None,
         args: AMAConfig | None = None,
-        data_collator=None,
+        data_collator: DataCollator | None = None,
         train_dataset: Dataset | None = None,
-        eval_dataset=None,
-        processing_class=None,
-        compute_metrics=None,
+        eval_dataset: Dataset | DatasetDict | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers=(None, None),
-        quantization_config=None,
-        peft_config=None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
         specialists: dict[str, Any] | None = None,
     ):
         if args is None:
@@ -138,6 +149,10 @@ peft_config:
         train_dataset = with_task_labels(train_dataset, self.task_names)
         eval_dataset = label_eval(eval_dataset, self.task_names)
         specialists = check_specialists(specialists if specialists is not None else args.specialists, self.task_names)
+        base_model = model if isinstance(model, str) else get_config_model_id(model.config)
+        for task, source in (specialists or {}).items():
+            if isinstance(source, str):  # before a single pair is scored
+                check_policy_source(base_model, f"the specialist of task '{task}'", source)
         has_reference, has_specialist = check_columns(train_dataset, eval_dataset, ref_model)
         self.has_reference_losses = has_specialist or specialists is not None
         self._loss_config = PreferenceLossConfig.from_args(args)

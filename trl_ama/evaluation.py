@@ -44,7 +44,6 @@ def evaluate_policies(settings: RunSettings, policies: dict[str, str]) -> dict[s
         quantization_config=settings.quantization_config(),
         peft_config=settings.peft_config(),
     )
-    trainer.model.to(trainer.accelerator.device)
     pairs = trainer.train_dataset
     known = {name: np.asarray(pairs[name], dtype=np.float32) for name in LOGP_COLUMNS}
     result = {}

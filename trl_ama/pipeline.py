@@ -1,8 +1,10 @@
 """The stages in order, each skipping what is there already: specialists, reference losses, generalists, evaluation."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from accelerate import PartialState
 from datasets import disable_progress_bars as disable_dataset_bars
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 from trl import ModelConfig
@@ -12,13 +14,14 @@ from .errors import AMAError
 from .evaluation import evaluate_policies
 from .fingerprint import write_json
 from .generalists import generalist_stage, train_generalist
-from .mixing import build_strategy
 from .pipeline_arguments import PipelineArguments
 from .reference_losses import compute_reference_losses, reference_losses_done
 from .report import plot_mixture, result_table, write_card
 from .run_settings import RunSettings
+from .scoring import check_policy_source
 from .specialists import require_specialists, specialist_stage, train_specialists
-from .tasks import TASK_COLUMN, TaskMixtureConfig
+from .tasks import TaskMixtureConfig
+from .trainer_checks import check_arguments, strategy_for
 
 
 STAGES = ("specialists", "losses", "train", "eval")
@@ -51,8 +54,9 @@ def run_pipeline(
         disable_transformers_bars()
     settings = RunSettings(pipeline_args, training_args, model_args, task_args)
     check_recipe(settings)
-    for line in describe_plan(settings, stages):
-        print(line, flush=True)
+    plan = describe_plan(settings, stages)
+    if PartialState().is_main_process:
+        print("\n".join(plan), flush=True)
     if "specialists" in stages:
         train_specialists(settings)
     if "losses" in stages:
@@ -72,19 +76,20 @@ def run_pipeline(
 def check_recipe(settings: RunSettings) -> None:
     """Find what is wrong with a recipe before anything is trained."""
     settings.tokenizer  # noqa: B018 - reads the base model's folder
-    sizes = [settings.data["train"][TASK_COLUMN][:].count(index) for index in range(len(settings.task_names))]
-    args = settings.training_args
     for strategy in settings.strategies:
-        build_strategy(
-            strategy,
-            sizes,
-            mixing_lr=None if args.mixing_lr == "auto" else args.mixing_lr,
-            smoothing=args.smoothing,
-            excess_clip=args.excess_clip,
-            sampling=args.sampling,
-        )
+        args = settings.with_arguments(mixing=strategy)
+        check_arguments(args, strategy_for(args, settings.data["train"], settings.task_names), True)
     for task in settings.task_args.tasks:
         settings.specialist_arguments(task)
+    for task, source in settings.external_specialists.items():
+        check_policy_source(settings.model_name, f"the specialist of task '{task}'", source)
+    if settings.training_args.push_to_hub:
+        warnings.warn(
+            f"push_to_hub is on, but `trl ama` does not push yet. What it makes stays in '{settings.output_dir}'; push a "
+            "folder of it with `hf upload`.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def describe_plan(settings: RunSettings, stages: Sequence[str]) -> list[str]:
@@ -139,6 +144,8 @@ def evaluate(settings: RunSettings) -> dict[str, Any]:
         if generalist_stage(settings, strategy).result is not None
     }
     results = evaluate_policies(settings, policies)
+    if not PartialState().is_main_process:
+        return results
     write_json(settings.output_dir / "results.json", results)
     table = result_table(results)
     (settings.output_dir / "results.md").write_text(table, encoding="utf-8")

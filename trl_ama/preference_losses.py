@@ -224,7 +224,9 @@ def check_loss_types(loss_types: list[str], label_smoothing: float = 0.0) -> Non
                 f"{nearest(loss_type, list(PAIR_LOSSES))}"
             )
         if loss_type == "exo_pair" and not label_smoothing > 0:
-            raise AMAError(f"loss_type 'exo_pair' needs label_smoothing above 0, got {label_smoothing}; 1e-3 is usual.")
+            raise AMAError(
+                f"loss_type 'exo_pair' needs label_smoothing above 0, got {label_smoothing}; 1e-3 is usual."
+            )
 
 
 def pair_losses(pair: PairLogProbs, config: PreferenceLossConfig) -> torch.Tensor:

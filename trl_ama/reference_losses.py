@@ -101,8 +101,6 @@ def compute_reference_losses(settings: RunSettings) -> DatasetDict:
             quantization_config=settings.quantization_config(),
             peft_config=settings.peft_config(),
         )
-        # A loaded model is not on its device before training starts
-        trainer.model.to(trainer.accelerator.device)
         prepared = {"train": trainer.train_dataset, "test": trainer.eval_dataset}
         for task in remaining:
             _score_task(settings, trainer, task, {split: prepared[split] for split in parts})
@@ -147,7 +145,9 @@ def _score_task(settings: RunSettings, trainer: ScoringTrainer, task: str, prepa
         split: sorted(set(settings.pairs_of(task, split)[PAIR_ID_COLUMN]) - set(part[PAIR_ID_COLUMN]))
         for split, part in splits.items()
     }
-    save_reference_losses(settings.losses_dir, task, tables, reference_fingerprint(settings, task), dropped)
+    if trainer.accelerator.is_main_process:
+        save_reference_losses(settings.losses_dir, task, tables, reference_fingerprint(settings, task), dropped)
+    trainer.accelerator.wait_for_everyone()
 
 
 def _named_task_features(table: Dataset):

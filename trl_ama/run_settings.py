@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
@@ -147,11 +148,8 @@ class RunSettings:
         """One task's pairs of a split; `None` if it has none."""
         if split not in self.data:
             return None
-        index = self.task_names.index(task)
-        part = self.data[split].filter(
-            lambda batch: [value == index for value in batch[TASK_COLUMN]], batched=True, desc=f"Selecting {task}"
-        )
-        return part if len(part) else None
+        rows = np.flatnonzero(np.asarray(self.data[split][TASK_COLUMN]) == self.task_names.index(task))
+        return self.data[split].select(rows) if len(rows) else None
 
     # ---- Places ----
 

@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import is_peft_model, tqdm
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, use_adapter
@@ -75,17 +75,10 @@ def trained_policy(
         yield source.to(trainer.accelerator.device)
         return
     name, revision = split_revision(source)
-    try:
-        adapter_config = find_adapter_config_file(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise AMAError(
-            f"{_capital(who)} cannot be read from '{source}': {_first_line(error)} Check the path or Hub id."
-        ) from error
-    if adapter_config is None:
+    if not check_policy_source(get_config_model_id(trainer.model.config), who, source):
         with _full_model(trainer, who, name, revision) as model:
             yield model
         return
-    check_adapter_base(get_config_model_id(trainer.model.config), who, source, adapter_config)
     with _adapter(trainer, name, revision) as model:
         yield model
 
@@ -117,13 +110,7 @@ def _adapter(trainer: DPOTrainer, name: str, revision: str | None) -> Iterator[t
 def _full_model(trainer: DPOTrainer, who: str, name: str, revision: str | None) -> Iterator[torch.nn.Module]:
     kwargs = {key: value for key, value in (trainer.args.model_init_kwargs or {}).items() if key != "revision"}
     kwargs.setdefault("dtype", trainer.model.dtype)
-    try:
-        model = create_model_from_path(name, revision=revision, **kwargs)
-    except (OSError, ValueError) as error:
-        raise AMAError(
-            f"{_capital(who)} at '{name}' is neither an adapter (no adapter_config.json) nor a model: "
-            f"{_first_line(error)}"
-        ) from error
+    model = create_model_from_path(name, revision=revision, **kwargs)
     _check_vocabulary(trainer, who, model)
     add_fused_lm_head(model)
     try:
@@ -141,21 +128,37 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def check_adapter_base(ours: str, who: str, source: str, adapter_config: str) -> None:
-    """Raise an `AMAError` unless the adapter was trained on the base model `ours` (a path or Hub id)."""
+def check_policy_source(base_model: str, who: str, source: str) -> bool:
+    """Whether `source` is an adapter (of `base_model`), rather than a full model; loads no weights.
+
+    Args:
+        base_model (`str`): Path or Hub id of this run's base model.
+        who (`str`): For messages, e.g. `"the specialist of task 'code'"`.
+        source (`str`): Adapter or model folder, or Hub id with an optional `@revision`.
+
+    Raises:
+        AMAError: If it cannot be read, is neither of the two, or is an adapter of another base model.
+    """
+    name, revision = split_revision(source)
+    try:
+        adapter_config = find_adapter_config_file(name, revision=revision)
+        if adapter_config is None:
+            AutoConfig.from_pretrained(name, revision=revision)
+            return False
+    except (OSError, ValueError) as error:
+        raise AMAError(
+            f"{_capital(who)} at '{source}' is neither an adapter (no adapter_config.json) nor a model: "
+            f"{_first_line(error)} Check the path or Hub id."
+        ) from error
     with open(adapter_config, encoding="utf-8") as file:
         theirs = json.load(file).get("base_model_name_or_path")
-    same_folder = (
-        bool(theirs)
-        and os.path.isdir(theirs)
-        and os.path.isdir(ours)
-        and os.path.realpath(theirs) == os.path.realpath(ours)
+    both_folders = bool(theirs) and os.path.isdir(theirs) and os.path.isdir(base_model)
+    if theirs in (None, "", base_model) or (both_folders and os.path.samefile(theirs, base_model)):
+        return True
+    raise AMAError(
+        f"{_capital(who)} ('{source}') is an adapter of '{theirs}', but this run's base model is '{base_model}'. Use one "
+        f"of the same base model, or set model_name_or_path to '{theirs}'."
     )
-    if theirs and theirs != ours and not same_folder:
-        raise AMAError(
-            f"{_capital(who)} ('{source}') is an adapter of '{theirs}', but this run's base model is '{ours}'. Use one of "
-            f"the same base model, or set model_name_or_path to '{theirs}'."
-        )
 
 
 def _check_vocabulary(trainer: DPOTrainer, who: str, model: PreTrainedModel) -> None:

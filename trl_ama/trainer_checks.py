@@ -129,6 +129,11 @@ def check_arguments(args: AMAConfig, strategy: MixingStrategy, has_reference_los
             "use_weighting (WPO) weighs pairs by the policy's own probabilities, and excess losses over a specialist cannot "
             f"be compared with that. Turn it off, or use mixing='proportional' instead of '{args.mixing}'."
         )
+    if args.sync_ref_model and has_reference_losses:
+        raise AMAError(
+            "sync_ref_model moves the reference policy during training, and reference losses hold for a fixed one. Turn it "
+            "off, or train without specialists."
+        )
     metric = (args.metric_for_best_model or "").removeprefix("eval_")
     if metric in ("worst_excess", "mean_excess") and not has_reference_losses and strategy.objective == "loss":
         raise AMAError(

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOTrainer
@@ -60,7 +61,9 @@ class TrainingStage:
     def train(self, trainer: DPOTrainer) -> None:
         """Train from the start or from the last checkpoint, and save the model and the trainer's state."""
         checkpoint = self._last_checkpoint()
-        print(f"\n{self.what}: {'resuming from ' + checkpoint if checkpoint else 'training'}", flush=True)
+        trainer.accelerator.print(
+            f"\n{self.what}: {'resuming from ' + checkpoint if checkpoint else 'training'}", flush=True
+        )
         if trainer.args.disable_tqdm:
             trainer.remove_callback(PrinterCallback)  # asked for no progress bars, so spare them the log lines too
         write_json(self.folder / _STAGE_FILE, {"fingerprint": self.fingerprint, "result": None})
@@ -74,4 +77,5 @@ class TrainingStage:
         figures = (
             f"{key.replace('_', ' ')} {value:.4g}" for key, value in result.items() if isinstance(value, (int, float))
         )
-        print(f"{self.what}: done, {', '.join(figures)}", flush=True)
+        if PartialState().is_main_process:
+            print(f"{self.what}: done, {', '.join(figures)}", flush=True)
