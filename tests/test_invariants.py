@@ -101,9 +101,9 @@ def test_a_step_does_not_depend_on_how_it_is_split(model_dir, quick_args, mixing
     for name, value in weights_of(whole).items():
         assert torch.allclose(value, weights_of(split)[name], atol=2e-5), name
     if mixing != "task_normalized":
-        assert whole._sampler.state_dict() == {
-            **split._sampler.state_dict(),
-            "ahead": whole._sampler.state_dict()["ahead"],
+        assert whole.mixture.sampler.state_dict() == {
+            **split.mixture.sampler.state_dict(),
+            "ahead": whole.mixture.sampler.state_dict()["ahead"],
         }
 
 

@@ -24,7 +24,8 @@ from trl.trainer.utils import get_config_model_id
 from .ama_config import AMAConfig
 from .errors import AMAError
 from .metrics import task_metrics, worst_and_mean
-from .mixing.monitor import MixtureMonitor
+from .mixing import MixingStrategy
+from .mixture import Mixture
 from .preference_losses import (
     PairLogProbs,
     PreferenceLossConfig,
@@ -34,9 +35,8 @@ from .preference_losses import (
     untrained_loss,
 )
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS, add_logp_columns
-from .sampler import TaskMixtureSampler
 from .scoring import check_policy_source
-from .step_recorder import RecordedForward, StepRecorder, TaskCollator
+from .step_recorder import RecordedForward, TaskCollator
 from .tasks import TASK_COLUMN, task_names_of, with_task_labels
 from .trainer_checks import (
     check_arguments,
@@ -156,8 +156,7 @@ peft_config:
         has_reference, has_specialist = check_columns(train_dataset, eval_dataset, ref_model)
         self.has_reference_losses = has_specialist or specialists is not None
         self._loss_config = PreferenceLossConfig.from_args(args)
-        self.strategy = strategy_for(args, train_dataset, self.task_names)
-        check_arguments(args, self.strategy, self.has_reference_losses)
+        check_arguments(args, strategy_for(args, train_dataset, self.task_names), self.has_reference_losses)
         # DPOTrainer then loads no reference model; `_precompute_ref_logps` below computes nothing that is there
         if has_reference and peft_config is None and not (not isinstance(model, str) and is_peft_model(model)):
             args.precompute_ref_log_probs = True
@@ -177,12 +176,9 @@ peft_config:
             peft_config=peft_config,
         )
         check_no_task_lost(train_dataset, self.train_dataset, self.task_names, args.max_length)
-        self.strategy = strategy_for(args, self.train_dataset, self.task_names)  # over the pairs that are left
-        self._initial_state = self.strategy.state_dict()
+        strategy = strategy_for(args, self.train_dataset, self.task_names)  # over the pairs that are left
+        self.mixture = Mixture(strategy, self.task_names, untrained_loss(self._loss_config))
         self.data_collator = TaskCollator(self.data_collator)
-        self._sampler: TaskMixtureSampler | None = None
-        self._recorder = StepRecorder(len(self.task_names))
-        self._monitor = MixtureMonitor(self.task_names)
         self._eval_pairs: list[torch.Tensor] = []
         self._mean_micro_batch = 1.0
         self.add_callback(_BeginMixing(self))
@@ -193,6 +189,11 @@ peft_config:
                 "There are no reference losses (no `specialist_*_logps` columns, no `specialists`), so mixing="
                 f"'{args.mixing}' is plain worst-case DPO: it follows the task with the highest loss."
             )
+
+    @property
+    def strategy(self) -> MixingStrategy:
+        """The mixing strategy."""
+        return self.mixture.strategy
 
     # ---- Reference losses ----
 
@@ -225,48 +226,18 @@ peft_config:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not self.strategy.uses_own_sampler:
             return super()._get_train_sampler(dataset)
-        per_loader_step = self.args.train_batch_size * self.args.world_size
-        length = len(dataset)
-        self._sampler = TaskMixtureSampler(
-            np.asarray(dataset[TASK_COLUMN]),
-            self.strategy,
-            block_size=per_loader_step * self.args.gradient_accumulation_steps,
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
-            epoch_draws=length - length % per_loader_step if self.args.dataloader_drop_last else length,
-        )
-        return self._sampler
+        return self.mixture.make_sampler(dataset, self.args)
 
     def _begin_mixing(self) -> None:
-        """At the start of `train()`: the strategy's first state, or the checkpoint's if training resumes."""
-        self._monitor = MixtureMonitor(self.task_names)
-        self._recorder.reset()
         if self.state.global_step == 0:
-            self.strategy.load_state_dict(self._initial_state)
-            self.strategy.set_horizon(self.state.max_steps, untrained_loss(self._loss_config))
-            return
-        saved = self.state.stateful_callbacks.get(_STATE_KEY)
-        if saved is None:
-            raise AMAError(
-                f"The checkpoint at step {self.state.global_step} has no mixing state: it was not written by AMATrainer. "
-                "Start without resume_from_checkpoint."
-            )
-        if saved["task_names"] != self.task_names:
-            raise AMAError(
-                f"The checkpoint has the tasks {saved['task_names']}, this run has {self.task_names}. Resume with the same "
-                "tasks, or start a new output_dir."
-            )
-        self.strategy.load_state_dict(saved["strategy"])
-        if self._sampler is not None:
-            self._sampler.load_state_dict(saved["sampler"], skips_data=not self.args.ignore_data_skip)
+            self.mixture.begin(self.state.max_steps)
+        else:
+            saved = self.state.stateful_callbacks.get(_STATE_KEY)
+            self.mixture.resume(self.state.max_steps, saved, skips_data=not self.args.ignore_data_skip)
 
     def _save_checkpoint(self, model, trial):
         # Part of trainer_state.json, so a checkpoint has either both states or neither
-        self.state.stateful_callbacks[_STATE_KEY] = {
-            "version": 1,
-            "task_names": self.task_names,
-            "strategy": self.strategy.state_dict(),
-            "sampler": self._sampler.state_dict() if self._sampler is not None else None,
-        }
+        self.state.stateful_callbacks[_STATE_KEY] = self.mixture.state_dict()
         super()._save_checkpoint(model, trial)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -278,28 +249,12 @@ peft_config:
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:  # the last micro-batch of an optimizer step
-            self._finish_step()
-        return loss
-
-    def _finish_step(self) -> None:
-        probabilities = self.strategy.probabilities() if self._sampler is None else self._sampler.pop_trained()
-        step = self._recorder.finish(probabilities, self.accelerator)
-        metrics = self._metrics["train"]
-        for name, values in self.strategy.metrics().items():
-            for task, value in zip(self.task_names, values, strict=True):
-                metrics[f"ama/{name}/{task}"].append(float(value))
-        for index in np.flatnonzero(step.counts):
-            for name, sums in (
-                ("loss", step.loss_sums),
-                ("excess", step.excess_sums),
-                ("clipped_fraction", step.clipped_counts),
-            ):
-                metrics[f"ama/{name}/{self.task_names[index]}"].append(float(sums[index] / step.counts[index]))
-        self.strategy.observe(step)
-        if self.strategy.objective == "excess":
-            weights = self.strategy.mixture_weights()
-            for message in self._monitor.update(weights, step.mean_excess(), self.state.max_steps):
+            figures, warnings = self.mixture.finish_step(self.accelerator)
+            for name, value in figures.items():
+                self._metrics["train"][name].append(value)
+            for message in warnings:
                 logger.warning(message)
+        return loss
 
     # ---- Loss ----
 
@@ -350,7 +305,7 @@ peft_config:
                 task_ids, losses, margins, excess if knows_excess else torch.full_like(excess, torch.nan)
             )
             return result
-        self._recorder.add(task_ids, losses, excess, losses.detach() - baseline)
+        self.mixture.recorder.add(task_ids, losses, excess, losses.detach() - baseline)
         if descends_trl_loss(self.strategy):
             return result
         # The Trainer divides by the number of micro-batches; dividing by their mean size here makes it (1/|B|) Σ over the

@@ -1,0 +1,122 @@
+"""The mixture of one training run: strategy, sampler, the sums of the step under way, and their state."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from datasets import Dataset
+
+from .ama_config import AMAConfig
+from .errors import AMAError
+from .mixing import MixingStrategy, StepStatistics
+from .mixing.monitor import MixtureMonitor
+from .sampler import TaskMixtureSampler
+from .step_recorder import StepRecorder
+from .tasks import TASK_COLUMN
+
+
+_STATE_VERSION = 1
+
+
+class Mixture:
+    """What an `AMATrainer` keeps beside the model.
+
+    Args:
+        strategy ([`MixingStrategy`]): Decides draws and weights.
+        task_names (`list[str]`): Names of the task numbers.
+        excess_range (`float`): Excess of an untrained policy over a perfect specialist, in nats.
+    """
+
+    def __init__(self, strategy: MixingStrategy, task_names: list[str], excess_range: float):
+        self.strategy = strategy
+        self.recorder = StepRecorder(len(task_names))
+        self.sampler: TaskMixtureSampler | None = None
+        self._task_names = task_names
+        self._excess_range = excess_range
+        self._first_state = strategy.state_dict()
+        self._monitor = MixtureMonitor(task_names)
+        self._num_steps = 0
+
+    def make_sampler(self, dataset: Dataset, args: AMAConfig) -> TaskMixtureSampler:
+        """A new sampler over the dataset's tasks, for one `train()`."""
+        per_loader_step = args.train_batch_size * args.world_size
+        length = len(dataset)
+        self.sampler = TaskMixtureSampler(
+            np.asarray(dataset[TASK_COLUMN]),
+            self.strategy,
+            block_size=per_loader_step * args.gradient_accumulation_steps,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            epoch_draws=length - length % per_loader_step if args.dataloader_drop_last else length,
+        )
+        return self.sampler
+
+    def begin(self, num_steps: int) -> None:
+        """Start the mixture of a run of `num_steps` optimizer steps."""
+        self._reset(num_steps)
+        self.strategy.load_state_dict(self._first_state)
+        self.strategy.set_horizon(num_steps, self._excess_range)
+
+    def resume(self, num_steps: int, state: dict[str, Any] | None, skips_data: bool) -> None:
+        """Continue a run of `num_steps` from a checkpoint's state.
+
+        Args:
+            num_steps (`int`): Optimizer steps of the whole run.
+            state (`dict`): What `state_dict` returned; `None` if the checkpoint has none.
+            skips_data (`bool`): Whether the trainer skips the batches that it already trained on.
+
+        Raises:
+            AMAError: If there is no state, or it is of other tasks, another strategy or another sampler.
+        """
+        if state is None:
+            raise AMAError(
+                "The checkpoint has no mixing state: it was not written by AMATrainer. Start without "
+                "resume_from_checkpoint."
+            )
+        for field, ours in (("version", _STATE_VERSION), ("task_names", self._task_names)):
+            if state.get(field) != ours:
+                raise AMAError(
+                    f"The checkpoint's mixing state has {field}={state.get(field)!r}, this run has {field}={ours!r}. Resume "
+                    "with the tasks and the trl-ama that it was written with, or start a new output_dir."
+                )
+        self._reset(num_steps)
+        self.strategy.load_state_dict(state["strategy"])
+        if self.sampler is not None:
+            self.sampler.load_state_dict(state["sampler"], skips_data)
+
+    def _reset(self, num_steps: int) -> None:
+        self._num_steps = num_steps
+        self._monitor = MixtureMonitor(self._task_names)
+        self.recorder.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Strategy and sampler, as JSON types."""
+        return {
+            "version": _STATE_VERSION,
+            "task_names": self._task_names,
+            "strategy": self.strategy.state_dict(),
+            "sampler": None if self.sampler is None else self.sampler.state_dict(),
+        }
+
+    def finish_step(self, accelerator: Accelerator) -> tuple[dict[str, float], list[str]]:
+        """After an optimizer step: sum over processes, log, and let the strategy see it.
+
+        Returns:
+            `tuple` of the step's figures (`ama/<figure>/<task>`) and what there is to warn about.
+        """
+        drawn_with = self.strategy.probabilities() if self.sampler is None else self.sampler.pop_trained()
+        step = self.recorder.finish(drawn_with, accelerator)
+        figures = dict(self._figures(step))
+        self.strategy.observe(step)
+        if self.strategy.objective == "loss":
+            return figures, []
+        return figures, self._monitor.update(self.strategy.mixture_weights(), step.mean_excess(), self._num_steps)
+
+    def _figures(self, step: StepStatistics) -> Iterator[tuple[str, float]]:
+        for name, values in self.strategy.metrics().items():
+            for task, value in zip(self._task_names, values, strict=True):
+                yield f"ama/{name}/{task}", float(value)
+        sums = {"loss": step.loss_sums, "excess": step.excess_sums, "clipped_fraction": step.clipped_counts}
+        for index in np.flatnonzero(step.counts):
+            for name, values in sums.items():
+                yield f"ama/{name}/{self._task_names[index]}", float(values[index] / step.counts[index])
