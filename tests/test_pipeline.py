@@ -362,6 +362,44 @@ def test_what_the_trainer_would_refuse_is_refused_before_any_specialist(recipe, 
             run_pipeline(*recipe(tmp_path / "run", *flags))
 
 
+def test_arguments_that_a_pipeline_cannot_follow(recipe, tmp_path, no_training):
+    with pytest.raises(AMAError, match="finds by itself where each stage was stopped"):
+        run_pipeline(*recipe(tmp_path, "--resume_from_checkpoint", "x"))
+    arguments = recipe(tmp_path, "--eval_strategy", "steps")
+    for task in arguments[3].tasks:
+        task.eval_split = None
+    arguments[3].tasks_dir = None
+    for task in arguments[3].tasks:
+        task.path = "json"
+        task.data_files = str(tmp_path / "rows.jsonl")
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in make_rows("list", 4, 0)))
+    with pytest.raises(AMAError, match="eval_strategy is 'steps', but no task has held-out pairs"):
+        run_pipeline(*arguments)
+    with pytest.raises(AMAError, match="do not go together"):
+        run_pipeline(*recipe(tmp_path, "--specialist_args", "{load_best_model_at_end: true}"))
+
+
+def test_best_generalist_by_its_worst_task(recipe, tmp_path):
+    """`save_strategy: best` is the generalist's; specialists have nothing to choose by."""
+    flags = ["--eval_strategy", "steps", "--eval_steps", 2, "--save_strategy", "best", "--load_best_model_at_end"]
+    flags += ["--metric_for_best_model", "eval_worst_excess", "--greater_is_better", "False"]
+    run_pipeline(*recipe(tmp_path, *flags))
+    state = read_json(tmp_path / "generalists" / "ama_s" / "trainer_state.json")
+    seen = [entry["eval_worst_excess"] for entry in state["log_history"] if "eval_worst_excess" in entry]
+    assert len(seen) == 3 and state["best_metric"] == min(seen)
+
+
+def test_full_fine_tuning(recipe, tmp_path):
+    """Specialists and generalists are whole models; the figures are those of what was saved."""
+    flags = ["--use_peft", "False", "--learning_rate", "1e-3"]
+    results = run_pipeline(*recipe(tmp_path, *flags))
+    assert (tmp_path / "specialists" / "list" / "model.safetensors").is_file()
+    assert (tmp_path / "generalists" / "ama_s" / "model.safetensors").is_file()
+    assert results["policies"]["specialists"]["by_task"]["brief"]["accuracy"] > 0.7
+    assert results["policies"]["ama_s"]["by_task"]["brief"]["loss"] < np.log(2)
+    assert run_pipeline(*recipe(tmp_path, *flags)) == results
+
+
 def test_pushing_is_not_silently_left_out(recipe, copy, no_training):
     arguments = recipe(copy)
     arguments[1].push_to_hub = True

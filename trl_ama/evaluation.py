@@ -39,7 +39,7 @@ def evaluate_policies(settings: RunSettings, policies: dict[str, str]) -> dict[s
     held_out = joined_data(settings)["test"]
     trainer = ScoringTrainer(
         model=settings.model_name,
-        args=settings.with_arguments(push_to_hub=False, report_to="none", precompute_ref_log_probs=True),
+        args=settings.scoring_arguments(),
         train_dataset=held_out,
         quantization_config=settings.quantization_config(),
         peft_config=settings.peft_config(),

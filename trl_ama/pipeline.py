@@ -6,6 +6,7 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import disable_progress_bars as disable_dataset_bars
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 from trl import ModelConfig
 
@@ -83,7 +84,18 @@ def check_recipe(settings: RunSettings) -> None:
         settings.specialist_arguments(task)
     for task, source in settings.external_specialists.items():
         check_policy_source(settings.model_name, f"the specialist of task '{task}'", source)
-    if settings.training_args.push_to_hub:
+    args = settings.training_args
+    if args.resume_from_checkpoint is not None:
+        raise AMAError(
+            f"resume_from_checkpoint is '{args.resume_from_checkpoint}', but `trl ama` finds by itself where each stage was "
+            f"stopped, in '{settings.output_dir}'. Leave it out."
+        )
+    if args.eval_strategy != IntervalStrategy.NO and "test" not in settings.data:
+        raise AMAError(
+            f"eval_strategy is '{args.eval_strategy.value}', but no task has held-out pairs. Set `eval_split` of the tasks "
+            'or `test_split_size`, or eval_strategy: "no".'
+        )
+    if args.push_to_hub:
         warnings.warn(
             f"push_to_hub is on, but `trl ama` does not push yet. What it makes stays in '{settings.output_dir}'; push a "
             "folder of it with `hf upload`.",

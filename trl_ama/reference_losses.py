@@ -95,7 +95,7 @@ def compute_reference_losses(settings: RunSettings) -> DatasetDict:
         parts = {split: part for split, part in parts.items() if len(part)}
         trainer = ScoringTrainer(
             model=settings.model_name,
-            args=settings.with_arguments(push_to_hub=False, report_to="none", precompute_ref_log_probs=True),
+            args=settings.scoring_arguments(),
             train_dataset=parts["train"],
             eval_dataset=parts.get("test"),
             quantization_config=settings.quantization_config(),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
+from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from .ama_config import AMAConfig
@@ -66,16 +67,22 @@ class RunSettings:
         """The training arguments with some changed, checked and converted as when they are parsed.
 
         Raises:
-            AMAError: If a name is not a training argument (the nearest is suggested).
+            AMAError: If a name is not a training argument (the nearest is suggested), or values contradict each other.
         """
         known = [field.name for field in dataclasses.fields(AMAConfig) if field.init]
         for name in changes:
             if name not in known:
                 raise AMAError(f"Unknown training argument '{name}' in specialist_args.{nearest(name, known)}")
-        return dataclasses.replace(self.training_args, **changes)
+        try:
+            return dataclasses.replace(self.training_args, **changes)
+        except AMAError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise AMAError(f"These training arguments do not go together: {' '.join(str(error).split())}") from error
 
     def specialist_arguments(self, task: TaskConfig) -> AMAConfig:
-        """Training arguments of one task's specialist."""
+        """Training arguments of one task's specialist: the recipe's without evaluation during training, then its own."""
+        args = self.training_args
         return self.with_arguments(
             **{
                 "output_dir": str(self.specialist_dir(task.task)),
@@ -83,9 +90,23 @@ class RunSettings:
                 "eval_strategy": "no",
                 "load_best_model_at_end": False,
                 "metric_for_best_model": None,
+                "save_strategy": "no" if args.save_strategy == SaveStrategy.BEST else args.save_strategy,
                 **self.pipeline_args.specialist_args,
                 **task.specialist_args,
             }
+        )
+
+    def scoring_arguments(self) -> AMAConfig:
+        """Arguments of a trainer that only scores pairs: nothing is trained, saved, evaluated, logged or pushed."""
+        return self.with_arguments(
+            push_to_hub=False,
+            report_to="none",
+            save_strategy="no",
+            eval_strategy="no",
+            load_best_model_at_end=False,
+            metric_for_best_model=None,
+            precompute_ref_log_probs=True,  # which keeps DPOTrainer from loading a second model
+            sync_ref_model=False,
         )
 
     @property
