@@ -369,6 +369,46 @@ def test_what_is_learned(model_dir, quick_args):
     assert after["eval_worst_accuracy"] > 0.7, after
 
 
+def test_automatic_batch_size(model_dir, quick_args, monkeypatch):
+    """The batch size is halved when memory runs out; blocks follow it."""
+    original, failed = DPOTrainer.training_step, []
+
+    def out_of_memory_once(self, *args, **kwargs):
+        if not failed:
+            failed.append(True)
+            raise RuntimeError("CUDA out of memory.")
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(DPOTrainer, "training_step", out_of_memory_once)
+    trainer = AMATrainer(
+        model_dir,
+        args=quick_args(auto_find_batch_size=True, max_steps=12),
+        train_dataset=with_reference_columns(make_dataset(SIZES)),
+        peft_config=lora(),
+    )
+    trainer.train()
+    assert failed and trainer._train_batch_size < 8 and trainer.state.global_step == 12
+    assert trainer.mixture.sampler.state_dict()["block_size"] == trainer._train_batch_size
+
+
+def test_no_excess_is_made_up(model_dir, quick_args):
+    """A fixed mixture without reference losses has none to log."""
+    data = make_dataset(SIZES)
+    args = quick_args(mixing="uniform", max_steps=2)
+    trainer = AMATrainer(model_dir, args=args, train_dataset=data, eval_dataset=data, peft_config=lora())
+    trainer.train()
+    trainer.evaluate()
+    seen = {key for entry in trainer.state.log_history for key in entry}
+    assert "ama/loss/list" in seen and "eval_worst_accuracy" in seen
+    assert not {key for key in seen if "excess" in key or "clipped" in key}
+
+
+def test_the_callers_arguments_stay_as_they_are(model_dir, quick_args):
+    args = quick_args()
+    AMATrainer(model_dir, args=args, train_dataset=with_reference_columns(make_dataset(SIZES)))
+    assert args.precompute_ref_log_probs is False
+
+
 def test_state_is_json(model_dir, quick_args, tmp_path):
     data = with_reference_columns(make_dataset(SIZES))
     trainer = AMATrainer(

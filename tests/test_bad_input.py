@@ -201,10 +201,14 @@ def test_arguments_that_contradict_the_strategy(refuse, quick_args):
     moving = quick_args(sync_ref_model=True)
     assert "sync_ref_model moves the reference" in refuse(with_reference_columns(make_dataset(SIZES)), config=moving)
     assert "use_weighting (WPO)" in refuse(config=quick_args(use_weighting=True))
-    config = quick_args(
-        mixing="uniform", metric_for_best_model="worst_excess", eval_strategy="steps", save_strategy="best"
-    )
+    best = {"metric_for_best_model": "eval_worst_excess", "eval_strategy": "steps", "save_strategy": "best"}
+    config = quick_args(mixing="uniform", **best)
     assert "needs reference losses, and the dataset has none" in refuse(config=config)
+    train, plain = with_reference_columns(make_dataset(SIZES)), make_dataset(SIZES, seed=1)
+    text = refuse(train, plain, config=quick_args(**best))
+    assert "needs ['specialist_chosen_logps', 'specialist_rejected_logps'] of the held-out pairs too" in text
+    text = refuse(train, plain.remove_columns("task"), config=quick_args(**best))
+    assert "needs held-out pairs with a 'task' column" in text
 
 
 def test_a_task_that_does_not_fit_at_all(refuse, quick_args):

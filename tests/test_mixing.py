@@ -460,3 +460,20 @@ def test_stagnation_needs_an_excess_that_does_not_fall():
 def test_the_monitor_bears_tasks_that_a_step_did_not_draw():
     ((_, message),) = watch(lambda step: [0.5, 0.5], lambda step: [0.5, math.nan] if step % 2 else [0.5, 0.5], 80)
     assert "0.500" in message
+
+
+def test_the_monitors_state_round_trip():
+    """Stopped in the middle, it still knows the first quarter at the end, and does not warn twice."""
+    weights, excess = np.array([0.97, 0.03]), np.array([0.5, 0.5])
+    whole, parts = MixtureMonitor(["a", "b"]), MixtureMonitor(["a", "b"])
+    expected = [whole.update(weights, excess, 100) for _ in range(100)]
+    seen = []
+    for step in range(100):
+        if step in (20, 60, 99):
+            state = json.loads(json.dumps(parts.state_dict()))
+            parts = MixtureMonitor(["a", "b"])
+            parts.load_state_dict(state)
+        seen.append(parts.update(weights, excess, 100))
+    assert seen == expected
+    texts = [text for texts in seen for text in texts]
+    assert len(texts) == 2 and "Runaway" in texts[0] and "Stagnation" in texts[1]

@@ -208,6 +208,59 @@ def test_a_damaged_loss_file_is_named(copy, recipe, no_training):
         run_pipeline(*recipe(copy), stages=("train",))
 
 
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (
+            ["--ld_alpha", "0.1"],
+            "reference losses of task 'list'.*made with ld_alpha=None, but this run has ld_alpha=0.1",
+        ),
+        (["--dtype", "bfloat16"], "made with dtype='float32', but this run has dtype='bfloat16'"),
+        (
+            ["--mixing", "ama_r"],
+            r"'ama_r' is not there to be evaluated .*; found \['proportional'\].*trl ama --config",
+        ),
+        (["--smoothing", "0.2"], "generalist 'ama_s'.*made with smoothing=0.1, but this run has smoothing=0.2"),
+        (["--max_eval_pairs", "5"], "reference losses of task 'list'.*made with test_pairs="),
+    ],
+)
+def test_evaluating_with_other_settings_is_refused(copy, recipe, flags, text):
+    before = (copy / "results.md").read_text()
+    with pytest.raises(AMAError, match=text):
+        run_pipeline(*recipe(copy, *flags), stages=("eval",))
+    assert (copy / "results.md").read_text() == before
+
+
+def test_a_specialist_trained_again_is_the_same(copy, recipe, monkeypatch):
+    """Same settings, same weights: the reference losses still hold, whatever was printed or logged meanwhile."""
+    monkeypatch.setattr("trl_ama.reference_losses.score_pairs", lambda *args: pytest.fail("pairs were scored again"))
+    shutil.rmtree(copy / "specialists" / "sort")
+    run_pipeline(
+        *recipe(copy, "--logging_steps", "5", "--run_name", "again"), stages=("specialists", "losses", "train")
+    )
+
+
+def test_specialists_are_the_same_from_another_folder(finished, recipe, tmp_path, model_dir):
+    """Bases are known by their weights, where the run noted them, not by where they lay."""
+    shutil.copytree(model_dir, tmp_path / "elsewhere")
+    sources = {task: str(finished[0] / "specialists" / task) for task in SIZES}
+    flags = ["--model_name_or_path", tmp_path / "elsewhere", "--specialists", json.dumps(sources)]
+    run_pipeline(*recipe(tmp_path / "run", *flags), stages=("losses",))
+    stranger = tmp_path / "stranger"
+    shutil.copytree(model_dir, stranger)
+    from conftest import make_model
+
+    make_model(26, seed=9).save_pretrained(stranger)
+    flags[1] = stranger
+    with pytest.raises(AMAError, match="is an adapter of .*, but this run's base model is"):
+        run_pipeline(*recipe(tmp_path / "run", *flags), stages=("losses",))
+
+
+def test_prompts_that_fill_max_length(recipe, tmp_path, no_training):
+    with pytest.raises(AMAError, match=r"prompts of all 48 pairs of task 'list' fill max_length \(4\) alone"):
+        run_pipeline(*recipe(tmp_path, "--max_length", "4"))
+
+
 def test_only_what_is_missing_is_scored(copy, recipe, monkeypatch):
     """A task's losses come back equal, and the others' files are left alone."""
     folder = copy / "reference_losses"

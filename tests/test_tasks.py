@@ -98,9 +98,16 @@ def test_columns_can_be_renamed(tmp_path):
 
 def test_hh_rlhf_transcripts(tmp_path):
     start = "\n\nHuman: Hi there\n\nAssistant: Hello!\n\nHuman: What is 1+1?\n\nAssistant: "
-    (tmp_path / "hh.jsonl").write_text(json.dumps({"chosen": start + "2", "rejected": start + "3\n\nsurely"}))
+    rows = [
+        {"chosen": start + "2", "rejected": start + "3\n\nsurely"},
+        {"chosen": start + "2", "rejected": start},  # no answer
+        {"chosen": start + "2", "rejected": start.replace("1+1", "1+2") + "3"},  # another prompt
+    ]
+    (tmp_path / "hh.jsonl").write_text("\n".join(map(json.dumps, rows)))
     task = {"task": "hh", "path": "json", "data_files": str(tmp_path / "hh.jsonl"), "format": "hh_rlhf"}
-    row = load_tasks(TaskMixtureConfig(tasks=[task]))["train"][0]
+    data = load_tasks(TaskMixtureConfig(tasks=[task]))["train"]
+    assert len(data) == 1
+    row = data[0]
     assert [turn["role"] for turn in row["prompt"]] == ["user", "assistant", "user"]
     assert row["prompt"][-1]["content"] == "What is 1+1?"
     assert row["chosen"] == [{"role": "assistant", "content": "2"}]
@@ -135,6 +142,11 @@ def test_data_that_cannot_be_loaded(files, changes, text):
     assert "\n" not in str(caught.value)
 
 
+def test_plain_text_counts_the_eos_that_dpo_trainer_adds(tokenizer):
+    row = {"prompt": "apple bread", "chosen": " cloud", "rejected": " dance"}
+    assert fits_into(tokenizer, 4)(row) and not fits_into(tokenizer, 3)(row)
+
+
 def test_no_local_file_for_a_task(files):
     tasks = [{"task": name, "path": "x"} for name in ("sort", "code")]
     with pytest.raises(AMAError, match="has no file for task 'code'; looked for 'code_train'"):
@@ -144,6 +156,14 @@ def test_no_local_file_for_a_task(files):
 def test_a_pair_without_an_answer(tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "q", "chosen": "", "rejected": "b"}))
     with pytest.raises(AMAError, match=r"a pair without an answer \(row 0"):
+        load_tasks(TaskMixtureConfig(tasks=[{"task": "x", "path": "json", "data_files": str(tmp_path / "x.jsonl")}]))
+
+
+def test_a_conversation_without_an_answer(tmp_path):
+    turn = [{"role": "assistant", "content": " "}]
+    row = {"prompt": [{"role": "user", "content": "q"}], "chosen": turn, "rejected": turn}
+    (tmp_path / "x.jsonl").write_text(json.dumps(row))
+    with pytest.raises(AMAError, match="a pair without an answer"):
         load_tasks(TaskMixtureConfig(tasks=[{"task": "x", "path": "json", "data_files": str(tmp_path / "x.jsonl")}]))
 
 

@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -40,6 +41,7 @@ from .step_recorder import RecordedForward, TaskCollator
 from .tasks import TASK_COLUMN, task_names_of, with_task_labels
 from .trainer_checks import (
     check_arguments,
+    check_best_metric,
     check_columns,
     check_config,
     check_no_task_lost,
@@ -156,9 +158,12 @@ peft_config:
         has_reference, has_specialist = check_columns(train_dataset, eval_dataset, ref_model)
         self.has_reference_losses = has_specialist or specialists is not None
         self._loss_config = PreferenceLossConfig.from_args(args)
-        check_arguments(args, strategy_for(args, train_dataset, self.task_names), self.has_reference_losses)
+        strategy = strategy_for(args, train_dataset, self.task_names)
+        check_arguments(args, strategy, self.has_reference_losses)
+        check_best_metric(args, strategy, eval_dataset, has_specialist, specialists is not None)
         # DPOTrainer then loads no reference model; `_precompute_ref_logps` below computes nothing that is there
         if has_reference and peft_config is None and not (not isinstance(model, str) and is_peft_model(model)):
+            args = copy.copy(args)  # the caller's stays as it is
             args.precompute_ref_log_probs = True
 
         super().__init__(
@@ -177,7 +182,8 @@ peft_config:
         )
         check_no_task_lost(train_dataset, self.train_dataset, self.task_names, args.max_length)
         strategy = strategy_for(args, self.train_dataset, self.task_names)  # over the pairs that are left
-        self.mixture = Mixture(strategy, self.task_names, untrained_loss(self._loss_config))
+        self._has_excess = self.has_reference_losses or strategy.objective == "excess"
+        self.mixture = Mixture(strategy, self.task_names, untrained_loss(self._loss_config), self._has_excess)
         self.data_collator = TaskCollator(self.data_collator)
         self._eval_pairs: list[torch.Tensor] = []
         self._mean_micro_batch = 1.0
@@ -226,7 +232,7 @@ peft_config:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not self.strategy.uses_own_sampler:
             return super()._get_train_sampler(dataset)
-        return self.mixture.make_sampler(dataset, self.args)
+        return self.mixture.make_sampler(dataset, self.args, self._train_batch_size)
 
     def _begin_mixing(self) -> None:
         if self.state.global_step == 0:
@@ -299,7 +305,7 @@ peft_config:
         excess = excess_losses(losses, baseline, self.args.excess_clip)  # (B,)
 
         if not self.model.training:
-            knows_excess = specialist[0] is not None or not self.has_reference_losses
+            knows_excess = specialist[0] is not None or (self._has_excess and not self.has_reference_losses)
             margins = self.beta * (pairs.chosen_logratios - pairs.rejected_logratios)
             self._record_eval(
                 task_ids, losses, margins, excess if knows_excess else torch.full_like(excess, torch.nan)
@@ -317,7 +323,10 @@ peft_config:
             loss = loss + self.router_aux_loss_coef * forward.outputs.aux_loss
         return (loss, result[1]) if return_outputs else loss
 
-    def compute_ref_log_probs(self, model, inputs):
+    def compute_ref_log_probs(
+        self, model: torch.nn.Module, inputs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reference log-probs of a batch, as DPOTrainer computes them. # (B,), (B,)"""
         ours = (TASK_COLUMN, *SPECIALIST_COLUMNS)
         return super().compute_ref_log_probs(model, {key: value for key, value in inputs.items() if key not in ours})
 
@@ -327,7 +336,13 @@ peft_config:
         rows = torch.stack([task_ids.to(losses.dtype), losses, margins, excess], dim=1).detach()  # (B, 4)
         self._eval_pairs.append(self.accelerator.gather_for_metrics(rows).float().cpu())
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluate(
+        self,
+        eval_dataset: Dataset | DatasetDict | dict[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """As [`~trl.DPOTrainer.evaluate`], with figures by task and of the worst task for pairs with a `task` column."""
         eval_dataset = label_eval(eval_dataset, self.task_names)
         before = self.precompute_ref_logps
         parts = eval_parts(eval_dataset).values()

@@ -19,7 +19,7 @@ COMMANDS = {
     "ama": "Run AutoMixAlign: specialists, reference losses, mixed training, evaluation",
     "ama-specialists": "Train (or pull) one specialist per task",
     "ama-losses": "Compute the specialists' reference losses",
-    "ama-eval": "Evaluate a model per task and on its worst task",
+    "ama-eval": "Evaluate the generalists on held-out pairs",
 }
 
 

@@ -37,6 +37,11 @@ def evaluate_policies(settings: RunSettings, policies: dict[str, str]) -> dict[s
             "`test_split_size` for all."
         )
     held_out = joined_data(settings)["test"]
+    if len(held_out) == 0:
+        raise AMAError(
+            f"The prompts of all held-out pairs fill max_length ({settings.training_args.max_length}), so there is nothing "
+            "to evaluate on. Raise max_length."
+        )
     trainer = ScoringTrainer(
         model=settings.model_name,
         args=settings.scoring_arguments(),

@@ -12,14 +12,28 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from .errors import AMAError
 from .scoring import split_revision
 from .tasks import PAIR_ID_COLUMN
 
 
+_WEIGHT_STEMS = ("model", "pytorch_model", "adapter_model")  # not the training_args.bin beside them
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
+# Keys of config.json and adapter_config.json that say where a model was or what wrote it
+_NOT_THE_MODEL = {"base_model_name_or_path", "_name_or_path", "transformers_version", "peft_version", "inference_mode"}
 _PACKAGES = ("trl", "transformers", "peft", "torch", "datasets")
+
+# What `load_best_model_at_end` chooses the saved weights by
+_BEST_MODEL = (
+    "metric_for_best_model",
+    "greater_is_better",
+    "eval_strategy",
+    "eval_steps",
+    "save_strategy",
+    "save_steps",
+)
 
 # Training arguments that change where results go or how they are shown, but no number of them
 _IRRELEVANT_PREFIXES = ("logging_", "log_", "hub_", "save_", "eval_", "push_to_hub", "trackio", "report_to", "ddp_")
@@ -27,7 +41,7 @@ _IRRELEVANT = {
     "output_dir", "run_name", "project", "disable_tqdm", "resume_from_checkpoint", "do_train", "do_eval", "do_predict",
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
     "dataset_num_proc", "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "specialists",
-    "per_device_eval_batch_size", "precompute_ref_batch_size", "precompute_ref_log_probs", "model_init_kwargs",
+    "per_device_eval_batch_size", "precompute_ref_batch_size", "precompute_ref_log_probs",
     "restore_callback_states_from_checkpoint", "overwrite_output_dir", "skip_memory_metrics", "prediction_loss_only",
 }  # fmt: skip
 
@@ -46,15 +60,25 @@ def _file_digest(path: str, size: int, modified: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _weight_digest(folder: Path) -> str:
+    """Hash of a model folder's weights and of the settings that decide what is computed with them."""
+    parts = []
+    for path in sorted(path for path in folder.iterdir() if path.name.startswith(_WEIGHT_STEMS) and path.is_file()):
+        if path.suffix in _WEIGHT_SUFFIXES:
+            stat = path.stat()
+            parts.append(_file_digest(str(path), stat.st_size, stat.st_mtime_ns))
+    for name in ("config.json", "adapter_config.json"):
+        config = read_json(folder / name) or {}
+        parts.append(json.dumps({key: config[key] for key in sorted(config) if key not in _NOT_THE_MODEL}))
+    return _digest(*parts)
+
+
 def model_identity(source: str, revision: str | None = None) -> str:
     """What weights `source` stands for: `org/name@commit` for a Hub id, `name@sha256:…` for a folder's contents."""
     name, pinned = split_revision(source)
     revision = pinned or revision
     if os.path.isdir(name):
-        files = sorted(path for path in Path(name).iterdir() if path.suffix in _WEIGHT_SUFFIXES and path.is_file())
-        stats = [(str(path), path.stat()) for path in files]
-        digests = [_file_digest(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-        return f"{Path(name).resolve().name}@sha256:{_digest(*digests)}"
+        return f"{Path(name).resolve().name}@sha256:{_weight_digest(Path(name))}"
     from transformers.utils import cached_file
     from transformers.utils.hub import extract_commit_hash
 
@@ -68,7 +92,7 @@ def model_identity(source: str, revision: str | None = None) -> str:
     return f"{name}@{revision or 'main'}"
 
 
-def tokenizer_identity(tokenizer) -> str:
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of the vocabulary, its rules and the chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
@@ -77,7 +101,13 @@ def tokenizer_identity(tokenizer) -> str:
 
 def pairs_identity(dataset: Dataset) -> str:
     """Hash of the pairs of a dataset, in order."""
-    return _digest(*dataset[PAIR_ID_COLUMN])
+    key = dataset._fingerprint  # datasets' own name for these rows; hashing a large task once is enough
+    if key not in _pairs_seen:
+        _pairs_seen[key] = _digest(*dataset[PAIR_ID_COLUMN])
+    return _pairs_seen[key]
+
+
+_pairs_seen: dict[str, str] = {}
 
 
 def package_versions() -> dict[str, str]:
@@ -91,9 +121,12 @@ def relevant_arguments(*configs: Any) -> dict[str, Any]:
     for config in configs:
         for field in dataclasses.fields(config):
             name = field.name
-            if not field.init or name in _IRRELEVANT or name.startswith(_IRRELEVANT_PREFIXES):
+            decides = name in _BEST_MODEL and config.load_best_model_at_end
+            if not field.init or (not decides and (name in _IRRELEVANT or name.startswith(_IRRELEVANT_PREFIXES))):
                 continue
             value = getattr(config, name)
+            if name == "model_init_kwargs":  # the base model's identity says its revision
+                value = {key: kwarg for key, kwarg in (value or {}).items() if key != "revision" and kwarg is not None}
             if isinstance(value, Enum):
                 value = value.value
             if value is None or isinstance(value, (bool, int, float, str, list, dict)):

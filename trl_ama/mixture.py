@@ -26,21 +26,23 @@ class Mixture:
         strategy ([`MixingStrategy`]): Decides draws and weights.
         task_names (`list[str]`): Names of the task numbers.
         excess_range (`float`): Excess of an untrained policy over a perfect specialist, in nats.
+        has_excess (`bool`): Whether there is an excess to log: not for a fixed mixture without reference losses.
     """
 
-    def __init__(self, strategy: MixingStrategy, task_names: list[str], excess_range: float):
+    def __init__(self, strategy: MixingStrategy, task_names: list[str], excess_range: float, has_excess: bool = True):
         self.strategy = strategy
         self.recorder = StepRecorder(len(task_names))
         self.sampler: TaskMixtureSampler | None = None
         self._task_names = task_names
         self._excess_range = excess_range
+        self._has_excess = has_excess
         self._first_state = strategy.state_dict()
         self._monitor = MixtureMonitor(task_names)
         self._num_steps = 0
 
-    def make_sampler(self, dataset: Dataset, args: AMAConfig) -> TaskMixtureSampler:
-        """A new sampler over the dataset's tasks, for one `train()`."""
-        per_loader_step = args.train_batch_size * args.world_size
+    def make_sampler(self, dataset: Dataset, args: AMAConfig, batch_size: int) -> TaskMixtureSampler:
+        """A new sampler over the dataset's tasks, for one `train()`, whose loaders have batches of `batch_size`."""
+        per_loader_step = batch_size * args.world_size
         length = len(dataset)
         self.sampler = TaskMixtureSampler(
             np.asarray(dataset[TASK_COLUMN]),
@@ -81,6 +83,7 @@ class Mixture:
                 )
         self._reset(num_steps)
         self.strategy.load_state_dict(state["strategy"])
+        self._monitor.load_state_dict(state["monitor"])
         if self.sampler is not None:
             self.sampler.load_state_dict(state["sampler"], skips_data)
 
@@ -96,6 +99,7 @@ class Mixture:
             "task_names": self._task_names,
             "strategy": self.strategy.state_dict(),
             "sampler": None if self.sampler is None else self.sampler.state_dict(),
+            "monitor": self._monitor.state_dict(),
         }
 
     def finish_step(self, accelerator: Accelerator) -> tuple[dict[str, float], list[str]]:
@@ -116,7 +120,9 @@ class Mixture:
         for name, values in self.strategy.metrics().items():
             for task, value in zip(self._task_names, values, strict=True):
                 yield f"ama/{name}/{task}", float(value)
-        sums = {"loss": step.loss_sums, "excess": step.excess_sums, "clipped_fraction": step.clipped_counts}
+        sums = {"loss": step.loss_sums}
+        if self._has_excess:
+            sums |= {"excess": step.excess_sums, "clipped_fraction": step.clipped_counts}
         for index in np.flatnonzero(step.counts):
             for name, values in sums.items():
                 yield f"ama/{name}/{self._task_names[index]}", float(values[index] / step.counts[index])

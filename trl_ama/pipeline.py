@@ -16,11 +16,12 @@ from .evaluation import evaluate_policies
 from .fingerprint import write_json
 from .generalists import generalist_stage, train_generalist
 from .pipeline_arguments import PipelineArguments
-from .reference_losses import compute_reference_losses, reference_losses_done
+from .reference_losses import compute_reference_losses, load_reference_losses, reference_losses_done
 from .report import plot_mixture, result_table, write_card
 from .run_settings import RunSettings
 from .scoring import check_policy_source
 from .specialists import require_specialists, specialist_stage, train_specialists
+from .task_loading import prompt_fits_into
 from .tasks import TaskMixtureConfig
 from .trainer_checks import check_arguments, strategy_for
 
@@ -81,7 +82,15 @@ def check_recipe(settings: RunSettings) -> None:
         args = settings.with_arguments(mixing=strategy)
         check_arguments(args, strategy_for(args, settings.data["train"], settings.task_names), True)
     for task in settings.task_args.tasks:
-        settings.specialist_arguments(task)
+        max_length = settings.specialist_arguments(task).max_length
+        if max_length is not None:
+            fits = prompt_fits_into(settings.tokenizer, max_length)
+            pairs = settings.pairs_of(task.task, "train")
+            if not any(map(fits, pairs)):
+                raise AMAError(
+                    f"The prompts of all {len(pairs)} pairs of task '{task.task}' fill max_length ({max_length}) alone. Raise "
+                    "max_length, or remove the task."
+                )
     for task, source in settings.external_specialists.items():
         check_policy_source(settings.model_name, f"the specialist of task '{task}'", source)
     args = settings.training_args
@@ -129,18 +138,28 @@ def describe_plan(settings: RunSettings, stages: Sequence[str]) -> list[str]:
         for task in settings.task_names
     )
     losses_there = False
-    if "losses" in stages or "train" in stages:
+    if set(stages) & {"losses", "train", "eval"}:
         done = {task: specialists_there and reference_losses_done(settings, task) for task in settings.task_names}
         losses_there = all(done.values())
+        if not losses_there and "losses" not in stages:  # these stages cannot do without, and say what is missing
+            require_specialists(settings)
+            load_reference_losses(settings.losses_dir, settings.task_names)
         lines += [f"  reference losses  {task:<14} {'done' if there else 'to do'}" for task, there in done.items()]
-    if "train" in stages:
-        for strategy in settings.strategies:
-            state = "to do"
-            if losses_there:
+    if "train" in stages or "eval" in stages:
+        states = dict.fromkeys(settings.strategies, "to do")
+        if losses_there:
+            for strategy in states:
                 stage = generalist_stage(settings, strategy)
                 stage.check()
-                state = stage.state
-            lines.append(f"  generalist        {strategy:<14} {state}")
+                states[strategy] = stage.state
+        lines += [f"  generalist        {strategy:<14} {state}" for strategy, state in states.items()]
+        missing = [strategy for strategy, state in states.items() if state != "done"]
+        if missing and "train" not in stages:
+            raise AMAError(
+                f"The generalist '{missing[0]}' is not there to be evaluated ('{settings.generalist_dir(missing[0])}'); found "
+                f"{[strategy for strategy in states if strategy not in missing]}. Run `trl ama --config …` first, or leave it "
+                "out of `mixing` and `compare`."
+            )
     if "eval" in stages:
         lines.append(
             "  evaluation        held-out pairs of every task" if "test" in settings.data else "  evaluation        –"
@@ -149,12 +168,8 @@ def describe_plan(settings: RunSettings, stages: Sequence[str]) -> list[str]:
 
 
 def evaluate(settings: RunSettings) -> dict[str, Any]:
-    """Evaluate the generalists that are there; write results, table, plot and card, and print the table."""
-    policies = {
-        strategy: str(settings.generalist_dir(strategy))
-        for strategy in settings.strategies
-        if generalist_stage(settings, strategy).result is not None
-    }
+    """Evaluate the generalists; write results, table, plot and card, and print the table."""
+    policies = {strategy: str(settings.generalist_dir(strategy)) for strategy in settings.strategies}
     results = evaluate_policies(settings, policies)
     if not PartialState().is_main_process:
         return results
@@ -165,8 +180,6 @@ def evaluate(settings: RunSettings) -> dict[str, Any]:
     plot_mixture(settings, plot)
     print("\n" + table)
     print(f"Results: {settings.output_dir / 'results.md'}")
-    if policies:
-        print(f"Plot:    {plot}")
-    if settings.training_args.mixing in policies:
-        print(f"Card:    {write_card(settings, results, plot)}")
+    print(f"Plot:    {plot}")
+    print(f"Card:    {write_card(settings, results, plot)}")
     return results

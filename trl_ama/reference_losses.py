@@ -141,9 +141,12 @@ def _score_task(settings: RunSettings, trainer: ScoringTrainer, task: str, prepa
             features=_named_task_features(table),
         )
         has_columns(tables[split], LOGP_COLUMNS, f"The scored pairs of task '{task}' ({split})")
+    given = {split: settings.pairs_of(task, split) for split in settings.data}
+    kept = {split: set(part[PAIR_ID_COLUMN]) for split, part in splits.items()}
     dropped = {
-        split: sorted(set(settings.pairs_of(task, split)[PAIR_ID_COLUMN]) - set(part[PAIR_ID_COLUMN]))
-        for split, part in splits.items()
+        split: sorted(set(part[PAIR_ID_COLUMN]) - kept.get(split, set()))
+        for split, part in given.items()
+        if part is not None
     }
     if trainer.accelerator.is_main_process:
         save_reference_losses(settings.losses_dir, task, tables, reference_fingerprint(settings, task), dropped)
@@ -248,6 +251,12 @@ def joined_data(settings: RunSettings) -> DatasetDict:
     """The run's pairs with their reference losses."""
     losses = load_reference_losses(settings.losses_dir, settings.task_names)
     dropped = dropped_pairs(settings.losses_dir, settings.task_names)
+    for split, part in settings.data.items():
+        if split not in losses:
+            raise AMAError(
+                f"The reference losses in '{settings.losses_dir}' have no {split} split, but this run has {len(part)} {split} "
+                "pairs. Delete that folder and run `trl ama-losses --config …` again, or use the data they were made from."
+            )
     return DatasetDict(
         {split: join_reference_losses(part, losses[split], dropped) for split, part in settings.data.items()}
     )

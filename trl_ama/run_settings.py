@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict
-from transformers import AutoTokenizer
+from peft import PeftConfig
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -83,6 +84,12 @@ class RunSettings:
     def specialist_arguments(self, task: TaskConfig) -> AMAConfig:
         """Training arguments of one task's specialist: the recipe's without evaluation during training, then its own."""
         args = self.training_args
+        own = {**self.pipeline_args.specialist_args, **task.specialist_args}
+        if "output_dir" in own:
+            raise AMAError(
+                f"specialist_args of task '{task.task}' sets output_dir, but specialists go to "
+                f"'{self.specialist_dir(task.task)}'. Leave it out."
+            )
         return self.with_arguments(
             **{
                 "output_dir": str(self.specialist_dir(task.task)),
@@ -91,8 +98,7 @@ class RunSettings:
                 "load_best_model_at_end": False,
                 "metric_for_best_model": None,
                 "save_strategy": "no" if args.save_strategy == SaveStrategy.BEST else args.save_strategy,
-                **self.pipeline_args.specialist_args,
-                **task.specialist_args,
+                **own,
             }
         )
 
@@ -114,11 +120,11 @@ class RunSettings:
         """The generalists to train: the recipe's `mixing` first, then those it is compared with."""
         return list(dict.fromkeys([self.training_args.mixing, *self.pipeline_args.compare]))
 
-    def peft_config(self):
+    def peft_config(self) -> PeftConfig | None:
         """A fresh PEFT configuration; `None` for full fine-tuning."""
         return get_peft_config(self.model_args)
 
-    def quantization_config(self):
+    def quantization_config(self) -> BitsAndBytesConfig | None:
         """The quantisation of the base model, if any."""
         return get_quantization_config(self.model_args)
 
@@ -135,8 +141,10 @@ class RunSettings:
         return model_identity(self.model_name, self.model_args.model_revision)
 
     @cached_property
-    def tokenizer(self):
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base model's tokenizer, as DPOTrainer loads and completes it."""
+        if self.model_name.startswith((".", "/", "~")) and not Path(self.model_name).is_dir():
+            raise AMAError(f"There is no folder '{self.model_name}'. Check model_name_or_path.")
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 self.model_name,

@@ -152,13 +152,31 @@ def check_policy_source(base_model: str, who: str, source: str) -> bool:
         ) from error
     with open(adapter_config, encoding="utf-8") as file:
         theirs = json.load(file).get("base_model_name_or_path")
-    both_folders = bool(theirs) and os.path.isdir(theirs) and os.path.isdir(base_model)
-    if theirs in (None, "", base_model) or (both_folders and os.path.samefile(theirs, base_model)):
+    if not _same_base(base_model, theirs, name):
+        raise AMAError(
+            f"{_capital(who)} ('{source}') is an adapter of '{theirs}', but this run's base model is '{base_model}'. Use "
+            f"one of the same base model, or set model_name_or_path to '{theirs}'. If '{base_model}' is a copy of it, give "
+            "the folder the same name."
+        )
+    return True
+
+
+def _same_base(ours: str, theirs: str | None, adapter: str) -> bool:
+    """Whether two names stand for one base model. Folders move and are copied, so names alone do not say."""
+    if not theirs or theirs == ours:
         return True
-    raise AMAError(
-        f"{_capital(who)} ('{source}') is an adapter of '{theirs}', but this run's base model is '{base_model}'. Use one "
-        f"of the same base model, or set model_name_or_path to '{theirs}'."
-    )
+    if os.path.isdir(theirs) and os.path.isdir(ours) and os.path.samefile(theirs, ours):
+        return True
+    # A specialist that the pipeline trained notes a hash of its base's weights
+    note = os.path.join(adapter, "stage.json")
+    if os.path.isdir(ours) and os.path.isfile(note):
+        from .fingerprint import model_identity
+
+        with open(note, encoding="utf-8") as file:
+            noted = json.load(file)["fingerprint"]["base_model"]
+        return noted.rsplit("@", 1)[-1] == model_identity(ours).rsplit("@", 1)[-1]
+    local_copy = os.path.isdir(ours) != os.path.isdir(theirs)
+    return local_copy and os.path.basename(os.path.abspath(ours)) == os.path.basename(theirs.rstrip("/"))
 
 
 def _check_vocabulary(trainer: DPOTrainer, who: str, model: PreTrainedModel) -> None:

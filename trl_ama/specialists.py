@@ -7,7 +7,7 @@ import warnings
 from trl import DPOTrainer
 
 from .errors import AMAError
-from .fingerprint import package_versions, pairs_identity, relevant_arguments
+from .fingerprint import package_versions, pairs_identity, relevant_arguments, tokenizer_identity
 from .preference_losses import PreferenceLossConfig, untrained_loss
 from .run_settings import RunSettings
 from .training_stage import TrainingStage
@@ -29,6 +29,7 @@ def specialist_stage(settings: RunSettings, task: str) -> TrainingStage:
         arguments.pop(name, None)
     fingerprint = {
         "base_model": settings.base_identity,
+        "tokenizer": tokenizer_identity(settings.tokenizer),
         "pairs": pairs_identity(settings.pairs_of(task, "train")),
         **arguments,
         "versions": package_versions(),
@@ -61,10 +62,15 @@ def train_specialist(settings: RunSettings, task: str) -> dict[str, float]:
         quantization_config=settings.quantization_config(),
         peft_config=settings.peft_config(),
     )
+    if len(trainer.train_dataset) == 0:
+        raise AMAError(
+            f"All pairs of task '{task}' were dropped, because their prompts alone fill max_length ({args.max_length}). "
+            "Raise max_length, or remove the task."
+        )
     stage.train(trainer)
     history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     result = {"steps": trainer.state.global_step, "train_loss": history[-1] if history else None}
-    if held_out is not None:
+    if held_out is not None and len(trainer.eval_dataset):
         metrics = trainer.evaluate()
         result |= {
             "eval_loss": metrics["eval_loss"],

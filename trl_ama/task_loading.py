@@ -1,11 +1,13 @@
 """Loads the tasks of a recipe into one train and one held-out dataset, in TRL's preference format."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
+from transformers import PreTrainedTokenizerBase
 from trl import extract_prompt
 
 from .errors import AMAError
@@ -146,6 +148,8 @@ def _own_format(dataset: Dataset, task: TaskConfig) -> Dataset:
             raise AMAError(
                 f"Format '{task.format}' of task '{task.task}' needs '{column}'; found {dataset.column_names}."
             )
+    if task.format == "hh_rlhf":  # the published files hold a few broken rows
+        dataset = dataset.filter(_is_whole_transcript, desc=f"Dropping broken transcripts of {task.task}")
     return dataset.map(convert, remove_columns=dataset.column_names, desc=f"Reading {task.task}")
 
 
@@ -158,7 +162,7 @@ def _preference_columns(dataset: Dataset, task: TaskConfig) -> Dataset:
                 "with `columns: {chosen: …, rejected: …}`."
             )
     for row, example in enumerate(dataset.select_columns(["chosen", "rejected"])):
-        if not example["chosen"] or not example["rejected"]:
+        if any(not _answer(example[side]).strip() for side in ("chosen", "rejected")):
             raise AMAError(
                 f"Task '{task.task}' has a pair without an answer (row {row}: chosen={example['chosen']!r}, "
                 f"rejected={example['rejected']!r}). Drop such rows."
@@ -170,6 +174,14 @@ def _preference_columns(dataset: Dataset, task: TaskConfig) -> Dataset:
     if isinstance(dataset[0]["prompt"], list) and dataset[0]["prompt"]:
         dataset = _plain_messages(dataset)
     return dataset
+
+
+def _answer(completion: str | list[dict[str, Any]] | None) -> str:
+    """The text of a completion; of a conversation, its last message's."""
+    if isinstance(completion, list):
+        content = completion[-1]["content"] if completion else ""
+        return content if isinstance(content, str) else str(content or "")
+    return completion or ""
 
 
 def _plain_messages(dataset: Dataset) -> Dataset:
@@ -189,6 +201,14 @@ def _plain_messages(dataset: Dataset) -> Dataset:
         return dataset
     # The features are given because a message's other keys would otherwise stay, empty
     return dataset.map(strip, features=Features({**features, **dict.fromkeys(_PAIR_COLUMNS, plain)}))
+
+
+def _is_whole_transcript(row: dict[str, str]) -> bool:
+    chosen, rejected = _turns(row["chosen"]), _turns(row["rejected"])
+    same_prompt = chosen[:-1] == rejected[:-1] and len(chosen) > 1
+    return same_prompt and all(
+        turns[-1]["role"] == "assistant" and turns[-1]["content"] for turns in (chosen, rejected)
+    )
 
 
 def _from_transcript(row: dict[str, str]) -> dict[str, Any]:
@@ -222,18 +242,36 @@ _FORMATS = {
 }
 
 
-def fits_into(tokenizer, max_length: int) -> Callable[[dict], bool]:
-    """Whether `max_length` tokens hold a pair whole, both answers, as the chat template renders it."""
+def fits_into(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callable[[dict], bool]:
+    """Whether `max_length` tokens hold a pair whole, both answers, as `DPOTrainer` will render it."""
 
     def fits(row: dict) -> bool:
-        for answer in ("chosen", "rejected"):
-            text = row["prompt"] + row[answer]
-            if isinstance(text, str):
-                tokens = tokenizer(text)["input_ids"]
-            else:
-                tokens = tokenizer.apply_chat_template(text, tokenize=True, return_dict=True)["input_ids"]
-            if len(tokens) > max_length:
-                return False
-        return True
+        return all(_tokens(tokenizer, row, row["prompt"] + row[side]) <= max_length for side in ("chosen", "rejected"))
 
     return fits
+
+
+def prompt_fits_into(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callable[[dict], bool]:
+    """Whether a pair's prompt leaves room for an answer; `DPOTrainer` drops the pairs whose prompt does not."""
+
+    def fits(row: dict) -> bool:
+        return _tokens(tokenizer, row, row["prompt"], is_prompt=True) < max_length
+
+    return fits
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, row: dict, text: str | list, is_prompt: bool = False) -> int:
+    if isinstance(text, str):
+        ends = not is_prompt and not text.endswith(tokenizer.eos_token or "")  # DPOTrainer adds the token
+        return len(tokenizer(text)["input_ids"]) + ends
+    tools = row.get("tools")
+    return len(
+        tokenizer.apply_chat_template(
+            text,
+            tools=json.loads(tools) if isinstance(tools, str) else tools,
+            add_generation_prompt=is_prompt,
+            tokenize=True,
+            return_dict=True,
+            **(row.get("chat_template_kwargs") or {}),
+        )["input_ids"]
+    )

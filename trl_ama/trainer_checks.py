@@ -134,11 +134,37 @@ def check_arguments(args: AMAConfig, strategy: MixingStrategy, has_reference_los
             "sync_ref_model moves the reference policy during training, and reference losses hold for a fixed one. Turn it "
             "off, or train without specialists."
         )
+
+
+def check_best_metric(
+    args: AMAConfig, strategy: MixingStrategy, eval_dataset: Any, has_specialist: bool, will_score: bool
+) -> None:
+    """Raise an `AMAError` if `metric_for_best_model` is a figure over tasks that evaluation will not give.
+
+    Args:
+        args, strategy: As in `check_arguments`.
+        eval_dataset: The held-out pairs, or a dict of them (whose figures have names that only the user knows).
+        has_specialist (`bool`): Whether the training pairs carry the specialists' log-probs.
+        will_score (`bool`): Whether specialists are given, who will score the held-out pairs.
+    """
     metric = (args.metric_for_best_model or "").removeprefix("eval_")
-    if metric in ("worst_excess", "mean_excess") and not has_reference_losses and strategy.objective == "loss":
+    if metric not in ("worst_excess", "mean_excess", "worst_accuracy", "mean_accuracy"):
+        return
+    ours = f"metric_for_best_model='{args.metric_for_best_model}'"
+    if metric.endswith("excess") and not (has_specialist or will_score) and strategy.objective == "loss":
         raise AMAError(
-            f"metric_for_best_model='{args.metric_for_best_model}' needs reference losses, and the dataset has none. "
-            "Compute them with `trl ama-losses`, or choose 'worst_accuracy'."
+            f"{ours} needs reference losses, and the dataset has none. Compute them with `trl ama-losses`, or choose "
+            "'worst_accuracy'."
+        )
+    if not isinstance(eval_dataset, Dataset):
+        return
+    columns = eval_dataset.column_names
+    if TASK_COLUMN not in columns:
+        raise AMAError(f"{ours} needs held-out pairs with a 'task' column; eval_dataset has {columns}. Add it.")
+    if metric.endswith("excess") and has_specialist and SPECIALIST_COLUMNS[0] not in columns:
+        raise AMAError(
+            f"{ours} needs {list(SPECIALIST_COLUMNS)} of the held-out pairs too; eval_dataset has {columns}. "
+            "`trl ama-losses` computes them, or choose 'worst_accuracy'."
         )
 
 

@@ -1,5 +1,7 @@
 """Watches a run for the two ways in which the paper saw adaptive mixing fail, and words the warnings."""
 
+from typing import Any
+
 import numpy as np
 
 
@@ -20,7 +22,8 @@ class MixtureMonitor:
         self._names = task_names
         self._runaway_steps = np.zeros(len(task_names), dtype=np.int64)
         self._warned: set[str] = set()
-        self._excess: list[float] = []
+        # Sums and numbers of steps of the mean excess, over the run's first and last quarter
+        self._first, self._last, self._steps = [0.0, 0], [0.0, 0], 0
 
     def update(self, weights: np.ndarray, mean_excess: np.ndarray, num_steps: int) -> list[str]:
         """Take in one optimizer step of a run of `num_steps`; return what is new to warn about.
@@ -41,11 +44,16 @@ class MixtureMonitor:
                 f"{self._runaway_steps[worst]} steps, so the others hardly train. Lower mixing_lr, raise smoothing, or "
                 "check that its specialist's losses can be reached."
             )
+        self._steps += 1
         if not np.isnan(mean_excess).all():
-            self._excess.append(float(np.nanmean(mean_excess)))
-        if len(self._excess) == num_steps >= _MIN_STEPS:
-            quarter = num_steps // 4
-            first, last = np.mean(self._excess[:quarter]), np.mean(self._excess[-quarter:])
+            for quarter, inside in (
+                (self._first, self._steps <= num_steps // 4),
+                (self._last, self._steps > num_steps - num_steps // 4),
+            ):
+                quarter[0] += inside * float(np.nanmean(mean_excess))
+                quarter[1] += int(inside)
+        if self._steps == num_steps >= _MIN_STEPS and self._first[1] and self._last[1]:
+            first, last = self._first[0] / self._first[1], self._last[0] / self._last[1]
             if first > 0 and last >= _STAGNANT_RATIO * first:
                 messages.append(
                     f"Stagnation: the mean excess loss was {first:.3f} in the first quarter of the run and is "
@@ -53,3 +61,19 @@ class MixtureMonitor:
                     "the LoRA rank, or train longer."
                 )
         return messages
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was seen so far, as JSON types."""
+        return {
+            "runaway_steps": self._runaway_steps.tolist(),
+            "warned": sorted(self._warned),
+            "first": self._first,
+            "last": self._last,
+            "steps": self._steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict`."""
+        self._runaway_steps = np.asarray(state["runaway_steps"], dtype=np.int64)
+        self._warned = set(state["warned"])
+        self._first, self._last, self._steps = list(state["first"]), list(state["last"]), state["steps"]

@@ -10,11 +10,6 @@ accelerate launch trl_ama/scripts/ama.py \
     --config recipes/quickstart/ama/config_lora.yaml \
     --learning_rate 5.0e-6
 ```
-
-# On several GPUs:
-```bash
-trl ama --config recipes/quickstart/ama/config_lora.yaml --accelerate_config multi_gpu --num_processes 4
-```
 """
 
 import argparse
