@@ -23,6 +23,20 @@ WORDS = (
 ).split()
 
 
+# Training arguments of every quick, silent run on a CPU
+QUICK = {
+    "per_device_train_batch_size": 8,
+    "max_length": 64,
+    "beta": 0.5,
+    "bf16": False,
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+
+
 def _make_tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -123,21 +137,13 @@ def quick_args(tmp_path):
         from trl_ama import AMAConfig
 
         settings = {
+            **QUICK,
             "output_dir": str(tmp_path / "run"),
-            "per_device_train_batch_size": 8,
             "per_device_eval_batch_size": 16,
             "max_steps": 4,
             "learning_rate": 1e-3,
             "lr_scheduler_type": "constant",
-            "max_length": 64,
-            "beta": 0.5,
-            "bf16": False,
-            "use_cpu": True,
-            "gradient_checkpointing": False,
-            "report_to": "none",
-            "save_strategy": "no",
             "logging_steps": 1,
-            "disable_tqdm": True,
             "seed": 7,
         }
         return (config_class or AMAConfig)(**{**settings, **overrides})

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import make_dataset, make_model
+from conftest import QUICK, make_dataset, make_model
 from datasets import ClassLabel
 from peft import LoraConfig, PeftModel
 from test_invariants import lora, losses_of, weights_of, with_reference_columns
@@ -28,20 +28,7 @@ def specialists(model_dir, tmp_path_factory):
     paths = {}
     for task in SIZES:
         path = tmp_path_factory.mktemp("specialists") / task
-        args = DPOConfig(
-            str(path),
-            max_steps=20,
-            per_device_train_batch_size=8,
-            learning_rate=5e-3,
-            max_length=64,
-            beta=0.5,
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-        )
+        args = DPOConfig(str(path), max_steps=20, learning_rate=5e-3, **QUICK)
         trainer = DPOTrainer(
             model_dir, args=args, train_dataset=make_dataset({task: 64}).remove_columns("task"), peft_config=lora()
         )

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_rows
+from conftest import QUICK, make_rows
 from datasets import load_dataset
 from test_invariants import lora
 from trl import DPOTrainer, ModelConfig, TrlParser
 
 from trl_ama import AMAConfig, AMAError, AMATrainer, TaskMixtureConfig, join_reference_losses, run_pipeline
 from trl_ama.fingerprint import read_json, write_json
+from trl_ama.pipeline import check_recipe
 from trl_ama.pipeline_arguments import PipelineArguments
 from trl_ama.reference_columns import LOGP_COLUMNS
 from trl_ama.reference_losses import joined_data, load_reference_losses
@@ -40,6 +41,7 @@ def recipe(model_dir, data_dir, tmp_path_factory):
     write_json(
         path,
         {
+            **QUICK,
             "model_name_or_path": model_dir,
             "tasks": [{"task": task, "path": "org/data", "eval_split": "test"} for task in SIZES],
             "tasks_dir": str(data_dir),
@@ -51,19 +53,11 @@ def recipe(model_dir, data_dir, tmp_path_factory):
             "lora_alpha": 8,
             "lora_target_modules": "all-linear",
             "learning_rate": 5e-3,
-            "per_device_train_batch_size": 8,
             "per_device_eval_batch_size": 16,
             "max_steps": 6,
-            "max_length": 64,
-            "beta": 0.5,
-            "bf16": False,
-            "use_cpu": True,
-            "gradient_checkpointing": False,
-            "report_to": "none",
             "save_strategy": "steps",
             "save_steps": 4,
             "logging_steps": 1,
-            "disable_tqdm": True,
             "seed": 3,
         },
     )
@@ -259,6 +253,13 @@ def test_specialists_are_the_same_from_another_folder(finished, recipe, tmp_path
 def test_prompts_that_fill_max_length(recipe, tmp_path, no_training):
     with pytest.raises(AMAError, match=r"prompts of all 48 pairs of task 'list' fill max_length \(4\) alone"):
         run_pipeline(*recipe(tmp_path, "--max_length", "4"))
+
+
+def test_keeping_the_end_drops_no_prompt(recipe, tmp_path, no_training):
+    """`keep_end` cuts prompts instead of dropping pairs, so the check of their length does not apply."""
+    with pytest.warns(FutureWarning, match="keep_end"):
+        arguments = recipe(tmp_path, "--max_length", "4", "--truncation_mode", "keep_end")
+    check_recipe(RunSettings(*arguments))
 
 
 def test_only_what_is_missing_is_scored(copy, recipe, monkeypatch):

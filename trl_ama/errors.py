@@ -15,3 +15,8 @@ def nearest(name: str, candidates: list[str]) -> str:
 
     match = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
     return f" Did you mean '{match[0]}'?" if match else ""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of another library's error, for a message of one sentence; its type if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -82,8 +82,9 @@ def check_recipe(settings: RunSettings) -> None:
         args = settings.with_arguments(mixing=strategy)
         check_arguments(args, strategy_for(args, settings.data["train"], settings.task_names), True)
     for task in settings.task_args.tasks:
-        max_length = settings.specialist_arguments(task).max_length
-        if max_length is not None:
+        args = settings.specialist_arguments(task)
+        max_length = args.max_length
+        if max_length is not None and args.truncation_mode == "keep_start":  # DPOTrainer drops no pair otherwise
             fits = prompt_fits_into(settings.tokenizer, max_length)
             pairs = settings.pairs_of(task.task, "train")
             if not any(map(fits, pairs)):

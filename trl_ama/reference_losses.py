@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset
 
-from .errors import AMAError
+from .errors import AMAError, first_line
 from .fingerprint import (
     check_fingerprint,
     model_identity,
@@ -199,9 +199,8 @@ def load_reference_losses(folder: str | Path, tasks: list[str]) -> DatasetDict:
     try:
         return load_dataset("parquet", data_files={split: paths for split, paths in files.items() if paths})
     except Exception as error:  # pyarrow and datasets raise many kinds; all mean a damaged file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise AMAError(
-            f"The reference losses in '{folder}' cannot be read: {reason} Delete the damaged task's folder and run "
+            f"The reference losses in '{folder}' cannot be read: {first_line(error)} Delete the damaged task's folder and run "
             "`trl ama-losses --config …` again."
         ) from error
 

@@ -14,7 +14,7 @@ from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from .ama_config import AMAConfig
-from .errors import AMAError, nearest
+from .errors import AMAError, first_line, nearest
 from .fingerprint import model_identity
 from .pipeline_arguments import PipelineArguments
 from .task_loading import fits_into, load_tasks
@@ -152,9 +152,8 @@ class RunSettings:
                 trust_remote_code=self.training_args.trust_remote_code,
             )
         except (OSError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise AMAError(
-                f"The base model '{self.model_name}' cannot be read: {reason} Check model_name_or_path, or your network."
+                f"The base model '{self.model_name}' cannot be read: {first_line(error)} Check model_name_or_path, or your network."
             ) from error
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token

@@ -16,7 +16,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from trl import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, use_adapter
 
-from .errors import AMAError
+from .errors import AMAError, first_line
 from .preference_losses import sequence_logps
 
 
@@ -124,10 +124,6 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def check_policy_source(base_model: str, who: str, source: str) -> bool:
     """Whether `source` is an adapter (of `base_model`), rather than a full model; loads no weights.
 
@@ -148,7 +144,7 @@ def check_policy_source(base_model: str, who: str, source: str) -> bool:
     except (OSError, ValueError) as error:
         raise AMAError(
             f"{_capital(who)} at '{source}' is neither an adapter (no adapter_config.json) nor a model: "
-            f"{_first_line(error)} Check the path or Hub id."
+            f"{first_line(error)} Check the path or Hub id."
         ) from error
     with open(adapter_config, encoding="utf-8") as file:
         theirs = json.load(file).get("base_model_name_or_path")

@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
 from transformers import PreTrainedTokenizerBase
 from trl import extract_prompt
 
-from .errors import AMAError
+from .errors import AMAError, first_line
 from .tasks import TASK_COLUMN, TaskConfig, TaskMixtureConfig, add_pair_ids, check_task_names, concatenate_tasks
 
 
@@ -112,10 +112,9 @@ def _load_split(task: TaskConfig, split: str, **source: Any) -> Dataset:
     try:
         dataset = load_dataset(split=split, **{key: value for key, value in source.items() if value is not None})
     except Exception as error:  # load_dataset raises a dozen kinds; all mean that this entry cannot be read
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         where = source.get("data_files") or source["path"]
         raise AMAError(
-            f"Task '{task.task}' cannot be loaded: split '{split}' of {where!r}: {reason} Check `path`, `data_files` and "
+            f"Task '{task.task}' cannot be loaded: split '{split}' of {where!r}: {first_line(error)} Check `path`, `data_files` and "
             "`split` of the task, or point it at local files with --tasks_dir."
         ) from error
     if len(dataset) == 0:
