@@ -9,7 +9,7 @@ from datasets import ClassLabel, Dataset, IterableDataset
 from test_invariants import lora, with_reference_columns
 from trl import DPOConfig, DPOTrainer
 
-from trl_ama import AMAConfig, AMAError, AMATrainer, TaskConfig, TaskMixtureConfig
+from trl_ama import AMAConfig, AMAError, AMATrainer, TaskConfig, TaskMixtureConfig, load_tasks
 from trl_ama.tasks import check_task_names
 
 
@@ -229,7 +229,7 @@ def test_unknown_key_in_a_task():
 @pytest.mark.parametrize("entry", [{"task": "list"}, {"path": "x"}, {"task": "", "path": "x"}])
 def test_incomplete_task(entry):
     with pytest.raises(AMAError, match="Every task needs 'task' and 'path'"):
-        TaskConfig.from_entry(entry)
+        load_tasks(TaskMixtureConfig(tasks=[entry]))
 
 
 @pytest.mark.parametrize("entry", ["just text", "[1, 2]", "{task: [", 7, None])

@@ -13,10 +13,12 @@ from trl import DPOTrainer, ModelConfig, TrlParser
 
 from trl_ama import AMAConfig, AMAError, AMATrainer, TaskMixtureConfig, join_reference_losses, run_pipeline
 from trl_ama.fingerprint import read_json, write_json
+from trl_ama.loss_sharing import load_reference_losses
 from trl_ama.pipeline import check_recipe
 from trl_ama.pipeline_arguments import PipelineArguments
 from trl_ama.reference_columns import LOGP_COLUMNS
-from trl_ama.reference_losses import joined_data, load_reference_losses
+from trl_ama.reference_losses import joined_data
+from trl_ama.report import result_table
 from trl_ama.run_settings import RunSettings
 from trl_ama.specialists import quality_warning
 
@@ -109,7 +111,8 @@ def test_what_a_run_leaves(finished):
     table = (output_dir / "results.md").read_text()
     assert "| **worst task**" in table and "| mean of tasks" in table
     card = (output_dir / "generalists" / "ama_s" / "README.md").read_text()
-    assert table in card and "mixture.png" in card and "tags:" in card
+    assert result_table(results, this="ama_s").strip() in card
+    assert "this model (ama_s)" in card and "mixture.png" in card and "tags:" in card
     assert str(output_dir) not in card
 
 
@@ -300,7 +303,7 @@ def test_the_stages_losses_are_the_trainers_own(finished, recipe):
 
 def test_joining_is_by_id_not_position(finished, recipe):
     settings = RunSettings(*recipe(finished[0]))
-    losses = load_reference_losses(settings.losses_dir, settings.task_names)["train"]
+    losses = load_reference_losses(settings.losses_dir)["train"]
     data = settings.data["train"]
     straight, shuffled = (join_reference_losses(data, part) for part in (losses, losses.shuffle(seed=1)))
     for column in LOGP_COLUMNS:
@@ -321,7 +324,7 @@ def test_pairs_that_dpo_trainer_drops_are_left_out_by_id(recipe, tmp_path):
     arguments = recipe(tmp_path / "run", "--max_length", "7")
     run_pipeline(*arguments)
     settings = RunSettings(*arguments)
-    losses = load_reference_losses(settings.losses_dir, settings.task_names)
+    losses = load_reference_losses(settings.losses_dir)
     assert 0 < len(losses["train"]) < len(settings.data["train"])
     lengths = {len(row["prompt"][0]["content"].split()) for row in losses["train"]}
     assert lengths == {4, 5} - {length for length in (4, 5) if length not in lengths}
@@ -452,13 +455,6 @@ def test_full_fine_tuning(recipe, tmp_path):
     assert results["policies"]["specialists"]["by_task"]["brief"]["accuracy"] > 0.7
     assert results["policies"]["ama_s"]["by_task"]["brief"]["loss"] < np.log(2)
     assert run_pipeline(*recipe(tmp_path, *flags)) == results
-
-
-def test_pushing_is_not_silently_left_out(recipe, copy, no_training):
-    arguments = recipe(copy)
-    arguments[1].push_to_hub = True
-    with pytest.warns(UserWarning, match="does not push yet"):
-        run_pipeline(*arguments, stages=("specialists",))
 
 
 def test_nothing_to_evaluate_on(recipe, copy, no_training, capsys):

@@ -20,6 +20,8 @@ _EXPORTS = {
     "train_specialist": "specialists",
     "compute_reference_losses": "reference_losses",
     "join_reference_losses": "reference_losses",
+    "load_reference_losses": "loss_sharing",
+    "ReferenceLosses": "loss_sharing",
     "MixingStrategy": "mixing",
     "StepStatistics": "mixing",
     "AMAConfig": "ama_config",
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from .ama_trainer import AMATrainer
     from .errors import AMAError
     from .evaluation import evaluate_policies
+    from .loss_sharing import ReferenceLosses, load_reference_losses
     from .mixing import MixingStrategy, StepStatistics
     from .pipeline import run_pipeline
     from .reference_losses import compute_reference_losses, join_reference_losses

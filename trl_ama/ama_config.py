@@ -1,3 +1,4 @@
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +83,23 @@ class AMAConfig(DPOConfig):
         },
     )
 
+    __repr__ = DPOConfig.__str__  # which masks tokens; a dataclass's own would not
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The Trainer pickles its arguments into `training_args.bin`, which it pushes to the Hub. No token goes there
+        return {**self.__dict__, "hub_token": None, "model_init_kwargs": _without_tokens(self.model_init_kwargs)}
+
+    def __copy__(self) -> "AMAConfig":
+        clone = object.__new__(type(self))
+        clone.__dict__.update(self.__dict__)
+        return clone
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AMAConfig":
+        clone = object.__new__(type(self))
+        memo[id(self)] = clone
+        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return clone
+
     def __post_init__(self):
         super().__post_init__()
         check_strategy_name(self.mixing)
@@ -98,6 +116,10 @@ class AMAConfig(DPOConfig):
                 f"specialists maps each task to its adapter, got {self.specialists!r}. Write it as "
                 '{"helpful": "path/or/hub-id", …}.'
             )
+
+
+def _without_tokens(kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
+    return kwargs and {key: value for key, value in kwargs.items() if "token" not in key}
 
 
 def _parse_mixing_lr(value: float | str | None) -> float | str:

@@ -24,9 +24,12 @@ from trl.trainer.utils import get_config_model_id
 
 from .ama_config import AMAConfig
 from .errors import AMAError
+from .generalist_card import complete_card, template_for_trl
+from .hub import check_login
 from .metrics import task_metrics, worst_and_mean
 from .mixing import MixingStrategy
 from .mixture import Mixture
+from .policy_sources import check_policy_source
 from .preference_losses import (
     PairLogProbs,
     PreferenceLossConfig,
@@ -36,7 +39,6 @@ from .preference_losses import (
     untrained_loss,
 )
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS, add_logp_columns
-from .scoring import check_policy_source
 from .step_recorder import RecordedForward, TaskCollator
 from .tasks import TASK_COLUMN, task_names_of, with_task_labels
 from .trainer_checks import (
@@ -46,6 +48,7 @@ from .trainer_checks import (
     check_config,
     check_no_task_lost,
     check_specialists,
+    check_token_counts,
     check_train_dataset,
     descends_trl_loss,
     eval_parts,
@@ -56,6 +59,7 @@ from .trainer_checks import (
 
 logger = get_logger(__name__)
 
+_REFERENCE_TOLERANCE = 0.1  # nats a token; kernels and 16-bit precision make a few hundredths
 _STATE_KEY = "ama"  # in trainer_state.json's `stateful_callbacks`
 
 
@@ -112,6 +116,7 @@ peft_config:
 
     _tag_names = ["trl", "dpo", "ama"]
     _name = "AMA"
+    _template_file = template_for_trl()
     _paper = {
         "title": "AutoMixAlign: Adaptive Data Mixing for Multi-Task Preference Optimization in LLMs",
         "id": "2506.00569",
@@ -154,7 +159,13 @@ peft_config:
         base_model = model if isinstance(model, str) else get_config_model_id(model.config)
         for task, source in (specialists or {}).items():
             if isinstance(source, str):  # before a single pair is scored
-                check_policy_source(base_model, f"the specialist of task '{task}'", source)
+                check_policy_source(
+                    base_model,
+                    f"the specialist of task '{task}'",
+                    source,
+                    base_revision=(args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None,
+                    trust_remote_code=args.trust_remote_code,
+                )
         has_reference, has_specialist = check_columns(train_dataset, eval_dataset, ref_model)
         self.has_reference_losses = has_specialist or specialists is not None
         self._loss_config = PreferenceLossConfig.from_args(args)
@@ -181,12 +192,15 @@ peft_config:
             peft_config=peft_config,
         )
         check_no_task_lost(train_dataset, self.train_dataset, self.task_names, args.max_length)
+        for role, part in {"train_dataset": self.train_dataset, **eval_parts(self.eval_dataset)}.items():
+            check_token_counts(part, role, args.max_length, args.truncation_mode)
         strategy = strategy_for(args, self.train_dataset, self.task_names)  # over the pairs that are left
         self._has_excess = self.has_reference_losses or strategy.objective == "excess"
         self.mixture = Mixture(strategy, self.task_names, untrained_loss(self._loss_config), self._has_excess)
         self.data_collator = TaskCollator(self.data_collator)
         self._eval_pairs: list[torch.Tensor] = []
         self._mean_micro_batch = 1.0
+        self._reference_unchecked = has_reference
         self.add_callback(_BeginMixing(self))
         if specialists is not None and not has_specialist:
             self._score_specialists(specialists)
@@ -226,6 +240,18 @@ peft_config:
             if column not in self._signature_columns:
                 self._signature_columns.append(column)
 
+    # ---- Hub ----
+
+    def init_hf_repo(self, token=None, private=None):
+        if self.is_world_process_zero():  # one sentence rather than the client's traceback
+            check_login(token or self.args.hub_token)
+        super().init_hf_repo(token, private)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
+        if self.is_world_process_zero():
+            complete_card(self)
+
     # ---- Mixing ----
 
     def _get_train_sampler(self, train_dataset=None):
@@ -264,6 +290,23 @@ peft_config:
 
     # ---- Loss ----
 
+    def _check_reference(self, pairs: PairLogProbs) -> None:
+        """Hold the data's reference log-probs against the policy, which has not moved yet and so should be the reference."""
+        self._reference_unchecked = False
+        if self.state.global_step > 0:
+            return
+        distance = (pairs.chosen_logratios.abs() + pairs.rejected_logratios.abs()).sum().item()
+        distance /= max(1.0, float(pairs.chosen_tokens.sum() + pairs.rejected_tokens.sum()))
+        if not distance <= _REFERENCE_TOLERANCE:
+            self._report_foreign_reference(
+                f"The reference log-probs in train_dataset differ from those of the untrained policy by {distance:.2f} nats a token "
+                "on the first batch: another base model, tokenizer or chat template made them. Use the base model that they "
+                "were made with, or compute them again with `trl ama-losses`."
+            )
+
+    def _report_foreign_reference(self, message: str) -> None:
+        logger.warning(message)  # no error: a policy may be trained on from another start than the reference
+
     @contextlib.contextmanager
     def _reference_from_inputs(self):
         before, self.precompute_ref_logps = self.precompute_ref_logps, True
@@ -296,6 +339,8 @@ peft_config:
         tokens = mask.sum(dim=1).chunk(2)
         policy = sequence_logps(forward.outputs.log_probs, mask, self.ld_alpha)
         pairs = PairLogProbs(*policy, *references, *tokens)
+        if self._reference_unchecked and self.model.training:
+            self._check_reference(pairs)
         losses = pair_losses(pairs, self._loss_config)  # (B,)
         if specialist[0] is None:
             baseline = torch.zeros_like(losses)

@@ -8,13 +8,28 @@ import torch
 from datasets import Dataset
 
 from .errors import AMAError
+from .fingerprint import model_identity, pairs_identity
 from .metrics import task_metrics, worst_and_mean
 from .preference_losses import PairLogProbs, PreferenceLossConfig, excess_losses, pair_losses
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
-from .reference_losses import joined_data
+from .reference_losses import joined_data, reference_losses_of
 from .run_settings import RunSettings
 from .scoring import ScoringTrainer, score_pairs, trained_policy
 from .tasks import TASK_COLUMN
+
+
+def evaluation_fingerprint(settings: RunSettings, policies: dict[str, str]) -> dict[str, Any]:
+    """Everything that decides the figures of [`evaluate_policies`], as JSON types."""
+    parts = reference_losses_of(settings)
+    config = PreferenceLossConfig.from_args(settings.training_args)
+    return {
+        "policies": {name: model_identity(source) for name, source in policies.items()},
+        "reference_losses": {
+            part.task: {name: file["sha256"] for name, file in part.note["files"].items()} for part in parts
+        },
+        "held_out": pairs_identity(settings.data["test"]),
+        "preference_loss": str(config),
+    }
 
 
 def evaluate_policies(settings: RunSettings, policies: dict[str, str]) -> dict[str, Any]:

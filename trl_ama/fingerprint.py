@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .errors import AMAError
-from .scoring import split_revision
+from .policy_files import hub_commit, split_revision
 from .tasks import PAIR_ID_COLUMN
 
 
@@ -74,22 +74,15 @@ def _weight_digest(folder: Path) -> str:
 
 
 def model_identity(source: str, revision: str | None = None) -> str:
-    """What weights `source` stands for: `org/name@commit` for a Hub id, `name@sha256:…` for a folder's contents."""
+    """What weights `source` stands for: `org/name@commit` for a Hub id, `name@sha256:…` for a folder's contents.
+
+    Raises:
+        AMAError: If there is no such repository or revision, or it can neither be reached nor is cached.
+    """
     name, pinned = split_revision(source)
-    revision = pinned or revision
     if os.path.isdir(name):
         return f"{Path(name).resolve().name}@sha256:{_weight_digest(Path(name))}"
-    from transformers.utils import cached_file
-    from transformers.utils.hub import extract_commit_hash
-
-    for filename in ("config.json", "adapter_config.json"):
-        try:
-            path = cached_file(name, filename, revision=revision, _raise_exceptions_for_missing_entries=False)
-        except (OSError, ValueError):
-            path = None
-        if path is not None:
-            return f"{name}@{extract_commit_hash(path, None) or revision or 'main'}"
-    return f"{name}@{revision or 'main'}"
+    return f"{name}@{hub_commit(name, pinned or revision)}"
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -125,8 +118,12 @@ def relevant_arguments(*configs: Any) -> dict[str, Any]:
             if not field.init or (not decides and (name in _IRRELEVANT or name.startswith(_IRRELEVANT_PREFIXES))):
                 continue
             value = getattr(config, name)
-            if name == "model_init_kwargs":  # the base model's identity says its revision
-                value = {key: kwarg for key, kwarg in (value or {}).items() if key != "revision" and kwarg is not None}
+            if name == "model_init_kwargs":  # the base model's identity says its revision; a token is a secret
+                value = {
+                    key: kwarg
+                    for key, kwarg in (value or {}).items()
+                    if kwarg is not None and key != "revision" and "token" not in key
+                }
             if isinstance(value, Enum):
                 value = value.value
             if value is None or isinstance(value, (bool, int, float, str, list, dict)):
@@ -137,11 +134,18 @@ def relevant_arguments(*configs: Any) -> dict[str, Any]:
 
 
 def first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first field whose values differ, as (name, ours, theirs); versions are not compared."""
+    """The first field whose values differ, as (name, ours, theirs); versions and places of data are not compared."""
     for field in [*ours, *(field for field in theirs if field not in ours)]:
-        if field != "versions" and ours.get(field) != theirs.get(field):
+        if field not in ("versions", "data") and _weights(ours.get(field)) != _weights(theirs.get(field)):
             return field, ours.get(field), theirs.get(field)
     return None
+
+
+def _weights(value: Any) -> Any:
+    """Of a folder's identity the hash of its weights, as folders are renamed and copied; any other value as it is."""
+    if isinstance(value, str) and "@sha256:" in value:
+        return value.partition("@")[2]
+    return {key: _weights(entry) for key, entry in value.items()} if isinstance(value, dict) else value
 
 
 def check_fingerprint(ours: dict[str, Any], theirs: dict[str, Any], what: str, fix: str) -> None:

@@ -3,8 +3,9 @@
 import gc
 
 from .ama_trainer import AMATrainer
-from .fingerprint import package_versions, relevant_arguments
-from .reference_losses import joined_data, reference_fingerprint
+from .errors import AMAError
+from .fingerprint import package_versions, pairs_identity, relevant_arguments
+from .reference_losses import joined_data, reference_losses_of
 from .run_settings import RunSettings
 from .training_stage import TrainingStage
 
@@ -16,17 +17,38 @@ def generalist_stage(settings: RunSettings, strategy: str) -> TrainingStage:
     fingerprint = {
         "base_model": settings.base_identity,
         "reference_losses": {
-            task: {key: value for key, value in reference_fingerprint(settings, task).items() if key != "versions"}
-            for task in settings.task_names
+            part.task: {key: value for key, value in part.fingerprint.items() if key not in ("versions", "data")}
+            for part in reference_losses_of(settings)
         },
+        "pairs": {task: pairs_identity(settings.pairs_of(task, "train")) for task in settings.task_names},
         **arguments,
         "versions": package_versions(),
     }
     return TrainingStage(settings.generalist_dir(strategy), f"The generalist '{strategy}'", fingerprint)
 
 
-def train_generalist(settings: RunSettings, strategy: str) -> dict[str, float]:
+class GeneralistTrainer(AMATrainer):
+    """The pipeline's [`AMATrainer`]. Its whole difference: the repository to push to was created when the run began, so that
+    no network is needed in the middle of it; and the policy is known to start from the reference, so reference log-probs
+    that are not the policy's own are an error.
+    """
+
+    def init_hf_repo(self, token=None, private=None):
+        self.hub_model_id = self.args.hub_model_id
+        self.push_in_progress = None
+
+    def _report_foreign_reference(self, message):
+        raise AMAError(message)
+
+
+def train_generalist(settings: RunSettings, strategy: str, repo_id: str | None = None) -> dict[str, float]:
     """Train one strategy's generalist, unless it is finished already.
+
+    Args:
+        settings ([`RunSettings`]): The run.
+        strategy (`str`): Its mixing strategy.
+        repo_id (`str`, *optional*): Where the recipe's own generalist is pushed to; checkpoints are pushed while it trains,
+            if `hub_strategy` says so.
 
     Returns:
         `dict` of `steps`, `train_loss` and `train_runtime` (seconds).
@@ -38,9 +60,15 @@ def train_generalist(settings: RunSettings, strategy: str) -> dict[str, float]:
     stage.check()
     if stage.result is not None:
         return stage.result
-    args = settings.with_arguments(mixing=strategy, output_dir=str(stage.folder), push_to_hub=False)
+    pushes = repo_id is not None and strategy == settings.training_args.mixing
+    args = settings.with_arguments(
+        mixing=strategy,
+        output_dir=str(stage.folder),
+        push_to_hub=pushes,
+        hub_model_id=repo_id if pushes else None,
+    )
     data = joined_data(settings)
-    trainer = AMATrainer(
+    trainer = GeneralistTrainer(
         model=settings.model_name,
         args=args,
         train_dataset=data["train"],
@@ -52,6 +80,9 @@ def train_generalist(settings: RunSettings, strategy: str) -> dict[str, float]:
     summary = trainer.state.log_history[-1]
     result = {"steps": trainer.state.global_step, **{key: summary.get(key) for key in ("train_loss", "train_runtime")}}
     stage.finish(result)
+    trainer.create_model_card(
+        model_name=repo_id.split("/")[-1] if pushes else f"{settings.output_dir.name}-{strategy}"
+    )
     del trainer
     gc.collect()
     return result

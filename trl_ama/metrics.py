@@ -44,9 +44,9 @@ def pair_accuracy(margins: np.ndarray) -> np.ndarray:
 
 
 def worst_and_mean(by_task: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Mean over tasks and worst task of accuracy and, if there, excess: `mean_accuracy`, `worst_accuracy`, ..."""
+    """Mean over tasks and worst task of accuracy, margin and, if there, excess: `mean_accuracy`, `worst_accuracy`, ..."""
     result = {}
-    for key, worst in (("accuracy", min), ("excess", max)):
+    for key, worst in (("accuracy", min), ("margin", min), ("excess", max)):
         values = [metrics[key] for metrics in by_task.values() if key in metrics]
         if values:
             result[f"mean_{key}"] = float(np.mean(values))

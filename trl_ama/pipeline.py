@@ -1,6 +1,5 @@
 """The stages in order, each skipping what is there already: specialists, reference losses, generalists, evaluation."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,14 +11,17 @@ from trl import ModelConfig
 
 from .ama_config import AMAConfig
 from .errors import AMAError
-from .evaluation import evaluate_policies
-from .fingerprint import write_json
+from .evaluation import evaluate_policies, evaluation_fingerprint
+from .fingerprint import read_json, write_json
+from .generalist_card import write_card
 from .generalists import generalist_stage, train_generalist
+from .hub import time_limit
 from .pipeline_arguments import PipelineArguments
-from .reference_losses import compute_reference_losses, load_reference_losses, reference_losses_done
-from .report import plot_mixture, result_table, write_card
+from .policy_sources import check_policy_source
+from .publishing import Publisher
+from .reference_losses import compute_reference_losses, reference_losses_done, reference_losses_of
+from .report import plot_mixture, result_table
 from .run_settings import RunSettings
-from .scoring import check_policy_source
 from .specialists import require_specialists, specialist_stage, train_specialists
 from .task_loading import prompt_fits_into
 from .tasks import TaskMixtureConfig
@@ -46,7 +48,8 @@ def run_pipeline(
         The results of the evaluation (see [`evaluate_policies`]), if it ran.
 
     Raises:
-        AMAError: If the recipe, the data or what earlier runs left do not fit together, before anything is trained.
+        AMAError: If the recipe, the data or what earlier runs left do not fit together, or `push_to_hub` is on and the token
+            may not push, before anything is trained; or at the end, if a push failed.
     """
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown:
@@ -59,20 +62,32 @@ def run_pipeline(
     plan = describe_plan(settings, stages)
     if PartialState().is_main_process:
         print("\n".join(plan), flush=True)
+    with time_limit():
+        publisher = Publisher(settings, stages)
+        results = _run_stages(settings, publisher, stages)
+    publisher.finish()
+    return results
+
+
+def _run_stages(settings: RunSettings, publisher: Publisher, stages: Sequence[str]) -> dict[str, Any] | None:
     if "specialists" in stages:
-        train_specialists(settings)
+        train_specialists(settings, publisher.specialist)
     if "losses" in stages:
         require_specialists(settings)
         compute_reference_losses(settings)
+        publisher.losses()
     if "train" in stages:
         for strategy in settings.strategies:
-            train_generalist(settings, strategy)
-    if "eval" not in stages:
-        return None
-    if "test" not in settings.data:
-        print("No task has held-out pairs (`eval_split`, `test_split_size`), so there is nothing to evaluate on.")
-        return None
-    return evaluate(settings)
+            train_generalist(settings, strategy, publisher.generalist_id)
+    results = None
+    if "eval" in stages:
+        if "test" in settings.data:
+            results = evaluate(settings, publisher.published)
+        else:
+            print("No task has held-out pairs (`eval_split`, `test_split_size`), so there is nothing to evaluate on.")
+    if set(stages) & {"train", "eval"}:
+        publisher.generalist()
+    return results
 
 
 def check_recipe(settings: RunSettings) -> None:
@@ -93,7 +108,13 @@ def check_recipe(settings: RunSettings) -> None:
                     "max_length, or remove the task."
                 )
     for task, source in settings.external_specialists.items():
-        check_policy_source(settings.model_name, f"the specialist of task '{task}'", source)
+        check_policy_source(
+            settings.model_name,
+            f"the specialist of task '{task}'",
+            source,
+            base_revision=settings.model_args.model_revision,
+            trust_remote_code=settings.training_args.trust_remote_code,
+        )
     args = settings.training_args
     if args.resume_from_checkpoint is not None:
         raise AMAError(
@@ -104,13 +125,6 @@ def check_recipe(settings: RunSettings) -> None:
         raise AMAError(
             f"eval_strategy is '{args.eval_strategy.value}', but no task has held-out pairs. Set `eval_split` of the tasks "
             'or `test_split_size`, or eval_strategy: "no".'
-        )
-    if args.push_to_hub:
-        warnings.warn(
-            f"push_to_hub is on, but `trl ama` does not push yet. What it makes stays in '{settings.output_dir}'; push a "
-            "folder of it with `hf upload`.",
-            UserWarning,
-            stacklevel=3,
         )
 
 
@@ -129,23 +143,31 @@ def describe_plan(settings: RunSettings, stages: Sequence[str]) -> list[str]:
         for task in settings.task_names:
             if task in settings.external_specialists:
                 state = f"from {settings.external_specialists[task]}"
+            elif task in settings.shared_tasks:
+                state = "not needed"
             else:
                 stage = specialist_stage(settings, task)
                 stage.check()
                 state = stage.state
             lines.append(f"  specialist        {task:<14} {state}")
-    specialists_there = all(
-        task in settings.external_specialists or specialist_stage(settings, task).result is not None
-        for task in settings.task_names
-    )
     losses_there = False
     if set(stages) & {"losses", "train", "eval"}:
-        done = {task: specialists_there and reference_losses_done(settings, task) for task in settings.task_names}
+        done = {task: reference_losses_done(settings, task) for task in settings.task_names}
         losses_there = all(done.values())
         if not losses_there and "losses" not in stages:  # these stages cannot do without, and say what is missing
             require_specialists(settings)
-            load_reference_losses(settings.losses_dir, settings.task_names)
-        lines += [f"  reference losses  {task:<14} {'done' if there else 'to do'}" for task, there in done.items()]
+            reference_losses_of(settings)
+        lines += [
+            f"  reference losses  {task:<14} "
+            + (
+                f"from {settings.shared_losses.source}"
+                if task in settings.shared_tasks
+                else "done"
+                if there
+                else "to do"
+            )
+            for task, there in done.items()
+        ]
     if "train" in stages or "eval" in stages:
         states = dict.fromkeys(settings.strategies, "to do")
         if losses_there:
@@ -168,13 +190,22 @@ def describe_plan(settings: RunSettings, stages: Sequence[str]) -> list[str]:
     return lines
 
 
-def evaluate(settings: RunSettings) -> dict[str, Any]:
-    """Evaluate the generalists; write results, table, plot and card, and print the table."""
+def evaluate(settings: RunSettings, published: dict[str, str] | None = None) -> dict[str, Any]:
+    """Evaluate the generalists, unless that was done; write results, table, plot and card, and print the table.
+
+    Args:
+        settings ([`RunSettings`]): The run.
+        published (`dict[str, str]`, *optional*): Hub ids of what the run publishes, for the card's links.
+    """
     policies = {strategy: str(settings.generalist_dir(strategy)) for strategy in settings.strategies}
-    results = evaluate_policies(settings, policies)
+    made_from = evaluation_fingerprint(settings, policies)
+    path = settings.output_dir / "results.json"
+    results = read_json(path)
+    if results is None or results.get("made_from") != made_from:
+        results = {**evaluate_policies(settings, policies), "made_from": made_from}
     if not PartialState().is_main_process:
         return results
-    write_json(settings.output_dir / "results.json", results)
+    write_json(path, results)
     table = result_table(results)
     (settings.output_dir / "results.md").write_text(table, encoding="utf-8")
     plot = settings.output_dir / "plots" / "mixture.png"
@@ -182,5 +213,5 @@ def evaluate(settings: RunSettings) -> dict[str, Any]:
     print("\n" + table)
     print(f"Results: {settings.output_dir / 'results.md'}")
     print(f"Plot:    {plot}")
-    print(f"Card:    {write_card(settings, results, plot)}")
+    print(f"Card:    {write_card(settings, results, plot, published or {})}")
     return results

@@ -3,6 +3,7 @@ from typing import Any
 
 from .errors import AMAError
 from .mixing import check_strategy_name
+from .tasks import check_config_name
 
 
 @dataclass
@@ -19,6 +20,18 @@ class PipelineArguments:
             task's own `specialist_args` come on top.
         include_text (`bool`, *optional*, defaults to `True`):
             Whether the reference-loss dataset holds the pairs' texts, or only their ids and numbers.
+        reference_losses (`str`, *optional*):
+            Ready reference losses (Hub dataset with an optional `@revision`, or local folder). The tasks that they hold need
+            no specialist and are not scored again; a task without a `path` takes its pairs from them, and without `tasks` the
+            run has all of theirs.
+        losses_config (`str`, *optional*):
+            Config (run) within a dataset of reference losses, to pull from and to push to. Defaults to `"default"`, or the
+            only one that there is to pull from.
+        hub_specialist_id (`str`, *optional*):
+            With `push_to_hub`: repositories of the specialists, with `{task}` for the task's name. Defaults to
+            `<hub_model_id>-{task}`.
+        hub_losses_id (`str`, *optional*):
+            With `push_to_hub`: dataset repository of the reference losses. Defaults to `<hub_model_id>-reference-losses`.
     """
 
     compare: list[str] = field(
@@ -33,6 +46,28 @@ class PipelineArguments:
         default=True,
         metadata={"help": "Whether the reference-loss dataset holds the pairs' texts, or only ids and numbers."},
     )
+    reference_losses: str | None = field(
+        default=None,
+        metadata={"help": "Ready reference losses: a Hub dataset (`org/losses@revision`) or a local folder."},
+    )
+    losses_config: str | None = field(
+        default=None,
+        metadata={"help": "Config (run) within a dataset of reference losses, to pull from and to push to."},
+    )
+    hub_specialist_id: str | None = field(
+        default=None,
+        metadata={
+            "help": "With push_to_hub: repositories of the specialists, e.g. `org/my-{task}`. Defaults to "
+            "`<hub_model_id>-{task}`."
+        },
+    )
+    hub_losses_id: str | None = field(
+        default=None,
+        metadata={
+            "help": "With push_to_hub: dataset repository of the reference losses. Defaults to "
+            "`<hub_model_id>-reference-losses`."
+        },
+    )
 
     def __post_init__(self):
         if isinstance(self.specialist_args, str):
@@ -46,3 +81,10 @@ class PipelineArguments:
             self.compare = [self.compare]
         for name in self.compare:
             check_strategy_name(name)
+        if self.hub_specialist_id is not None and "{task}" not in self.hub_specialist_id:
+            raise AMAError(
+                f"hub_specialist_id is '{self.hub_specialist_id}', and every specialist would go to that one repository. Put "
+                "{task} into it, e.g. '" + self.hub_specialist_id + "-{task}'."
+            )
+        if self.losses_config is not None:
+            check_config_name(self.losses_config)

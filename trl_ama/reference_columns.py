@@ -12,6 +12,7 @@ from .tasks import TASK_COLUMN
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 SPECIALIST_COLUMNS = ("specialist_chosen_logps", "specialist_rejected_logps")
 LOGP_COLUMNS = REFERENCE_COLUMNS + SPECIALIST_COLUMNS
+TOKEN_COLUMNS = ("chosen_tokens", "rejected_tokens")  # how many tokens they were summed over
 
 
 def has_columns(dataset: Dataset, columns: tuple[str, ...], role: str) -> bool:

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict
@@ -16,9 +16,14 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from .ama_config import AMAConfig
 from .errors import AMAError, first_line, nearest
 from .fingerprint import model_identity
+from .hub import is_hub_id
 from .pipeline_arguments import PipelineArguments
-from .task_loading import fits_into, load_tasks
-from .tasks import TASK_COLUMN, TaskConfig, TaskMixtureConfig
+from .task_loading import fits_into, load_tasks_and_commits
+from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN, TaskConfig, TaskMixtureConfig
+
+
+if TYPE_CHECKING:
+    from .loss_sharing import ReferenceLosses
 
 
 @dataclass
@@ -39,7 +44,11 @@ class RunSettings:
             raise AMAError(
                 "There is no base model. Set `model_name_or_path` in the recipe, or pass --model_name_or_path."
             )
-        training = self.training_args
+        training = self.given_args = self.training_args
+        if not self.task_args.tasks and self.pipeline_args.reference_losses:
+            self.task_args = dataclasses.replace(
+                self.task_args, tasks=[TaskConfig(task) for task in self.shared_losses.tasks]
+            )
         # As in `trl dpo`: the model's arguments, and what the recipe sets explicitly on top
         self.training_args = self.with_arguments(
             model_init_kwargs={
@@ -133,6 +142,55 @@ class RunSettings:
         """The base model as the user names it."""
         return self.model_args.model_name_or_path
 
+    # ---- Ready reference losses ----
+
+    @cached_property
+    def shared_losses(self) -> "ReferenceLosses | None":
+        """The recipe's `reference_losses`: of its tasks, or of all that they have if it lists none.
+
+        Raises:
+            AMAError: If they cannot be loaded, or hold none of the recipe's tasks.
+        """
+        from .loss_sharing import load_reference_losses
+
+        source = self.pipeline_args.reference_losses
+        if source is None:
+            return None
+        losses = load_reference_losses(
+            source, self.pipeline_args.losses_config, token=self.training_args.hub_token, among=self.task_names or None
+        )
+        if self.task_names and not losses.tasks:
+            raise AMAError(
+                f"The reference losses '{source}' hold none of the recipe's tasks {self.task_names}. Name the tasks as they do, "
+                "or leave `reference_losses` out."
+            )
+        return losses
+
+    @property
+    def shared_tasks(self) -> list[str]:
+        """The tasks whose reference losses are ready, and which therefore need no specialist."""
+        return [] if self.shared_losses is None else self.shared_losses.tasks
+
+    def _ready_pairs(self) -> dict[str, dict[str, Dataset]]:
+        """The pairs of tasks that have no `path`, out of the ready reference losses."""
+        ready = {}
+        for task in self.task_args.tasks:
+            if task.path is not None or self.task_args.tasks_dir is not None or task.task not in self.shared_tasks:
+                continue
+            part = self.shared_losses.parts[task.task]
+            if not part.has_text:
+                raise AMAError(
+                    f"The reference losses of task '{task.task}' in '{self.pipeline_args.reference_losses}' hold ids and numbers, "
+                    "but no texts. Name your own copy of the pairs with `path` in the task."
+                )
+            ready[task.task] = {
+                split: rows.select_columns(
+                    [name for name in (*PAIR_COLUMNS, *EXTRA_COLUMNS, PAIR_ID_COLUMN) if name in rows.column_names]
+                )
+                for split, rows in part.splits.items()
+            }
+        return ready
+
     # ---- What they stand for ----
 
     @cached_property
@@ -160,12 +218,30 @@ class RunSettings:
         return tokenizer
 
     @cached_property
-    def data(self) -> DatasetDict:
-        """Train and held-out pairs of all tasks; see [`load_tasks`]."""
+    def _data_and_commits(self) -> tuple[DatasetDict, dict[str, str]]:
         args = self.training_args
         drop = self.task_args.drop_truncated and args.max_length is not None
         fits = fits_into(self.tokenizer, args.max_length) if drop else None
-        return load_tasks(self.task_args, args.seed, fits)
+        return load_tasks_and_commits(self.task_args, args.seed, fits, self._ready_pairs())
+
+    @property
+    def data(self) -> DatasetDict:
+        """Train and held-out pairs of all tasks; see [`load_tasks`]."""
+        return self._data_and_commits[0]
+
+    def data_source(self, task: str) -> str:
+        """Where a task's pairs come from: `org/name@commit`, or the names of local files, without the paths to them."""
+        config = next(entry for entry in self.task_args.tasks if entry.task == task)
+        if self.task_args.tasks_dir is not None:
+            return "local files"
+        if config.path is None:
+            return f"{self.shared_losses.source}"
+        if config.data_files is None and is_hub_id(config.path):
+            commit = self._data_and_commits[1].get(task) or config.revision
+            return f"{config.path}@{commit}" if commit else config.path
+        files = config.data_files if config.data_files is not None else config.path
+        paths = files.values() if isinstance(files, dict) else files if isinstance(files, list) else [files]
+        return "local files: " + ", ".join(Path(str(path)).name for path in paths)
 
     @property
     def task_names(self) -> list[str]:
@@ -190,6 +266,14 @@ class RunSettings:
         """The folder of a trained specialist."""
         return self.output_dir / "specialists" / task
 
+    def needs_specialist(self, task: str) -> bool:
+        """Whether a task's specialist is trained here: the recipe names none, and its reference losses are not ready."""
+        return task not in self.external_specialists and task not in self.shared_tasks
+
+    def has_specialist_folder(self, task: str) -> bool:
+        """Whether a specialist was trained here."""
+        return (self.specialist_dir(task) / "stage.json").is_file()
+
     def specialist_source(self, task: str) -> str:
         """Where a task's specialist is read from: the user's, or the one trained here."""
         return self.external_specialists.get(task, str(self.specialist_dir(task)))
@@ -198,6 +282,10 @@ class RunSettings:
     def losses_dir(self) -> Path:
         """The reference-loss dataset: a folder per task."""
         return self.output_dir / "reference_losses"
+
+    def losses_folder(self, task: str) -> Path:
+        """Where a task's reference losses are: the ready ones, or those computed here."""
+        return self.shared_losses.parts[task].folder if task in self.shared_tasks else self.losses_dir / task
 
     def generalist_dir(self, strategy: str) -> Path:
         """The folder of a trained generalist."""

@@ -2,25 +2,28 @@
 
 import contextlib
 import gc
-import json
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+import transformers
 from accelerate.utils import is_peft_model, tqdm
 from datasets import Dataset
-from peft import PeftModel
-from transformers import AutoConfig, PreTrainedModel
-from transformers.utils.peft_utils import find_adapter_config_file
+from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from trl import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, use_adapter
 
+from .adapter_keys import ADAPTER, changes_base, loading_problem, result_problem, saved_shapes
 from .errors import AMAError, first_line
+from .policy_files import ADAPTER_WEIGHTS, PolicySource, capital, policy_source
+from .policy_sources import check_kind, damaged, misfit
 from .preference_losses import sequence_logps
 
 
-_ADAPTER = "specialist"
 _NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
 
@@ -32,14 +35,6 @@ class ScoringTrainer(DPOTrainer):
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
         return dataset
-
-
-def split_revision(source: str) -> tuple[str, str | None]:
-    """Split `org/name@revision` into its parts; a local folder is left whole."""
-    if os.path.isdir(source) or "@" not in source:
-        return source, None
-    name, revision = source.rsplit("@", 1)
-    return name, revision
 
 
 @contextlib.contextmanager
@@ -74,44 +69,99 @@ def trained_policy(
         add_fused_lm_head(source.get_base_model() if is_peft_model(source) else source)
         yield source.to(trainer.accelerator.device)
         return
-    name, revision = split_revision(source)
-    if not check_policy_source(get_config_model_id(trainer.model.config), who, source):
-        with _full_model(trainer, who, name, revision) as model:
-            yield model
-        return
-    with _adapter(trainer, name, revision) as model:
+    init_kwargs = trainer.args.model_init_kwargs or {}
+    place = policy_source(who, source)
+    is_adapter = check_kind(
+        get_config_model_id(trainer.model.config),
+        place,
+        base_revision=init_kwargs.get("revision"),
+        trust_remote_code=init_kwargs.get("trust_remote_code", trainer.args.trust_remote_code),
+    )
+    with (_adapter if is_adapter else _full_model)(trainer, place) as model:
         yield model
 
 
 @contextlib.contextmanager
-def _adapter(trainer: DPOTrainer, name: str, revision: str | None) -> Iterator[torch.nn.Module]:
-    model = trainer.model
-    if is_peft_model(model):
-        model.load_adapter(name, adapter_name=_ADAPTER, revision=revision)
-        try:
-            with use_adapter(model, _ADAPTER):
-                yield model
-        finally:
-            model.delete_adapter(_ADAPTER)
-        return
-    # PEFT freezes the base that it is put on; full fine-tuning needs it trainable again
-    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    wrapped = PeftModel.from_pretrained(model, name, adapter_name=_ADAPTER, revision=revision)
-    wrapped.to(trainer.accelerator.device)
+def _adapter(trainer: DPOTrainer, place: PolicySource) -> Iterator[torch.nn.Module]:
+    model, folder, config = trainer.model, place.adapter_folder(), place.peft_config()
     try:
-        yield wrapped
-    finally:
-        wrapped.unload()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trainable[name])
+        keys = list(saved_shapes(os.path.join(folder, ADAPTER_WEIGHTS)))
+    except SafetensorError as error:
+        raise damaged(place, error) from error
+    with _left_as_it_was(model, changes_base(config, model, keys)):
+        if is_peft_model(model):
+            try:
+                _load_adapter(model, lambda: model, place, folder)
+                with use_adapter(model, ADAPTER):
+                    yield model
+            finally:
+                if ADAPTER in model.peft_config:
+                    model.delete_adapter(ADAPTER)
+            return
+        wrapped = _load_adapter(model, lambda: get_peft_model(model, config, adapter_name=ADAPTER), place, folder)
+        try:
+            yield wrapped.to(trainer.accelerator.device)
+        finally:
+            if hasattr(wrapped, "unload"):  # not of prompts
+                wrapped.unload()
+
+
+def _load_adapter(base: torch.nn.Module, wrap: Callable[[], PeftModel], place: PolicySource, folder: str) -> PeftModel:
+    """Load by PEFT, which only warns about weights that it finds no place for, or does not find."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*base_model_name_or_path. was renamed")
+        try:
+            model = wrap()
+            result = model.load_adapter(
+                folder, adapter_name=ADAPTER, key_mapping=getattr(base, "_checkpoint_conversion_mapping", None)
+            )
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            problem = loading_problem(error)
+            name = get_config_model_id(base.config)
+            if problem is not None:
+                raise misfit(place, name, problem) from error
+            raise AMAError(
+                f"PEFT cannot put {place.who} ('{place.given}') on the base model '{name}': {first_line(error)} Use an adapter "
+                "of another kind, or merge it into a model and name that instead."
+            ) from error
+    problem = result_problem(result.missing_keys, result.unexpected_keys)
+    if problem is not None:
+        raise misfit(place, get_config_model_id(base.config), problem)
+    return model
 
 
 @contextlib.contextmanager
-def _full_model(trainer: DPOTrainer, who: str, name: str, revision: str | None) -> Iterator[torch.nn.Module]:
-    kwargs = {key: value for key, value in (trainer.args.model_init_kwargs or {}).items() if key != "revision"}
-    kwargs.setdefault("dtype", trainer.model.dtype)
-    model = create_model_from_path(name, revision=revision, **kwargs)
-    _check_vocabulary(trainer, who, model)
+def _left_as_it_was(model: torch.nn.Module, changed: list[torch.nn.Parameter]) -> Iterator[None]:
+    """Take an adapter's every trace off the model: modules, which weights are trainable, and contents of `changed`."""
+    modules = dict(model.named_modules())
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    contents = [(parameter, parameter.detach().clone()) for parameter in changed]
+    try:
+        yield
+    finally:
+        for name, module in modules.items():
+            if name and model.get_submodule(name) is not module:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, module)
+        with torch.no_grad():
+            for parameter, content in contents:
+                parameter.data = content
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextlib.contextmanager
+def _full_model(trainer: DPOTrainer, place: PolicySource) -> Iterator[torch.nn.Module]:
+    trust = trainer.args.trust_remote_code
+    kwargs = {"dtype": trainer.model.dtype, "trust_remote_code": trust, **(trainer.args.model_init_kwargs or {})}
+    kwargs |= {"revision": place.commit, "use_safetensors": True}
+    config = AutoConfig.from_pretrained(
+        place.name, revision=place.commit, trust_remote_code=kwargs["trust_remote_code"]
+    )
+    # By TRL from the main branch's configuration otherwise
+    architecture = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
+    model = create_model_from_path(place.name, architecture, **kwargs)
+    _check_vocabulary(trainer, place.who, model)
     add_fused_lm_head(model)
     try:
         yield model.to(trainer.accelerator.device)
@@ -120,67 +170,12 @@ def _full_model(trainer: DPOTrainer, who: str, name: str, revision: str | None) 
         gc.collect()
 
 
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def check_policy_source(base_model: str, who: str, source: str) -> bool:
-    """Whether `source` is an adapter (of `base_model`), rather than a full model; loads no weights.
-
-    Args:
-        base_model (`str`): Path or Hub id of this run's base model.
-        who (`str`): For messages, e.g. `"the specialist of task 'code'"`.
-        source (`str`): Adapter or model folder, or Hub id with an optional `@revision`.
-
-    Raises:
-        AMAError: If it cannot be read, is neither of the two, or is an adapter of another base model.
-    """
-    name, revision = split_revision(source)
-    try:
-        adapter_config = find_adapter_config_file(name, revision=revision)
-        if adapter_config is None:
-            AutoConfig.from_pretrained(name, revision=revision)
-            return False
-    except (OSError, ValueError) as error:
-        raise AMAError(
-            f"{_capital(who)} at '{source}' is neither an adapter (no adapter_config.json) nor a model: "
-            f"{first_line(error)} Check the path or Hub id."
-        ) from error
-    with open(adapter_config, encoding="utf-8") as file:
-        theirs = json.load(file).get("base_model_name_or_path")
-    if not _same_base(base_model, theirs, name):
-        raise AMAError(
-            f"{_capital(who)} ('{source}') is an adapter of '{theirs}', but this run's base model is '{base_model}'. Use "
-            f"one of the same base model, or set model_name_or_path to '{theirs}'. If '{base_model}' is a copy of it, give "
-            "the folder the same name."
-        )
-    return True
-
-
-def _same_base(ours: str, theirs: str | None, adapter: str) -> bool:
-    """Whether two names stand for one base model. Folders move and are copied, so names alone do not say."""
-    if not theirs or theirs == ours:
-        return True
-    if os.path.isdir(theirs) and os.path.isdir(ours) and os.path.samefile(theirs, ours):
-        return True
-    # A specialist that the pipeline trained notes a hash of its base's weights
-    note = os.path.join(adapter, "stage.json")
-    if os.path.isdir(ours) and os.path.isfile(note):
-        from .fingerprint import model_identity
-
-        with open(note, encoding="utf-8") as file:
-            noted = json.load(file)["fingerprint"]["base_model"]
-        return noted.rsplit("@", 1)[-1] == model_identity(ours).rsplit("@", 1)[-1]
-    local_copy = os.path.isdir(ours) != os.path.isdir(theirs)
-    return local_copy and os.path.basename(os.path.abspath(ours)) == os.path.basename(theirs.rstrip("/"))
-
-
 def _check_vocabulary(trainer: DPOTrainer, who: str, model: PreTrainedModel) -> None:
     theirs = model.get_input_embeddings().weight.shape[0]
     ours = trainer.model.get_input_embeddings().weight.shape[0]
     if theirs != ours:
         raise AMAError(
-            f"{_capital(who)} has a vocabulary of {theirs} tokens, this run's base model has {ours}. It must come from the "
+            f"{capital(who)} has a vocabulary of {theirs} tokens, this run's base model has {ours}. It must come from the "
             "same base model."
         )
 

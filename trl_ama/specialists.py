@@ -3,13 +3,19 @@
 import gc
 import math
 import warnings
+from collections.abc import Callable
 
+import numpy as np
+import torch
 from trl import DPOTrainer
 
+from .cards import write_specialist_card
 from .errors import AMAError
 from .fingerprint import package_versions, pairs_identity, relevant_arguments, tokenizer_identity
-from .preference_losses import PreferenceLossConfig, untrained_loss
+from .metrics import task_metrics
+from .preference_losses import PairLogProbs, PreferenceLossConfig, pair_losses, untrained_loss
 from .run_settings import RunSettings
+from .scoring import reference_policy, score_pairs
 from .training_stage import TrainingStage
 
 
@@ -41,8 +47,8 @@ def train_specialist(settings: RunSettings, task: str) -> dict[str, float]:
     """Train a task's specialist, unless it is finished already, and hold it against the base on held-out pairs.
 
     Returns:
-        `dict` of `steps`, `train_loss` and, with held-out pairs, `eval_loss`, `eval_accuracy`, `eval_pairs` and
-        `base_loss`.
+        `dict` of `steps`, `train_loss` and, with held-out pairs, `eval_loss`, `eval_accuracy`, `eval_margin`, `eval_pairs`
+        and `base_loss`.
 
     Raises:
         AMAError: If the folder holds a specialist that other settings made.
@@ -71,17 +77,29 @@ def train_specialist(settings: RunSettings, task: str) -> dict[str, float]:
     history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     result = {"steps": trainer.state.global_step, "train_loss": history[-1] if history else None}
     if held_out is not None and len(trainer.eval_dataset):
-        metrics = trainer.evaluate()
-        result |= {
-            "eval_loss": metrics["eval_loss"],
-            "eval_accuracy": metrics["eval_rewards/accuracies"],
-            "eval_pairs": len(trainer.eval_dataset),
-            "base_loss": untrained_loss(PreferenceLossConfig.from_args(args)),
-        }
+        result |= _held_out_figures(trainer, task)
     stage.finish(result)
+    if trainer.accelerator.is_main_process:
+        write_specialist_card(settings, task, result)
     del trainer
     gc.collect()
     return result
+
+
+def _held_out_figures(trainer: DPOTrainer, task: str) -> dict[str, float]:
+    """Means over held-out pairs; the Trainer's own evaluation would give means over batches, and no pair to a tie."""
+    pairs, config = trainer.eval_dataset, PreferenceLossConfig.from_args(trainer.args)
+    with reference_policy(trainer) as model:
+        base = score_pairs(trainer, model, pairs, f"{task}, held out: base")
+    own = score_pairs(trainer, trainer.model, pairs, f"{task}, held out: specialist")
+    columns = [own["chosen_logps"], own["rejected_logps"], base["chosen_logps"], base["rejected_logps"]]
+    logps = PairLogProbs(*map(torch.as_tensor, [*columns, own["chosen_tokens"], own["rejected_tokens"]]))
+    losses = pair_losses(logps, config).numpy()
+    margins = (config.beta * (logps.chosen_logratios - logps.rejected_logratios)).numpy()
+    figures = task_metrics(np.zeros(len(pairs), dtype=int), losses, margins, None, [task])[task]
+    result = {f"eval_{key}": figures[key] for key in ("loss", "accuracy", "margin", "pairs")}
+    trainer.log(dict(result))
+    return {**result, "base_loss": untrained_loss(config)}
 
 
 def quality_warning(task: str, result: dict[str, float]) -> str | None:
@@ -104,13 +122,25 @@ def quality_warning(task: str, result: dict[str, float]) -> str | None:
     )
 
 
-def train_specialists(settings: RunSettings) -> dict[str, dict[str, float]]:
-    """Train the specialists of all tasks that the user gave none for. Returns each one's figures."""
+def train_specialists(
+    settings: RunSettings, done: Callable[[str, dict[str, float]], None] | None = None
+) -> dict[str, dict[str, float]]:
+    """Train the specialists of all tasks that need one.
+
+    Args:
+        settings ([`RunSettings`]): The run.
+        done (`Callable`, *optional*): Called with each task and its specialist's figures, as soon as it is there.
+
+    Returns:
+        Task → the specialist's figures.
+    """
     results = {}
     for task in settings.task_names:
-        if task in settings.external_specialists:
+        if not settings.needs_specialist(task):
             continue
         results[task] = train_specialist(settings, task)
+        if done is not None:
+            done(task, results[task])
         message = quality_warning(task, results[task])
         if message is not None:
             warnings.warn(message, UserWarning, stacklevel=2)
@@ -122,7 +152,7 @@ def require_specialists(settings: RunSettings) -> None:
     there = [
         task
         for task in settings.task_names
-        if task in settings.external_specialists or specialist_stage(settings, task).result is not None
+        if not settings.needs_specialist(task) or specialist_stage(settings, task).result is not None
     ]
     for task in settings.task_names:
         if task not in there:

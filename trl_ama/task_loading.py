@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,37 @@ from transformers import PreTrainedTokenizerBase
 from trl import extract_prompt
 
 from .errors import AMAError, first_line
-from .tasks import TASK_COLUMN, TaskConfig, TaskMixtureConfig, add_pair_ids, check_task_names, concatenate_tasks
+from .tasks import (
+    EXTRA_COLUMNS,
+    PAIR_COLUMNS,
+    TASK_COLUMN,
+    TaskConfig,
+    TaskMixtureConfig,
+    add_pair_ids,
+    check_task_names,
+    concatenate_tasks,
+)
 
 
-_PAIR_COLUMNS = ("prompt", "chosen", "rejected")
-_EXTRA_COLUMNS = ("tools", "chat_template_kwargs")  # DPOTrainer's tokenisation reads them
 _LOCAL_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _TURN = re.compile(r"\n\n(Human|Assistant):\s?")
 
 
-def load_tasks(config: TaskMixtureConfig, seed: int = 0, fits: Callable[[dict], bool] | None = None) -> DatasetDict:
+def load_tasks(
+    config: TaskMixtureConfig,
+    seed: int = 0,
+    fits: Callable[[dict], bool] | None = None,
+    ready: Mapping[str, Mapping[str, Dataset]] | None = None,
+) -> DatasetDict:
     """Load every task and concatenate them.
 
     Args:
         config ([`TaskMixtureConfig`]): The tasks of the recipe.
         seed (`int`): Seed of the held-out split and of the subsets, where the recipe asks for them.
         fits (`Callable`, *optional*): Says of a pair whether to keep it; see [`fits_into`].
+        ready (`Mapping`, *optional*): Task → split → pairs, of tasks that have no `path`: `train` and, if any, `test`, with
+            the columns of this function's result but `task`.
 
     Returns:
         `DatasetDict` with `train` and, if any task has held-out pairs, `test`; columns `prompt`, `chosen`, `rejected`,
@@ -37,10 +52,23 @@ def load_tasks(config: TaskMixtureConfig, seed: int = 0, fits: Callable[[dict], 
     """
     if not config.tasks:
         raise AMAError("There are no tasks. List at least one under `tasks:` in the recipe, or pass `--tasks`.")
+    return load_tasks_and_commits(config, seed, fits, ready)[0]
+
+
+def load_tasks_and_commits(
+    config: TaskMixtureConfig,
+    seed: int = 0,
+    fits: Callable[[dict], bool] | None = None,
+    ready: Mapping[str, Mapping[str, Dataset]] | None = None,
+) -> tuple[DatasetDict, dict[str, str]]:
+    """As [`load_tasks`], and for each task that came from the Hub the commit of its dataset."""
+    if not config.tasks:
+        raise AMAError("There are no tasks. List at least one under `tasks:` in the recipe, or pass `--tasks`.")
     check_task_names([task.task for task in config.tasks])
-    train, test = {}, {}
+    train, test, commits = {}, {}, {}
     for task in config.tasks:
-        train[task.task], held_out = _load_task(task, config, seed, fits)
+        parts = _load_task(task, config, seed, fits, (ready or {}).get(task.task))
+        train[task.task], held_out, commits[task.task] = parts
         if held_out is not None:
             test[task.task] = held_out
     splits = {"train": concatenate_tasks(train)}
@@ -51,23 +79,45 @@ def load_tasks(config: TaskMixtureConfig, seed: int = 0, fits: Callable[[dict], 
             batched=True,
             features=splits["train"].features,
         )
-    return DatasetDict(splits)
+    return DatasetDict(splits), {task: commit for task, commit in commits.items() if commit}
+
+
+def _commit(dataset: Dataset) -> str | None:
+    """The commit of the Hub dataset that a dataset was just loaded from: `datasets` names the folder in its cache by it."""
+    for file in dataset.cache_files:
+        folder = Path(file["filename"]).parent
+        if _COMMIT.fullmatch(folder.name) and "___" in str(folder):
+            return folder.name
+    return None
 
 
 def _load_task(
-    task: TaskConfig, config: TaskMixtureConfig, seed: int, fits: Callable[[dict], bool] | None
-) -> tuple[Dataset, Dataset | None]:
-    if config.tasks_dir is not None:
+    task: TaskConfig,
+    config: TaskMixtureConfig,
+    seed: int,
+    fits: Callable[[dict], bool] | None,
+    ready: Mapping[str, Dataset] | None,
+) -> tuple[Dataset, Dataset | None, str | None]:
+    commit = None
+    if ready is not None:
+        train, test = ready["train"], ready.get("test")
+    elif config.tasks_dir is not None:
         loader, files = _local_files(task, Path(config.tasks_dir))
         train = _load_split(task, "train", path=loader, data_files={"train": files["train"]})
         test = _load_split(task, "test", path=loader, data_files={"test": files["test"]}) if "test" in files else None
+    elif task.path is None:
+        raise AMAError(
+            f"Task '{task.task}' has no 'path', and no `reference_losses` hold its pairs. Every task needs 'task' and 'path'."
+        )
     else:
-        source = {"path": task.path, "name": task.name, "data_dir": task.data_dir, "data_files": task.data_files}
+        source = {key: getattr(task, key) for key in ("path", "name", "data_dir", "data_files", "revision")}
         train = _load_split(task, task.split, **source)
         test = _load_split(task, task.eval_split, **source) if task.eval_split else None
+        commit = _commit(train)
         train, test = (part if part is None else _own_format(part, task) for part in (train, test))
-    train, test = (part if part is None else _preference_columns(part, task) for part in (train, test))
-    if test is None and config.test_split_size is not None:
+    if ready is None:
+        train, test = (part if part is None else _preference_columns(part, task) for part in (train, test))
+    if test is None and ready is None and config.test_split_size is not None:
         halves = train.train_test_split(test_size=config.test_split_size, seed=seed)
         train, test = halves["train"], halves["test"]
     if fits is not None:
@@ -83,7 +133,8 @@ def _load_task(
             )
         test = None if test is None or len(test) == 0 else test
     train = _at_most(train, config.max_train_pairs, seed)
-    return add_pair_ids(train), None if test is None else add_pair_ids(_at_most(test, config.max_eval_pairs, seed))
+    test = None if test is None else add_pair_ids(_at_most(test, config.max_eval_pairs, seed))
+    return add_pair_ids(train), test, commit
 
 
 def _at_most(dataset: Dataset, count: int | None, seed: int) -> Dataset:
@@ -168,8 +219,8 @@ def _preference_columns(dataset: Dataset, task: TaskConfig) -> Dataset:
             )
     if "prompt" not in dataset.column_names:
         dataset = dataset.map(extract_prompt, desc=f"Extracting the prompts of {task.task}")
-    extra = [column for column in _EXTRA_COLUMNS if column in dataset.column_names]
-    dataset = dataset.select_columns([*_PAIR_COLUMNS, *extra])
+    extra = [column for column in EXTRA_COLUMNS if column in dataset.column_names]
+    dataset = dataset.select_columns([*PAIR_COLUMNS, *extra])
     if isinstance(dataset[0]["prompt"], list) and dataset[0]["prompt"]:
         dataset = _plain_messages(dataset)
     return dataset
@@ -189,17 +240,17 @@ def _plain_messages(dataset: Dataset) -> Dataset:
     def strip(row):
         return {
             column: [{"role": message["role"], "content": message["content"]} for message in row[column]]
-            for column in _PAIR_COLUMNS
+            for column in PAIR_COLUMNS
         }
 
     features = dict(dataset.features)
     plain = List({"role": Value("string"), "content": Value("string")})
-    if all(features[column] == plain for column in _PAIR_COLUMNS) or not isinstance(
+    if all(features[column] == plain for column in PAIR_COLUMNS) or not isinstance(
         dataset[0]["prompt"][0]["content"], str
     ):
         return dataset
     # The features are given because a message's other keys would otherwise stay, empty
-    return dataset.map(strip, features=Features({**features, **dict.fromkeys(_PAIR_COLUMNS, plain)}))
+    return dataset.map(strip, features=Features({**features, **dict.fromkeys(PAIR_COLUMNS, plain)}))
 
 
 def _is_whole_transcript(row: dict[str, str]) -> bool:
@@ -237,7 +288,7 @@ def _from_single_turn(row: dict[str, str]) -> dict[str, Any]:
 # Format → the columns it needs and how a row of it becomes a conversation
 _FORMATS = {
     "hh_rlhf": (("chosen", "rejected"), _from_transcript),
-    "single_turn": (_PAIR_COLUMNS, _from_single_turn),
+    "single_turn": (PAIR_COLUMNS, _from_single_turn),
 }
 
 

@@ -13,6 +13,8 @@ from .errors import AMAError, nearest
 
 TASK_COLUMN = "task"
 PAIR_ID_COLUMN = "pair_id"
+PAIR_COLUMNS = ("prompt", "chosen", "rejected")
+EXTRA_COLUMNS = ("tools", "chat_template_kwargs")  # DPOTrainer's tokenisation reads them
 
 # Task names become folder names, metric names and Hub config names
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -34,6 +36,15 @@ def check_task_names(names: list[str]) -> None:
                 f"Task names {seen[name.lower()]!r} and {name!r} are alike on file systems that ignore case. Rename one."
             )
         seen[name.lower()] = name
+
+
+def check_config_name(name: str) -> None:
+    """Raise an `AMAError` unless a config (run) of a loss dataset can be called `name`: it becomes a folder there."""
+    if not isinstance(name, str) or not _TASK_NAME.fullmatch(name) or ".." in name:
+        raise AMAError(
+            f"losses_config {name!r} cannot be a folder name. Use 1 to 64 letters, digits, '_', '-' or '.', beginning with a "
+            "letter or digit."
+        )
 
 
 def task_names_of(dataset: Dataset, role: str = "train_dataset") -> list[str]:
@@ -123,9 +134,10 @@ class TaskConfig:
     Parameters:
         task (`str`):
             Name of the task; becomes a folder name and part of metric names.
-        path (`str`):
-            Path or name of the dataset, as in [`~datasets.load_dataset`].
-        name, data_dir, data_files, split:
+        path (`str`, *optional*):
+            Path or name of the dataset, as in [`~datasets.load_dataset`]. May be left out if the recipe's
+            `reference_losses` hold the pairs.
+        name, data_dir, data_files, revision, split:
             As in [`~datasets.load_dataset`]; `split` defaults to `"train"`.
         eval_split (`str`, *optional*):
             Split with the held-out pairs. Without it, `test_split_size` of the training pairs are held out.
@@ -141,10 +153,11 @@ class TaskConfig:
     """
 
     task: str
-    path: str
+    path: str | None = None
     name: str | None = None
     data_dir: str | None = None
     data_files: str | list[str] | dict[str, str] | None = None
+    revision: str | None = None
     split: str = "train"
     eval_split: str | None = None
     columns: list[str] | dict[str, str] | None = None
@@ -177,11 +190,8 @@ class TaskConfig:
             if key not in known:
                 hint = " The mixing strategy sets the shares." if key == "fraction" else nearest(str(key), known)
                 raise AMAError(f"Unknown key '{key}' in task {entry.get('task', '?')!r}; known are {known}.{hint}")
-        for key in ("task", "path"):
-            if not entry.get(key):
-                raise AMAError(
-                    f"An entry of `tasks` has no '{key}'; found {entry}. Every task needs 'task' and 'path'."
-                )
+        if not entry.get("task"):
+            raise AMAError(f"An entry of `tasks` has no 'task'; found {entry}. Every task needs 'task' and 'path'.")
         return cls(**entry)
 
 

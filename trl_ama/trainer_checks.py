@@ -9,7 +9,7 @@ from trl import DPOConfig
 from .ama_config import AMAConfig
 from .errors import AMAError, nearest
 from .mixing import MixingStrategy, build_strategy
-from .reference_columns import REFERENCE_COLUMNS, SPECIALIST_COLUMNS, has_columns
+from .reference_columns import REFERENCE_COLUMNS, SPECIALIST_COLUMNS, TOKEN_COLUMNS, has_columns
 from .tasks import TASK_COLUMN, refuse_streaming, with_task_labels
 
 
@@ -117,6 +117,29 @@ def check_no_task_lost(before: Dataset, after: Dataset, task_names: list[str], m
             )
 
 
+def check_token_counts(dataset: Dataset, role: str, max_length: int | None, truncation_mode: str) -> None:
+    """Raise an `AMAError` if log-probs in the data were summed over other numbers of tokens than the answers have here."""
+    if any(
+        column not in dataset.column_names for column in (*TOKEN_COLUMNS, "prompt_ids", "chosen_ids", "rejected_ids")
+    ):
+        return
+    prompts = np.array([len(ids) for ids in dataset["prompt_ids"]])
+    for column, ids in zip(TOKEN_COLUMNS, ("chosen_ids", "rejected_ids"), strict=True):
+        ours = np.array([len(tokens) for tokens in dataset[ids]])
+        if max_length is not None:
+            room = max_length - prompts if truncation_mode == "keep_start" else np.full_like(prompts, max_length)
+            ours = np.clip(ours, 0, np.maximum(room, 0))
+        theirs = np.asarray(dataset[column][:])
+        other = np.flatnonzero(ours != theirs)
+        if len(other):
+            row = int(other[0])
+            raise AMAError(
+                f"The log-probs in {role} were summed over other tokens: '{column}' differs from this run's tokenisation in "
+                f"{len(other)} of {len(ours)} pairs (row {row}: {theirs[row]} against {ours[row]}). Use the tokenizer, chat "
+                "template and max_length that the reference losses were made with, or compute them again with `trl ama-losses`."
+            )
+
+
 def check_arguments(args: AMAConfig, strategy: MixingStrategy, has_reference_losses: bool) -> None:
     """Raise an `AMAError` for arguments of `DPOTrainer` or the Trainer that contradict the strategy."""
     if strategy.uses_own_sampler and args.train_sampling_strategy != "random":
@@ -148,7 +171,7 @@ def check_best_metric(
         will_score (`bool`): Whether specialists are given, who will score the held-out pairs.
     """
     metric = (args.metric_for_best_model or "").removeprefix("eval_")
-    if metric not in ("worst_excess", "mean_excess", "worst_accuracy", "mean_accuracy"):
+    if metric not in (f"{kind}_{name}" for kind in ("worst", "mean") for name in ("excess", "accuracy", "margin")):
         return
     ours = f"metric_for_best_model='{args.metric_for_best_model}'"
     if metric.endswith("excess") and not (has_specialist or will_score) and strategy.objective == "loss":

@@ -9,6 +9,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOTrainer
 
 from .fingerprint import check_fingerprint, read_json, write_json
+from .tracking import begin_runs, finish_runs
 
 
 _STAGE_FILE = "stage.json"
@@ -67,13 +68,19 @@ class TrainingStage:
         if trainer.args.disable_tqdm:
             trainer.remove_callback(PrinterCallback)  # asked for no progress bars, so spare them the log lines too
         write_json(self.folder / _STAGE_FILE, {"fingerprint": self.fingerprint, "result": None})
-        trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model(str(self.folder))
-        trainer.save_state()
+        try:
+            begin_runs(trainer, self.folder)
+            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.save_model(str(self.folder), _internal_call=True)  # pushed later, with its card
+            trainer.save_state()
+        except BaseException:
+            finish_runs(exit_code=1)
+            raise
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Note the result: from now on the stage is done."""
+        """Note the result: from now on the stage is done, and so are its runs in trackers."""
         write_json(self.folder / _STAGE_FILE, {"fingerprint": self.fingerprint, "result": result})
+        finish_runs()
         figures = (
             f"{key.replace('_', ' ')} {value:.4g}" for key, value in result.items() if isinstance(value, (int, float))
         )

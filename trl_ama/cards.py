@@ -1,0 +1,285 @@
+"""Cards of what a run publishes besides the generalist: specialists and reference losses; and what all cards share."""
+
+import importlib.resources
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from . import __version__
+from .hub import hub_link, is_hub_id
+from .markdown import code, escape, fence, fill, table
+from .recipe_text import recipe_yaml
+
+
+if TYPE_CHECKING:
+    from .run_settings import RunSettings
+
+
+# Fields of a fingerprint that every task has for itself; the others are the same within a config (run)
+OWN_FIELDS = ("task", "specialist", "train_pairs", "test_pairs", "data", "versions")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_LOSS_TAGS = ["trl", "ama", "ama-reference-losses", "dpo", "preference"]
+_TEMPLATES = importlib.resources.files("trl_ama") / "templates"
+
+
+def template(name: str) -> Path:
+    """A file of the package's templates."""
+    return Path(str(_TEMPLATES / name))
+
+
+def identity_link(identity: str | None, repo_type: str = "model") -> str:
+    """Markdown for a model's or dataset's identity: a link to a commit on the Hub, or the name of local weights."""
+    if not identity:
+        return "–"
+    name, _, revision = identity.partition("@")
+    if _COMMIT.fullmatch(revision) and is_hub_id(name):
+        return hub_link(name, repo_type, revision)
+    if not revision and is_hub_id(name) and "/" in name:
+        return hub_link(name, repo_type)
+    return code(identity.replace("local files: ", "")) + " (local)" if identity != "local files" else "local files"
+
+
+def hub_name(identity: str | None) -> str | None:
+    """The Hub id in an identity; `None` for something local."""
+    name, _, revision = (identity or "").partition("@")
+    return name if is_hub_id(name) and (_COMMIT.fullmatch(revision) or (not revision and "/" in name)) else None
+
+
+def versions_line() -> str:
+    """The packages that made something."""
+    packages = ("trl", "transformers", "peft", "torch", "datasets")
+    return f"trl-ama {__version__}, " + ", ".join(f"{package} {version(package)}" for package in packages)
+
+
+def citation() -> str:
+    """BibTeX of the paper."""
+    from .ama_trainer import AMATrainer
+
+    return AMATrainer._paper["citation"]
+
+
+# ---- Specialists ----
+
+
+def write_specialist_card(
+    settings: "RunSettings", task: str, result: dict[str, Any], repo_id: str | None = None
+) -> Path:
+    """Write the card of a trained specialist into its folder.
+
+    Args:
+        settings ([`RunSettings`]): The run.
+        task (`str`): The specialist's task.
+        result (`dict`): What [`train_specialist`] returns.
+        repo_id (`str`, *optional*): Where it will be pushed to.
+    """
+    folder = settings.specialist_dir(task)
+    base, data = settings.base_identity, settings.data_source(task)
+    base_id, data_id = hub_name(base), hub_name(data)
+    name = repo_id.split("/")[-1] if repo_id else f"{Path(settings.model_name).resolve().name}-{task}"
+    uses_peft = bool(settings.model_args.use_peft)
+    figures = held_out_figures(result)
+    card_data = ModelCardData(
+        base_model=base_id,
+        base_model_relation="adapter" if uses_peft and base_id else None,
+        datasets=[data_id] if data_id else None,
+        library_name="peft" if uses_peft else "transformers",
+        model_name=name,
+        tags=["ama", "ama-specialist", "dpo", "generated_from_trainer", "trl"],
+        eval_results=eval_results(task, data, figures["specialist"]) if figures else None,
+    )
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(template("specialist_card.md")),
+        title=escape(name),
+        task=task,
+        base_model=identity_link(base),
+        data=identity_link(data, "dataset"),
+        results=_specialist_table(task, figures, result) if figures else "There were no held-out pairs.",
+        steps=result.get("steps"),
+        recipe=fence(recipe_yaml(settings, task), "yaml"),
+        use_yaml=fence(
+            yaml.safe_dump({"tasks": [{"task": task, "path": "…", "specialist": repo_id or "path/to/this/folder"}]},
+                           sort_keys=False, allow_unicode=True), "yaml"
+        ),
+        use_python=load_snippet(repo_id, uses_peft),
+        citation=citation().strip(),
+        versions=versions_line(),
+    )  # fmt: skip
+    card.save(folder / "README.md")
+    return folder / "README.md"
+
+
+def held_out_figures(result: dict[str, Any]) -> dict[str, dict[str, float]] | None:
+    """Figures of base and specialist on the task's held-out pairs."""
+    if "eval_loss" not in result:
+        return None
+    count, accuracy = result["eval_pairs"], result["eval_accuracy"]
+    return {
+        # An untrained policy: no margin anywhere, and a tie counts half
+        "base": {"accuracy": 0.5, "margin": 0.0, "loss": result["base_loss"], "pairs": count},
+        "specialist": {
+            "accuracy": accuracy,
+            "accuracy_stderr": (accuracy * (1 - accuracy) / count) ** 0.5,
+            "margin": result["eval_margin"],
+            "loss": result["eval_loss"],
+            "pairs": count,
+        },
+    }
+
+
+def _specialist_table(task: str, figures: dict[str, dict[str, float]], result: dict[str, Any]) -> str:
+    own = figures["specialist"]
+    rows = [
+        ["", "base", "this specialist"],
+        ["reward accuracy", "0.500", f"{own['accuracy']:.3f} ± {own['accuracy_stderr']:.3f}"],
+        ["reward margin", "0.000", f"{own['margin']:.3f}"],
+        ["loss", f"{figures['base']['loss']:.3f}", f"{own['loss']:.3f}"],
+    ]
+    return (
+        table(rows)
+        + f"\n\n{own['pairs']} held-out pairs of {task}; accuracy ± one standard error. The base is its own reference: no margin, and "
+        "every pair a tie, which counts half."
+    )
+
+
+def eval_results(task: str, data: str, figures: dict[str, float]) -> list[Any]:
+    """A task's figures for a card's `model-index`."""
+    from huggingface_hub import EvalResult
+
+    data_id = hub_name(data)
+    revision = data.partition("@")[2] if data_id else None
+    names = {"accuracy": "Reward accuracy", "margin": "Reward margin", "excess": "Excess loss over the specialist"}
+    return [
+        EvalResult(
+            task_type="text-generation",
+            task_name="Preference optimisation",
+            dataset_type=data_id or "local",
+            dataset_name=task,
+            dataset_revision=revision or None,
+            metric_type=key,
+            metric_name=f"{name} ({task})",
+            metric_value=round(figures[key], 6),
+        )
+        for key, name in names.items()
+        if key in figures
+    ]
+
+
+def load_snippet(repo_id: str | None, uses_peft: bool) -> str:
+    """How to load a model from the Hub: as adapter and merged, or as it is."""
+    name = repo_id or "path/to/this/folder"
+    if not uses_peft:
+        lines = [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+            f'model = AutoModelForCausalLM.from_pretrained("{name}")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        ]  # fmt: skip
+    else:
+        lines = [
+            "from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer", "",
+            f'model = AutoPeftModelForCausalLM.from_pretrained("{name}")  # the adapter on its base',
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+            "model = model.merge_and_unload()  # merged: an ordinary transformers model",
+        ]  # fmt: skip
+    return fence("\n".join(lines), "python")
+
+
+# ---- Reference losses ----
+
+
+def losses_card(
+    repo_id: str,
+    config_name: str,
+    notes: dict[str, dict[str, Any]],
+    specialists: dict[str, str],
+    body: str,
+    data: dict[str, Any],
+) -> str:
+    """The card of a loss dataset after a push.
+
+    Args:
+        repo_id (`str`): The dataset's Hub id.
+        config_name (`str`): Config (run) that is pushed.
+        notes (`dict`): Task → the note beside its files.
+        specialists (`dict[str, str]`): Task → Hub id of its specialist.
+        body (`str`): The card's text so far; what stands outside trl-ama's sections is kept.
+        data (`dict`): Its metadata so far.
+    """
+    runs = {name: run for name, run in (data.get("trl_ama") or {}).items() if isinstance(run, dict)}
+    tasks = dict(runs.get(config_name, {}).get("tasks") or {})
+    made_with: dict[str, Any] = {}
+    for task, note in notes.items():
+        fingerprint = note["fingerprint"]
+        made_with = {field: value for field, value in fingerprint.items() if field not in OWN_FIELDS}
+        tasks[task] = {
+            **{field: fingerprint.get(field) for field in OWN_FIELDS if field != "task"},
+            "rows": {name.removesuffix(".parquet"): entry["rows"] for name, entry in sorted(note["files"].items())},
+        }
+        if specialists.get(task):
+            tasks[task]["specialist_repo"] = specialists[task]
+    runs[config_name] = {"made_with": made_with, "tasks": tasks}
+    others = [
+        entry
+        for entry in data.get("configs") or []
+        if isinstance(entry, dict) and entry.get("config_name") not in runs
+    ]
+    tags = data.get("tags") if isinstance(data.get("tags"), list) else []
+    data = {
+        **data,
+        "tags": [*tags, *(tag for tag in _LOSS_TAGS if tag not in tags)],
+        "configs": [*others, *(_data_files(name, run) for name, run in runs.items())],
+        "trl_ama": runs,
+    }
+    body = body or template("losses_card.md").read_text(encoding="utf-8")
+    name = config_name if len(runs) > 1 else None
+    body = fill(
+        body, {"runs": "\n\n".join(_run(key, run) for key, run in runs.items()), "loading": _loading(repo_id, name)}
+    )
+    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n\n{body}"
+
+
+def _data_files(name: str, run: dict[str, Any]) -> dict[str, Any]:
+    splits = [
+        split for split in ("train", "test") if any(split in entry.get("rows", {}) for entry in run["tasks"].values())
+    ]
+    return {
+        "config_name": name,
+        "data_files": [{"split": split, "path": f"{name}/*/{split}.parquet"} for split in splits],
+    }
+
+
+def _run(name: str, run: dict[str, Any]) -> str:
+    made_with = run.get("made_with") or {}
+    settings = [["made with", ""], ["base model", identity_link(made_with.get("base_model"))]]
+    settings += [
+        [escape(key.replace("_", " ")), code(str(value))]
+        for key, value in made_with.items()
+        if key != "base_model" and value is not None
+    ]
+    rows = [["task", "specialist", "data", "training pairs", "held-out pairs"]]
+    for task, entry in run["tasks"].items():
+        counts = entry.get("rows") or {}
+        specialist = entry.get("specialist_repo") or entry.get("specialist")
+        rows.append(
+            [escape(task), identity_link(specialist), identity_link(entry.get("data"), "dataset"),
+             str(counts.get("train", "–")), str(counts.get("test", "–"))]
+        )  # fmt: skip
+    return f"## Config {code(name)}\n\n{table(rows)}\n\n{table(settings)}"
+
+
+def _loading(repo_id: str, name: str | None) -> str:
+    config = f', "{name}"' if name else ""
+    python = (
+        f'from datasets import load_dataset\n\nlosses = load_dataset("{repo_id}"{config})  # with `datasets` alone\n\n'
+        f'from trl_ama import load_reference_losses\n\nlosses = load_reference_losses("{repo_id}"{config})  # with all checks'
+    )
+    recipe = {"reference_losses": repo_id, **({"losses_config": name} if name else {}), "mixing": "ama_s"}
+    return (
+        fence(python, "python")
+        + "\n\nIn a recipe of `trl ama`, with the base model named above:\n\n"
+        + fence(yaml.safe_dump(recipe, sort_keys=False), "yaml")
+    )

@@ -1,0 +1,194 @@
+"""The generalist's card: rendered by TRL's own machinery from our template, its sections filled as the figures come in."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard
+
+from .cards import eval_results, hub_name, identity_link, load_snippet, template
+from .markdown import code, fence, fill, table
+from .recipe_text import recipe_yaml
+from .report import result_table
+
+
+if TYPE_CHECKING:
+    from .ama_trainer import AMATrainer
+    from .run_settings import RunSettings
+
+
+_PLOT = "![Sampling probability and excess loss of each task](mixture.png)"
+
+
+def template_for_trl() -> str | None:
+    """Our template's path as seen from TRL's folder of templates, which is where `_template_file` is looked up."""
+    import trl
+
+    try:
+        return os.path.relpath(
+            os.path.realpath(template("generalist_card.md")), os.path.realpath(Path(trl.__file__).parent / "templates")
+        )
+    except ValueError:  # on another drive: TRL's own template, with our sections at its end
+        return None
+
+
+def complete_card(trainer: "AMATrainer") -> None:
+    """Fill in what the trainer itself knows, after TRL has written the card."""
+    path = Path(trainer.args.output_dir) / "README.md"
+    card = ModelCard.load(path)
+    args = trainer.args
+    uses_peft = hasattr(trainer.model, "peft_config")
+    card.data.tags = sorted({*(card.data.tags or [])})  # TRL's order changes from run to run
+    card.data.pop("licence", None)  # a draft's placeholder
+    if uses_peft:
+        card.data.library_name = "peft"
+        if card.data.base_model:
+            card.data.base_model_relation = "adapter"
+    hyper = {
+        name: getattr(args, name)
+        for name in (
+            "mixing", "mixing_lr", "smoothing", "excess_clip", "sampling", "beta", "loss_type", "learning_rate",
+            "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "seed",
+        )
+    }  # fmt: skip
+    tasks = ", ".join(trainer.task_names)
+    sections = {
+        "training": f"Tasks: {tasks}. Optimizer steps: {trainer.state.global_step}.\n\n"
+        + fence(yaml.safe_dump(hyper, sort_keys=False), "yaml"),
+        "loading": load_snippet(trainer.hub_model_id, uses_peft),
+        "results": _last_evaluation(trainer),
+    }
+    _save(path, card, sections)
+
+
+def _save(path: Path, card: ModelCard, sections: dict[str, str]) -> None:
+    card.text = fill(card.text, sections)
+    card.save(path)
+
+
+def _last_evaluation(trainer: "AMATrainer") -> str:
+    """Figures by task of the trainer's last evaluation of held-out pairs, if there was one."""
+    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_worst_accuracy" in entry), None)
+    if last is None:
+        return "Not evaluated yet."
+    figures = ("accuracy", "margin", "excess", "loss")
+    present = [name for name in figures if any(f"eval_ama/{name}/{task}" in last for task in trainer.task_names)]
+    rows = [["held-out pairs", *present]]
+    for task in trainer.task_names:
+        values = [last.get(f"eval_ama/{name}/{task}") for name in present]
+        rows.append([task, *("–" if value is None else f"{value:.3f}" for value in values)])
+    worst = [last.get(f"eval_worst_{name}") for name in present]
+    rows.append(["**worst task**", *("" if value is None else f"**{value:.3f}**" for value in worst)])
+    return f"{table(rows)}\n\nAfter {last['step']} optimizer steps."
+
+
+def write_card(settings: "RunSettings", results: dict[str, Any], plot: Path | None, published: dict[str, str]) -> Path:
+    """Write what an evaluation found into the card of the recipe's own generalist, with the plot beside it.
+
+    Args:
+        settings ([`RunSettings`]): The run.
+        results (`dict`): What [`evaluate_policies`] returns.
+        plot (`Path`, *optional*): PNG of the mixture.
+        published (`dict[str, str]`): Hub ids: of the specialists by task, of this model under `""`, and of the reference
+            losses under `"/losses"`.
+    """
+    strategy = settings.training_args.mixing
+    folder = settings.generalist_dir(strategy)
+    path = folder / "README.md"
+    card = ModelCard.load(path) if path.is_file() else _draft(settings)
+    figures = results["policies"][strategy]
+    has_plot = plot is not None and plot.is_file()
+    if has_plot:
+        shutil.copyfile(plot, folder / "mixture.png")
+    repo_id = published.get("")
+    sections = {
+        "results": result_table(results, this=strategy),
+        "mixture": _PLOT if has_plot else "There is no plot.",
+        "training": _training(settings, strategy, published),
+        "loading": load_snippet(repo_id, bool(settings.model_args.use_peft)),
+    }
+    data = card.data
+    datasets = [hub_name(settings.data_source(task)) for task in settings.task_names]
+    datasets.append(published.get("/losses") or hub_name(getattr(settings.shared_losses, "source", None)))
+    data.datasets = list(dict.fromkeys(name for name in datasets if name)) or None
+    data.model_name = (
+        repo_id.split("/")[-1] if repo_id else data.model_name or f"{settings.output_dir.name}-{strategy}"
+    )
+    data.eval_results = [
+        entry
+        for task in settings.task_names
+        if task in figures["by_task"]
+        for entry in eval_results(task, settings.data_source(task), figures["by_task"][task])
+    ] + _worst(figures["summary"])
+    _save(path, card, sections)
+    return path
+
+
+def _worst(summary: dict[str, float]) -> list[EvalResult]:
+    names = {"worst_accuracy": "Reward accuracy (worst task)", "worst_excess": "Excess loss (worst task)"}
+    return [
+        EvalResult(
+            task_type="text-generation",
+            task_name="Preference optimisation",
+            dataset_type="local",
+            dataset_name="all tasks",
+            metric_type=key,
+            metric_name=name,
+            metric_value=round(summary[key], 6),
+        )
+        for key, name in names.items()
+        if key in summary
+    ]
+
+
+def _draft(settings: "RunSettings") -> ModelCard:
+    """The card of a generalist whose own was deleted."""
+    from trl.trainer.utils import generate_model_card
+
+    from .ama_trainer import AMATrainer
+
+    return generate_model_card(
+        base_model=hub_name(settings.base_identity),
+        model_name=settings.generalist_dir(settings.training_args.mixing).name,
+        hub_model_id=settings.training_args.hub_model_id,
+        dataset_name=None,
+        tags=sorted(AMATrainer._tag_names),
+        wandb_url=None,
+        trackio_url=None,
+        trainer_name=AMATrainer._name,
+        trainer_citation=AMATrainer._paper["citation"],
+        template_file=AMATrainer._template_file,
+        paper_title=AMATrainer._paper["title"],
+        paper_id=AMATrainer._paper["id"],
+    )
+
+
+def _training(settings: "RunSettings", strategy: str, published: dict[str, str]) -> str:
+    from .fingerprint import read_json
+
+    rows = [["task", "data", "specialist"]]
+    for task in settings.task_names:
+        rows.append(
+            [task, identity_link(settings.data_source(task), "dataset"), _specialist(settings, task, published)]
+        )
+    losses = published.get("/losses") or getattr(settings.shared_losses, "source", None)
+    steps = (read_json(settings.generalist_dir(strategy) / "stage.json") or {}).get("result") or {}
+    lines = [
+        f"- Base model: {identity_link(settings.base_identity)}",
+        f"- Reference losses: {identity_link(losses, 'dataset') if losses else 'computed by this run, not published'}",
+        f"- Optimizer steps: {steps.get('steps', '–')}",
+    ]
+    return f"{table(rows)}\n\n" + "\n".join(lines) + f"\n\n{fence(recipe_yaml(settings), 'yaml')}"
+
+
+def _specialist(settings: "RunSettings", task: str, published: dict[str, str]) -> str:
+    if task in published:
+        return identity_link(published[task])
+    if task in settings.external_specialists:
+        source = settings.external_specialists[task]
+        return identity_link(source) if hub_name(source) else code(Path(source).name)
+    if task in settings.shared_tasks:
+        return identity_link(settings.shared_losses.fingerprints[task].get("specialist"))
+    return "trained by this run, not published"

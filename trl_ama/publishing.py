@@ -1,0 +1,196 @@
+"""What a run publishes with `push_to_hub`: specialists, reference losses, the generalist; each its own repository.
+
+Everything is computed and saved before it is pushed, and a push that fails is reported and passed over: the same command
+pushes again, computing nothing.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint
+
+from .cards import write_specialist_card
+from .errors import AMAError
+from .hub import HubTarget, check_login, full_id, persistently, prepare, say
+from .loss_sharing import DEFAULT_CONFIG, ReferenceLosses
+from .reference_losses import reference_losses_of
+from .run_settings import RunSettings
+
+
+# As the Trainer's own pushes, but for the training's log, which holds local paths
+_LEFT_OUT = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "trainer_state.json", ".*"]
+_PICKLES = ["*.bin", "*.pt", "*.pth", "*.pkl"]
+
+
+class Publisher:
+    """Pushes what a run makes, if `push_to_hub` is on.
+
+    Args:
+        settings ([`RunSettings`]): The run.
+        stages (`Iterable[str]`): The stages that will run; only what they make is pushed.
+
+    Raises:
+        AMAError: Before anything is trained: without a token that may write, or if a repository cannot be created.
+    """
+
+    def __init__(self, settings: RunSettings, stages: Iterable[str]):
+        self.settings = settings
+        self.failures: list[str] = []
+        self.pushed: dict[str, str] = {}  # task (or "" for the generalist, "/losses") → Hub id
+        self.targets: dict[str, HubTarget] = {}
+        if not settings.training_args.push_to_hub:
+            return
+        ids = repository_ids(settings, stages)
+        if PartialState().is_main_process:
+            user = check_login(settings.training_args.hub_token)
+            self.targets = {
+                key: self._target(full_id(name, user, field), "dataset" if key == "/losses" else "model")
+                for key, (name, field) in ids.items()
+            }
+            seen: dict[tuple[str, str], str] = {}
+            for key, target in self.targets.items():
+                place = (target.repo_type, target.repo_id.lower())
+                if place in seen:
+                    raise AMAError(
+                        f"{_what(key)} and {_what(seen[place])} would both go to '{target.repo_id}'. Set hub_model_id, "
+                        "hub_specialist_id and hub_losses_id so that they differ."
+                    )
+                seen[place] = key
+            for target in self.targets.values():
+                prepare(target)
+        PartialState().wait_for_everyone()
+
+    def _target(self, repo_id: str, repo_type: str) -> HubTarget:
+        args = self.settings.training_args
+        return HubTarget(repo_id, repo_type, args.hub_private_repo, args.hub_revision, args.hub_token)
+
+    @property
+    def generalist_id(self) -> str | None:
+        """Where the generalist goes; `None` if it is not pushed."""
+        return self.targets[""].repo_id if "" in self.targets else None
+
+    @property
+    def published(self) -> dict[str, str]:
+        """Hub ids of what this run publishes: by task the specialists, under `""` the generalist, `"/losses"` the losses."""
+        return {key: target.repo_id for key, target in self.targets.items()}
+
+    def specialist(self, task: str, result: dict[str, Any]) -> None:
+        """Push one task's specialist, with its card."""
+        target = self.targets.get(task)
+        if target is None:
+            return
+        folder = self.settings.specialist_dir(task)
+
+        def push():
+            write_specialist_card(self.settings, task, result, target.repo_id)
+            self._push_folder(target, folder, f"Specialist of task {task}", [*_LEFT_OUT, *_PICKLES])
+
+        self._attempt(task, folder, "trl ama-specialists", push)
+
+    def losses(self) -> None:
+        """Push the reference losses of all tasks."""
+        target = self.targets.get("/losses")
+        if target is None:
+            return
+        settings = self.settings
+        specialists = {
+            **{task: name for task, name in settings.external_specialists.items() if not Path(name).is_dir()},
+            **{task: self.targets[task].repo_id for task in settings.task_names if task in self.targets},
+        }
+
+        def push():
+            ReferenceLosses(reference_losses_of(settings)).push_to_hub(
+                target.repo_id,
+                settings.pipeline_args.losses_config or DEFAULT_CONFIG,
+                private=target.private,
+                token=target.token,
+                revision=target.revision,
+                include_text=settings.pipeline_args.include_text,
+                specialists=specialists,
+            )
+
+        self._attempt("/losses", settings.losses_dir, "trl ama-losses", push)
+
+    def generalist(self) -> None:
+        """Push the recipe's own generalist, and its checkpoints if `hub_strategy` asks for them."""
+        target = self.targets.get("")
+        if target is None:
+            return
+        settings = self.settings
+        folder = settings.generalist_dir(settings.training_args.mixing)
+
+        def push():
+            self._push_folder(target, folder, "End of training", _LEFT_OUT)
+            for checkpoint, place in _checkpoints(folder, settings.training_args.hub_strategy):
+                self._push_folder(target, checkpoint, f"Checkpoint {checkpoint.name}", [], place)
+
+        self._attempt("", folder, "trl ama", push)
+
+    def _push_folder(
+        self, target: HubTarget, folder: Path, message: str, left_out: list[str], place: str | None = None
+    ) -> None:
+        persistently(
+            lambda: target.api.upload_folder(
+                repo_id=target.repo_id,
+                repo_type=target.repo_type,
+                folder_path=folder,
+                path_in_repo=place,
+                revision=target.revision,
+                commit_message=message,
+                ignore_patterns=left_out,
+            )
+        )
+
+    def _attempt(self, key: str, folder: Path, command: str, push: Callable[[], None]) -> None:
+        if not PartialState().is_main_process:
+            return
+        target = self.targets[key]
+        try:
+            push()
+        except Exception as error:  # whatever it is, what was computed is saved and the run goes on
+            self.failures.append(
+                f"{_what(key)} could not be pushed to {target.url}: {say(error, target.token)} It is complete in '{folder}'. "
+                f"Run `{command} --config …` again to push it; nothing is computed again."
+            )
+            print(f"trl-ama: {self.failures[-1]}", flush=True)
+            return
+        self.pushed[key] = target.repo_id
+        print(f"{_what(key)}: pushed to {target.url}", flush=True)
+
+    def finish(self) -> None:
+        """Raise an `AMAError` at the end of a run of which a push failed."""
+        if self.failures:
+            raise AMAError(" ".join(["Everything was computed and saved, but not everything pushed.", *self.failures]))
+
+
+def _what(key: str) -> str:
+    names = {"": "The generalist", "/losses": "The reference losses"}
+    return names.get(key, f"The specialist of task '{key}'")
+
+
+def _checkpoints(folder: Path, strategy: HubStrategy) -> list[tuple[Path, str]]:
+    """Checkpoints to push, and their place in the repository, as the Trainer pushes them while it trains."""
+    last = get_last_checkpoint(str(folder))
+    if last is None or strategy not in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        return []
+    if strategy == HubStrategy.CHECKPOINT:
+        return [(Path(last), "last-checkpoint")]
+    return [(path, path.name) for path in sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")) if path.is_dir()]
+
+
+def repository_ids(settings: RunSettings, stages: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Key → the Hub id that the recipe gives or implies, and the field that decides it."""
+    args, pipeline_args = settings.training_args, settings.pipeline_args
+    base = args.hub_model_id or settings.output_dir.resolve().name
+    ids = {}
+    pattern = pipeline_args.hub_specialist_id or base + "-{task}"
+    own = [task for task in settings.task_names if settings.needs_specialist(task)]
+    if "specialists" in stages:
+        ids = {task: (pattern.replace("{task}", task), "hub_specialist_id") for task in own}
+    if "losses" in stages and any(task not in settings.shared_tasks for task in settings.task_names):
+        ids["/losses"] = (pipeline_args.hub_losses_id or f"{base}-reference-losses", "hub_losses_id")
+    if "train" in stages or "eval" in stages:
+        ids[""] = (base, "hub_model_id")
+    return ids

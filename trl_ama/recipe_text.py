@@ -1,0 +1,101 @@
+"""The recipe of a run as YAML to publish: what differs from the defaults, without secrets and without this machine's paths."""
+
+import dataclasses
+import os
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+
+if TYPE_CHECKING:
+    from .run_settings import RunSettings
+
+
+_PRIVATE = ("token", "secret", "password", "api_key", "credential")
+# Where results go and how they are shown, which is not what made them
+_NOT_SHOWN_PREFIXES = (
+    "hub_",
+    "push_to_hub",
+    "report_to",
+    "trackio",
+    "logging_",
+    "log_",
+    "save_",
+    "disable_tqdm",
+    "run_name",
+)
+_NOT_SHOWN = {
+    "output_dir",
+    "project",
+    "resume_from_checkpoint",
+    "dataloader_num_workers",
+    "dataset_num_proc",
+    "local_rank",
+}
+
+
+def recipe_yaml(settings: "RunSettings", task: str | None = None, strategy: str | None = None) -> str:
+    """The recipe of a run, or of one task's specialist in it, or of one strategy's generalist."""
+    model = _changed(settings.model_args)
+    if task is None:
+        training = settings.given_args
+        if strategy is not None:
+            training = dataclasses.replace(settings.training_args, mixing=strategy)
+        pipeline = _changed(settings.pipeline_args)
+        tasks = [_changed(entry) for entry in settings.task_args.tasks]
+    else:
+        config = next(entry for entry in settings.task_args.tasks if entry.task == task)
+        training = settings.specialist_arguments(config)
+        pipeline = {}
+        tasks = [{key: value for key, value in _changed(config).items() if not key.startswith("specialist")}]
+    mixture = {key: value for key, value in _changed(settings.task_args).items() if key != "tasks"}
+    shown = _changed(training)
+    shown["model_init_kwargs"] = settings.given_args.model_init_kwargs
+    if task is not None:
+        for name in ("mixing", "mixing_lr", "smoothing", "excess_clip", "sampling", "specialists"):
+            shown.pop(name, None)
+    elif strategy is None or "mixing" not in shown:
+        shown = {"mixing": training.mixing, **shown}
+    recipe = {**model, "tasks": tasks, **mixture, **pipeline, **shown}
+    return yaml.safe_dump(_public(recipe), sort_keys=False, allow_unicode=True, width=110).strip()
+
+
+def _changed(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from their defaults."""
+    changed = {}
+    for field in dataclasses.fields(config):
+        if not field.init or field.name in _NOT_SHOWN or field.name.startswith(_NOT_SHOWN_PREFIXES):
+            continue
+        value = getattr(config, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if value is not None and value != default and value != {} and value != []:
+            changed[field.name] = value
+    return changed
+
+
+def _public(value: Any) -> Any:
+    """`value` as plain YAML types; no value under a key that tells of a secret, local paths by their last part."""
+    if isinstance(value, dict):
+        return {
+            str(key): _public(entry)
+            for key, entry in value.items()
+            if entry is not None and entry != {} and not any(word in str(key).lower() for word in _PRIVATE)
+        }
+    if isinstance(value, (list, tuple, set)):
+        return [_public(entry) for entry in value]
+    if isinstance(value, Enum):
+        return _public(value.value)
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, str):
+        is_path = (
+            os.path.isabs(value) or value.startswith(("~", "./", "../")) or (os.sep in value and os.path.exists(value))
+        )
+        return Path(value).name if is_path else value
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _public(_changed(value))
+    return str(value)
