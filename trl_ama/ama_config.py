@@ -85,6 +85,16 @@ class AMAConfig(DPOConfig):
 
     __repr__ = DPOConfig.__str__  # which masks tokens; a dataclass's own would not
 
+    def to_dict(self) -> dict[str, Any]:
+        # Trackers write this as JSON, and a specialist may be a loaded model
+        values = super().to_dict()
+        if isinstance(values.get("specialists"), dict):
+            values["specialists"] = {
+                task: source if isinstance(source, str) else type(source).__name__
+                for task, source in values["specialists"].items()
+            }
+        return values
+
     def __getstate__(self) -> dict[str, Any]:
         # The Trainer pickles its arguments into `training_args.bin`, which it pushes to the Hub. No token goes there
         return {**self.__dict__, "hub_token": None, "model_init_kwargs": _without_tokens(self.model_init_kwargs)}

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, constants, get_session, get_token, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import _http, validate_repo_id
 
 from .errors import AMAError, first_line
 
@@ -96,25 +96,44 @@ def redact(text: str, token: str | None = None) -> str:
 
 def say(error: BaseException, token: str | None = None) -> str:
     """One line about an error of the network or the Hub."""
-    text = first_line(error)
-    return redact(text if isinstance(error, (HfHubHTTPError, AMAError)) else f"{type(error).__name__}: {text}", token)
+    if isinstance(error, (HfHubHTTPError, AMAError)):
+        return redact(first_line(error), token)
+    text = " ".join(str(error).split()) if isinstance(error, ValueError) else first_line(error)  # the Hub's, on a card
+    return redact(f"{type(error).__name__}: {text}", token)
 
 
 @contextlib.contextmanager
 def time_limit() -> Iterator[None]:
-    """Give every request of the Hub's client that has no time limit of its own one of `TIMEOUT` seconds without a byte."""
-    client = get_session()
-    before = client.timeout
-    client.timeout = TIMEOUT
+    """Give every request of the Hub's client one of `TIMEOUT` seconds without a byte, unless it has a limit of its own."""
+    before, make = get_session().timeout, _http._GLOBAL_CLIENT_FACTORY
+
+    def limit(client: Any) -> Any:
+        unlimited = type(client.timeout)(None)
+        if client.timeout == unlimited:
+            client.timeout = TIMEOUT
+        return client
+
+    # The client is made anew after a failure to connect and in a forked process, and background pushes use it too
+    _http._GLOBAL_CLIENT_FACTORY = lambda: limit(make())
+    limit(get_session())
     try:
         yield
     finally:
-        client.timeout = before
+        _http._GLOBAL_CLIENT_FACTORY = make
+        get_session().timeout = before
+
+
+def _response(error: BaseException) -> Any:
+    """The Hub's answer that an error is about, if there was one."""
+    response = getattr(error, "response", None)
+    if response is None:  # that a card is invalid is a `ValueError` on top of the answer's
+        response = getattr(error.__cause__, "response", None)
+    return response
 
 
 def _seconds_to_wait(error: BaseException, attempt: int) -> float | None:
     """How long to wait before trying again; `None` if that is no use."""
-    response = getattr(error, "response", None)
+    response = _response(error)
     status = getattr(response, "status_code", None)
     if isinstance(error, (AMAError, HFValidationError)) or (
         status is not None and status < 500 and status not in (408, 409, 412, 429)

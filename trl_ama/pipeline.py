@@ -58,7 +58,7 @@ def run_pipeline(
         disable_dataset_bars()
         disable_transformers_bars()
     settings = RunSettings(pipeline_args, training_args, model_args, task_args)
-    check_recipe(settings)
+    check_recipe(settings, stages)
     plan = describe_plan(settings, stages)
     if PartialState().is_main_process:
         print("\n".join(plan), flush=True)
@@ -90,10 +90,12 @@ def _run_stages(settings: RunSettings, publisher: Publisher, stages: Sequence[st
     return results
 
 
-def check_recipe(settings: RunSettings) -> None:
+def check_recipe(settings: RunSettings, stages: Sequence[str] = STAGES) -> None:
     """Find what is wrong with a recipe before anything is trained."""
     settings.tokenizer  # noqa: B018 - reads the base model's folder
-    for strategy in settings.strategies:
+    # One task is no mixture, but its specialist and losses can be made, to be added to those of others
+    mixes = len(settings.task_names) > 1 or bool({"train", "eval"} & set(stages))
+    for strategy in settings.strategies if mixes else ():
         args = settings.with_arguments(mixing=strategy)
         check_arguments(args, strategy_for(args, settings.data["train"], settings.task_names), True)
     for task in settings.task_args.tasks:

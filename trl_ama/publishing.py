@@ -124,7 +124,8 @@ class Publisher:
         def push():
             self._push_folder(target, folder, "End of training", _LEFT_OUT)
             for checkpoint, place in _checkpoints(folder, settings.training_args.hub_strategy):
-                self._push_folder(target, checkpoint, f"Checkpoint {checkpoint.name}", [], place)
+                # PEFT's empty card names a local base model by its path, which the Hub refuses
+                self._push_folder(target, checkpoint, f"Checkpoint {checkpoint.name}", ["README.md"], place)
 
         self._attempt("", folder, "trl ama", push)
 
@@ -140,6 +141,8 @@ class Publisher:
                 revision=target.revision,
                 commit_message=message,
                 ignore_patterns=left_out,
+                # What pushes during training left of another checkpoint, whichever of them succeeded
+                delete_patterns=None if place is None else "*",
             )
         )
 

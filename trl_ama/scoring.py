@@ -4,14 +4,16 @@ import contextlib
 import gc
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 import transformers
 from accelerate.utils import is_peft_model, tqdm
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from trl import DPOTrainer
@@ -88,30 +90,22 @@ def _adapter(trainer: DPOTrainer, place: PolicySource) -> Iterator[torch.nn.Modu
         keys = list(saved_shapes(os.path.join(folder, ADAPTER_WEIGHTS)))
     except SafetensorError as error:
         raise damaged(place, error) from error
-    with _left_as_it_was(model, changes_base(config, model, keys)):
-        if is_peft_model(model):
-            try:
-                _load_adapter(model, lambda: model, place, folder)
-                with use_adapter(model, ADAPTER):
-                    yield model
-            finally:
-                if ADAPTER in model.peft_config:
-                    model.delete_adapter(ADAPTER)
-            return
-        wrapped = _load_adapter(model, lambda: get_peft_model(model, config, adapter_name=ADAPTER), place, folder)
+    base = model.get_base_model() if is_peft_model(model) else model
+    with _left_as_it_was(base, changes_base(config, base, keys)):
+        _take_adapters_off(base)
+        wrapped = _load_adapter(base, config, place, folder)
         try:
             yield wrapped.to(trainer.accelerator.device)
         finally:
-            if hasattr(wrapped, "unload"):  # not of prompts
-                wrapped.unload()
+            wrapped.unload()
 
 
-def _load_adapter(base: torch.nn.Module, wrap: Callable[[], PeftModel], place: PolicySource, folder: str) -> PeftModel:
+def _load_adapter(base: torch.nn.Module, config: PeftConfig, place: PolicySource, folder: str) -> PeftModel:
     """Load by PEFT, which only warns about weights that it finds no place for, or does not find."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*base_model_name_or_path. was renamed")
         try:
-            model = wrap()
+            model = get_peft_model(base, config, adapter_name=ADAPTER)
             result = model.load_adapter(
                 folder, adapter_name=ADAPTER, key_mapping=getattr(base, "_checkpoint_conversion_mapping", None)
             )
@@ -130,24 +124,41 @@ def _load_adapter(base: torch.nn.Module, wrap: Callable[[], PeftModel], place: P
     return model
 
 
+def _take_adapters_off(model: torch.nn.Module) -> None:
+    """Leave the bare base model: PEFT can load one kind of adapter beside another only if they are much alike."""
+    for name, module in dict(model.named_modules()).items():
+        bare = module
+        while isinstance(bare, (AuxiliaryTrainingWrapper, BaseTunerLayer)):
+            bare = bare.original_module if isinstance(bare, AuxiliaryTrainingWrapper) else bare.get_base_layer()
+        if bare is not module:
+            model.set_submodule(name, bare)
+    vars(model).pop("peft_config", None)
+
+
 @contextlib.contextmanager
 def _left_as_it_was(model: torch.nn.Module, changed: list[torch.nn.Parameter]) -> Iterator[None]:
-    """Take an adapter's every trace off the model: modules, which weights are trainable, and contents of `changed`."""
+    """Put back what an adapter did to a model: modules, hooks, which weights are trainable, and contents of `changed`."""
     modules = dict(model.named_modules())
+    hooks = [(module, list(module._forward_hooks)) for module in modules.values()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     contents = [(parameter, parameter.detach().clone()) for parameter in changed]
+    peft_config = vars(model).get("peft_config")
     try:
         yield
     finally:
         for name, module in modules.items():
             if name and model.get_submodule(name) is not module:
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, module)
-        with torch.no_grad():
-            for parameter, content in contents:
-                parameter.data = content
+                model.set_submodule(name, module)
+        for module, names in hooks:  # for gradient checkpointing
+            for name in [name for name in module._forward_hooks if name not in names]:
+                del module._forward_hooks[name]
+        for parameter, content in contents:
+            parameter.data = content
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
+        vars(model).pop("peft_config", None)
+        if peft_config is not None:
+            model.peft_config = peft_config
 
 
 @contextlib.contextmanager

@@ -1,0 +1,182 @@
+"""Each request of a push fails once in each way that a network can; the same command mends it, computing nothing."""
+
+import hashlib
+import json
+import threading
+import time
+import types
+
+import httpx2
+import pytest
+import yaml
+from conftest import QUICK, make_rows
+from hub_server import FAULT_KINDS
+from huggingface_hub import close_session, get_session
+from trl import DPOTrainer, ModelConfig, TrlParser
+
+from trl_ama import AMAConfig, AMAError, TaskMixtureConfig, run_pipeline
+from trl_ama.hub import persistently, time_limit
+from trl_ama.loss_sharing import load_reference_losses
+from trl_ama.pipeline import STAGES
+from trl_ama.pipeline_arguments import PipelineArguments
+from trl_ama.run_settings import RunSettings
+
+
+SIZES = {"list": 24, "sort": 12}
+PUSHES = [("specialists",), ("losses",), ("train", "eval")]
+REPOSITORIES = [
+    ("model", "org/mine-list"),
+    ("model", "org/mine-sort"),
+    ("dataset", "org/mine-losses"),
+    ("model", "org/mine"),
+]
+
+
+def write_pairs(folder):
+    for task, count in SIZES.items():
+        for split, size, seed in (("train", count, 0), ("test", 10, 1)):
+            rows = make_rows(task, size, seed)
+            (folder / f"{task}_{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+class Run:
+    """A run's folder and the command that makes it."""
+
+    def __init__(self, folder, recipe):
+        self.folder, self.recipe = folder, recipe
+        self.output_dir = folder / "run"
+
+    def parse(self, **changes):
+        path = self.folder / "config.yaml"
+        path.write_text(yaml.safe_dump({**self.recipe, "output_dir": str(self.output_dir), **changes}))
+        parser = TrlParser((PipelineArguments, AMAConfig, ModelConfig, TaskMixtureConfig))
+        return parser.parse_args_and_config(["--config", str(path)])
+
+    def __call__(self, stages=STAGES, **changes):
+        return run_pipeline(*self.parse(**{"push_to_hub": True, **changes}), stages=stages)
+
+    def files(self):
+        """A hash of every file."""
+        return {
+            str(path.relative_to(self.output_dir)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in self.output_dir.rglob("*")
+            if path.is_file()
+        }
+
+
+def make_recipe(model_dir, data_dir):
+    return {
+        **QUICK,
+        "model_name_or_path": model_dir,
+        "tasks": [{"task": task, "path": "org/data", "eval_split": "test"} for task in SIZES],
+        "tasks_dir": str(data_dir),
+        "mixing": "ama_s",
+        "specialist_args": {"max_steps": 4},
+        "use_peft": True,
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "lora_target_modules": "all-linear",
+        "learning_rate": 5e-3,
+        "per_device_eval_batch_size": 16,
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "logging_steps": 1,
+        "seed": 3,
+        "hub_model_id": "org/mine",
+        "hub_losses_id": "org/mine-losses",
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(model_dir, tmp_path_factory):
+    """A finished run of which nothing was pushed. Pushing may change nothing in it but the cards, so tests share it."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_pairs(folder)
+    run = Run(folder, make_recipe(model_dir, folder))
+    run(push_to_hub=False)
+    return run
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """No waiting; what would have been waited."""
+    waited = []
+    fake = types.SimpleNamespace(**{**vars(time), "sleep": waited.append})
+    monkeypatch.setattr("trl_ama.hub.time", fake)
+    monkeypatch.setattr("huggingface_hub.utils._http.time", fake)
+    return waited
+
+
+@pytest.fixture
+def nothing_computed(monkeypatch):
+    def fail(*args, **kwargs):
+        pytest.fail("something was computed again")
+
+    monkeypatch.setattr(DPOTrainer, "train", fail)
+    for module in ("reference_losses", "evaluation", "specialists"):
+        monkeypatch.setattr(f"trl_ama.{module}.score_pairs", fail)
+
+
+@pytest.fixture
+def one_reading(finished, monkeypatch):
+    """The settings and their data are read once for many commands, which takes longer than the pushes."""
+    settings = RunSettings(*finished.parse(push_to_hub=True))
+    monkeypatch.setattr("trl_ama.pipeline.RunSettings", lambda *args: settings)
+
+
+def state(hub):
+    """Content and number of commits of every repository."""
+    return {place: (hub.tree(*place), len(hub.commits(*place))) for place in sorted(hub.repos)}
+
+
+def undisturbed(hub, run, stages):
+    hub.reset()
+    run(stages)
+    assert not hub.problems()
+    return state(hub), run.files(), len(hub.requests)
+
+
+def attempt(run, stages):
+    """Run the command. It may fail in one way only, with a message that does not tell the token."""
+    try:
+        run(stages)
+    except AMAError as error:
+        return str(error)
+    return None
+
+
+def arm(hub, kind, index, monkeypatch):
+    hub.reset()
+    hub.fail(kind, index=index)
+    # Only for the command that meets it: a busy machine answers late, too
+    monkeypatch.setattr("trl_ama.hub.TIMEOUT", 0.2 if kind == "timeout" else 60.0)
+
+
+@pytest.mark.parametrize("retries", [0, 3])
+@pytest.mark.parametrize("kind", FAULT_KINDS)
+@pytest.mark.parametrize("stages", PUSHES, ids="-".join)
+def test_every_request_fails_once(
+    hub, finished, waits, nothing_computed, one_reading, monkeypatch, capsys, stages, kind, retries
+):
+    """Without our retries, most faults make the push fail, and the command run again mends it; with them, none does."""
+    expected, files, count = undisturbed(hub, finished, stages)
+    monkeypatch.setattr("trl_ama.hub.RETRIES", retries)
+    failed = 0
+    for index in range(count):
+        arm(hub, kind, index, monkeypatch)
+        message = attempt(finished, stages)
+        assert not hub.faults_pending, f"request {index} never came"
+        where = f"request {index}: {next(request.path for request in hub.requests if request.kind_failed)}"
+        if message is not None:
+            failed += 1
+            assert retries == 0, where
+            assert hub.WRITE_TOKEN not in message and len(message.splitlines()) == 1
+            monkeypatch.setattr("trl_ama.hub.TIMEOUT", 60.0)
+            assert attempt(finished, stages) is None, where
+        assert state(hub) == expected, where
+        assert finished.files() == files, where
+        assert not hub.problems()
+    assert count >= 10
+    assert (failed >= 4) == (retries == 0)
+    assert hub.WRITE_TOKEN not in "".join(capsys.readouterr())
