@@ -3,6 +3,7 @@
 docs/touch_points.md lists them. If an upgrade breaks one, the test that fails says which.
 """
 
+import copy
 import inspect
 import re
 from pathlib import Path
@@ -208,6 +209,88 @@ def test_16_accelerate_skips_batches_through_the_batch_sampler():
     loader = skip_first_batches(DataLoader(list(range(6)), batch_size=2, sampler=Sampler()), 2)
     assert [batch.tolist() for batch in loader] == [[4, 5]]
     assert drawn == list(range(6))  # replayed from the start: the sampler must answer for what is skipped
+
+
+def test_17_trl_renders_our_template(dpo, model_dir, quick_args):
+    from trl.trainer import utils
+
+    assert "templates/{template_file}" in inspect.getsource(utils.generate_model_card)
+    data = make_dataset({"list": 8, "sort": 8})
+    trainer = AMATrainer(model_dir, args=quick_args(mixing="uniform"), train_dataset=data, peft_config=lora())
+    trainer.create_model_card(model_name="mine")
+    card = Path(trainer.args.output_dir, "README.md").read_text()
+    assert (
+        "one model for several preference tasks" in card and "Tasks: list, sort." in card and "@inproceedings" in card
+    )
+
+
+def test_18_trainer_creates_the_repository():
+    assert list(inspect.signature(Trainer.init_hf_repo).parameters) == ["self", "token", "private"]
+    source = inspect.getsource(Trainer.init_hf_repo)
+    assert "self.hub_model_id = " in source and "self.push_in_progress = None" in source
+
+
+def test_19_internal_saves_are_not_pushed():
+    assert "if self.args.push_to_hub and not _internal_call" in inspect.getsource(Trainer.save_model)
+
+
+def test_20_pickled_arguments_hold_no_token(quick_args, tmp_path):
+    args = quick_args(hub_token="hf_secret", model_init_kwargs={"token": "hf_secret", "dtype": "float32"})
+    torch.save(args, tmp_path / "training_args.bin")
+    assert b"hf_secret" not in (tmp_path / "training_args.bin").read_bytes()
+    assert args.hub_token == copy.copy(args).hub_token == copy.deepcopy(args).hub_token == "hf_secret"
+    assert "hf_secret" not in repr(args) + str(args)
+
+
+def test_21_datasets_names_its_cache_by_commit(hub):
+    from datasets import load_dataset
+
+    from trl_ama.task_loading import _commit
+
+    commit = hub.write("dataset", "org/rows", {"train.jsonl": '{"a": 1}\n'})
+    assert _commit(load_dataset("org/rows", split="train")) == commit
+    assert _commit(make_dataset({"list": 2})) is None
+
+
+def test_22_one_client_with_a_time_limit():
+    from huggingface_hub import get_session
+
+    from trl_ama import hub
+
+    before = get_session().timeout
+    with hub.time_limit():
+        assert get_session().timeout.read == hub.TIMEOUT
+    assert get_session().timeout == before
+
+
+def test_23_files_that_are_there_make_no_commit(hub, tmp_path):
+    from huggingface_hub import HfApi
+
+    (tmp_path / "weights.safetensors").write_bytes(b"some weights")
+    (tmp_path / "README.md").write_text("A card")
+    HfApi().create_repo("org/twice")
+    for _ in range(2):
+        HfApi().upload_folder(repo_id="org/twice", folder_path=tmp_path)
+    assert len(hub.commits("model", "org/twice")) == 2  # the one that made the repository, and one
+
+
+def test_24_peft_says_what_did_not_fit(dpo, tmp_path):
+    from peft import load_peft_weights
+    from peft.utils import set_peft_model_state_dict
+
+    dpo.model.save_pretrained(tmp_path)
+    weights = load_peft_weights(str(tmp_path), device="cpu")
+    weights["base_model.model.nobody.lora_A.weight"] = weights.pop(next(iter(weights)))
+    result = set_peft_model_state_dict(dpo.model, weights)
+    assert [key for key in result.missing_keys if "lora_" in key] and result.unexpected_keys
+
+
+def test_25_tracker_callbacks():
+    from transformers.integrations import TensorBoardCallback, WandbCallback
+
+    source = inspect.getsource(TensorBoardCallback)
+    assert "self.logging_dir" in source and "self.tb_writer" in source
+    assert "self._wandb.run is None" in inspect.getsource(WandbCallback.setup)
 
 
 def test_every_touch_point_is_documented():

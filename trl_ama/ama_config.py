@@ -83,11 +83,18 @@ class AMAConfig(DPOConfig):
         },
     )
 
-    __repr__ = DPOConfig.__str__  # which masks tokens; a dataclass's own would not
+    def __repr__(self) -> str:
+        # TRL's masks `hub_token`; a dataclass's own would show it
+        clone = copy.copy(self)
+        clone.model_init_kwargs = _without_tokens(self.model_init_kwargs)
+        return DPOConfig.__str__(clone)
+
+    __str__ = __repr__
 
     def to_dict(self) -> dict[str, Any]:
-        # Trackers write this as JSON, and a specialist may be a loaded model
+        # Trackers write this as JSON: no secrets, and a specialist may be a loaded model
         values = super().to_dict()
+        values["model_init_kwargs"] = _without_tokens(values.get("model_init_kwargs"))
         if isinstance(values.get("specialists"), dict):
             values["specialists"] = {
                 task: source if isinstance(source, str) else type(source).__name__
