@@ -369,3 +369,49 @@ def test_the_recipe_in_the_generalists_card_parses(published, tmp_path):
     pipeline_args, training_args, model_args, task_args = parse(path, "--output_dir", tmp_path)
     assert training_args.mixing == "ama_s" and training_args.learning_rate == 5e-3 and model_args.lora_r == 4
     assert pipeline_args.compare == ["proportional"] and [task.task for task in task_args.tasks] == list(SIZES)
+
+
+def test_without_held_out_pairs(published, tmp_path):
+    hub, _, _ = published
+    tasks = [{"task": task, "path": f"org/{task}-pairs"} for task in SIZES]
+    recipe = write_recipe(tmp_path / "r.yaml", tasks=tasks, push_to_hub=True, hub_model_id="org/blind")
+    assert run_pipeline(*parse(recipe, "--output_dir", tmp_path / "blind")) is None
+    card = ModelCard.load("org/blind")
+    assert "There were no held-out pairs." in card.text and "mixture.png" in hub.tree("model", "org/blind")
+    assert card.data.eval_results is None and "org/list-pairs" in card.data.datasets
+    assert "There were no held-out pairs." in ModelCard.load("org/blind-list").text
+    assert list(load_dataset("org/blind-reference-losses")) == ["train"]
+
+
+def test_the_trainer_alone(hub, model_dir, quick_args, tokenizer):
+    """As a `DPOTrainer`: in Python, without the pipeline."""
+    from conftest import make_dataset
+    from test_invariants import lora, with_reference_columns
+
+    from trl_ama import AMATrainer
+
+    upload_model(hub, model_dir)
+    pairs = with_reference_columns(make_dataset({"list": 16, "sort": 8}))
+    args = quick_args(
+        push_to_hub=True, hub_model_id="org/alone", hub_strategy="every_save", save_strategy="steps", save_steps=2,
+        eval_strategy="steps", eval_steps=2,
+    )  # fmt: skip
+    trainer = AMATrainer("org/base", args=args, train_dataset=pairs, eval_dataset=pairs, peft_config=lora())
+    trainer.train()
+    trainer.save_model(args.output_dir)
+    trainer.push_to_hub(dataset_name="org/list-pairs")
+    tree = hub.tree("model", "org/alone")
+    assert {"adapter_model.safetensors", "README.md", "training_args.bin"} <= set(tree)
+    card = ModelCard.load("org/alone")
+    assert card.data.datasets == "org/list-pairs" and card.data.base_model == "org/base"
+    assert "Tasks: list, sort. Optimizer steps: 4." in card.text and "mixing: ama_s" in card.text
+    last = [entry for entry in trainer.state.log_history if "eval_worst_accuracy" in entry][-1]
+    assert f"{last['eval_ama/accuracy/sort']:.3f}" in card.text and "After 4 optimizer steps." in card.text
+    assert any("Training in progress" in commit.title for commit in hub.commits("model", "org/alone"))
+    AutoPeftModelForCausalLM.from_pretrained("org/alone")
+
+
+def test_an_adapter_says_which_commit_of_the_base_it_is_of(published, world):
+    hub, folder, _ = published
+    for place in ("specialists/list", "generalists/ama_s"):
+        assert json.loads((folder / place / "adapter_config.json").read_text())["revision"] == world[3]["base"]

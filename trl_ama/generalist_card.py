@@ -84,12 +84,14 @@ def _last_evaluation(trainer: "AMATrainer") -> str:
     return f"{table(rows)}\n\nAfter {last['step']} optimizer steps."
 
 
-def write_card(settings: "RunSettings", results: dict[str, Any], plot: Path | None, published: dict[str, str]) -> Path:
-    """Write what an evaluation found into the card of the recipe's own generalist, with the plot beside it.
+def write_card(
+    settings: "RunSettings", results: dict[str, Any] | None, plot: Path | None, published: dict[str, str]
+) -> Path:
+    """Write what the run knows into the card of the recipe's own generalist, with the plot beside it.
 
     Args:
         settings ([`RunSettings`]): The run.
-        results (`dict`): What [`evaluate_policies`] returns.
+        results (`dict`, *optional*): What [`evaluate_policies`] returns; `None` if there was nothing to evaluate on.
         plot (`Path`, *optional*): PNG of the mixture.
         published (`dict[str, str]`): Hub ids: of the specialists by task, of this model under `""`, and of the reference
             losses under `"/losses"`.
@@ -98,13 +100,12 @@ def write_card(settings: "RunSettings", results: dict[str, Any], plot: Path | No
     folder = settings.generalist_dir(strategy)
     path = folder / "README.md"
     card = ModelCard.load(path) if path.is_file() else _draft(settings)
-    figures = results["policies"][strategy]
     has_plot = plot is not None and plot.is_file()
     if has_plot:
         shutil.copyfile(plot, folder / "mixture.png")
     repo_id = published.get("")
     sections = {
-        "results": result_table(results, this=strategy),
+        "results": result_table(results, this=strategy) if results else "There were no held-out pairs.",
         "mixture": _PLOT if has_plot else "There is no plot.",
         "training": _training(settings, strategy, published),
         "loading": load_snippet(repo_id, bool(settings.model_args.use_peft)),
@@ -116,12 +117,14 @@ def write_card(settings: "RunSettings", results: dict[str, Any], plot: Path | No
     data.model_name = (
         repo_id.split("/")[-1] if repo_id else data.model_name or f"{settings.output_dir.name}-{strategy}"
     )
-    data.eval_results = [
-        entry
-        for task in settings.task_names
-        if task in figures["by_task"]
-        for entry in eval_results(task, settings.data_source(task), figures["by_task"][task])
-    ] + _worst(figures["summary"])
+    if results:
+        figures = results["policies"][strategy]
+        data.eval_results = [
+            entry
+            for task in settings.task_names
+            if task in figures["by_task"]
+            for entry in eval_results(task, settings.data_source(task), figures["by_task"][task])
+        ] + _worst(figures["summary"])
     _save(path, card, sections)
     return path
 

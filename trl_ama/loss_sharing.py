@@ -38,6 +38,7 @@ class ReferenceLosses(DatasetDict):
         self.parts = {part.task: part for part in parts}
         self.source = source
         self.config_name = config_name
+        self.found = self.tasks  # in the place they come from
 
     @property
     def tasks(self) -> list[str]:
@@ -170,7 +171,6 @@ def load_reference_losses(
     name: str | None = None,
     *,
     tasks: list[str] | None = None,
-    among: list[str] | None = None,
     revision: str | None = None,
     token: str | None = None,
 ) -> ReferenceLosses:
@@ -180,28 +180,43 @@ def load_reference_losses(
         path (`str`): Hub dataset (`org/losses`, `org/losses@revision`), or a local folder such as `<output_dir>/reference_losses`.
         name (`str`, *optional*): Config (run). May be left out if there is one only, or one called `default`.
         tasks (`list[str]`, *optional*): Tasks to load; all by default.
-        among (`list[str]`, *optional*): Load those of these tasks that there are, possibly none.
         revision (`str`, *optional*): Branch, tag or commit.
         token (`str`, *optional*): For a private dataset; the login's by default.
 
     Raises:
         AMAError: If they cannot be found or read, lack a task, or do not pass the checks of [`read_task`].
     """
+    losses = load_some_of(path, name, tasks, revision=revision, token=token)
+    for task in tasks or ():
+        if task not in losses.tasks:
+            raise AMAError(
+                f"Task '{task}' has no reference losses in '{path}'; found {losses.found}. Choose one of these."
+            )
+    return losses
+
+
+def load_some_of(
+    path: str | os.PathLike,
+    name: str | None,
+    among: list[str] | None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+) -> ReferenceLosses:
+    """As [`load_reference_losses`], but of the tasks `among` those that there are, possibly none."""
     path = str(path)
     if name is not None:
         check_config_name(name)
-    wanted = tasks if among is None else among
-    source, folder, name = _local(path, name) if os.path.isdir(path) else _pull(path, name, wanted, revision, token)
+    source, folder, name = _local(path, name) if os.path.isdir(path) else _pull(path, name, among, revision, token)
     found = tasks_in(folder)
-    for task in tasks or ():
-        if task not in found:
-            raise AMAError(f"Task '{task}' has no reference losses in '{path}'; found {found}. Choose one of these.")
     if not found:
         raise AMAError(
             f"There are no reference losses in '{path}'. Run `trl ama-losses --config …`, or check the path."
         )
-    chosen = [task for task in found if wanted is None or task in wanted]
-    return ReferenceLosses([read_task(folder / task, task, f"'{path}'") for task in chosen], source, name)
+    chosen = [task for task in found if among is None or task in among]
+    losses = ReferenceLosses([read_task(folder / task, task, f"'{path}'") for task in chosen], source, name)
+    losses.found = found
+    return losses
 
 
 def _local(path: str, name: str | None) -> tuple[str, Path, str | None]:

@@ -18,6 +18,7 @@ from .errors import AMAError, first_line, nearest
 from .fingerprint import model_identity
 from .hub import is_hub_id
 from .pipeline_arguments import PipelineArguments
+from .policy_files import is_commit
 from .task_loading import fits_into, load_tasks_and_commits
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN, TaskConfig, TaskMixtureConfig
 
@@ -130,8 +131,12 @@ class RunSettings:
         return list(dict.fromkeys([self.training_args.mixing, *self.pipeline_args.compare]))
 
     def peft_config(self) -> PeftConfig | None:
-        """A fresh PEFT configuration; `None` for full fine-tuning."""
-        return get_peft_config(self.model_args)
+        """A fresh PEFT configuration, which notes the base model's commit; `None` for full fine-tuning."""
+        config = get_peft_config(self.model_args)
+        commit = self.base_identity.partition("@")[2]
+        if config is not None and is_commit(commit):
+            config.revision = commit
+        return config
 
     def quantization_config(self) -> BitsAndBytesConfig | None:
         """The quantisation of the base model, if any."""
@@ -151,13 +156,13 @@ class RunSettings:
         Raises:
             AMAError: If they cannot be loaded, or hold none of the recipe's tasks.
         """
-        from .loss_sharing import load_reference_losses
+        from .loss_sharing import load_some_of
 
         source = self.pipeline_args.reference_losses
         if source is None:
             return None
-        losses = load_reference_losses(
-            source, self.pipeline_args.losses_config, token=self.training_args.hub_token, among=self.task_names or None
+        losses = load_some_of(
+            source, self.pipeline_args.losses_config, self.task_names or None, token=self.training_args.hub_token
         )
         if self.task_names and not losses.tasks:
             raise AMAError(
