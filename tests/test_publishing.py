@@ -415,3 +415,22 @@ def test_an_adapter_says_which_commit_of_the_base_it_is_of(published, world):
     hub, folder, _ = published
     for place in ("specialists/list", "generalists/ama_s"):
         assert json.loads((folder / place / "adapter_config.json").read_text())["revision"] == world[3]["base"]
+
+
+def test_a_stage_alone_links_what_earlier_commands_published(published, nothing_computed):
+    """The card is the same whichever command pushed last."""
+    hub, folder, recipe = published
+    before = hub.tree("dataset", LOSSES)["README.md"]
+    assert b"org/mine-sort" in before
+    run_pipeline(*parse(recipe, "--output_dir", folder), stages=("losses",))
+    assert hub.tree("dataset", LOSSES)["README.md"] == before
+    assert len(hub.commits("dataset", LOSSES)) == 2
+
+
+def test_the_same_adapter_is_drawn_whatever_was_done_before(published, tmp_path):
+    """A generalist after finished specialists starts where one does that was trained in one go."""
+    hub, folder, recipe = published
+    first = (folder / "generalists/ama_s/adapter_model.safetensors").read_bytes()
+    shutil.rmtree(folder / "generalists")
+    run_pipeline(*parse(recipe, "--output_dir", folder, "--push_to_hub", "false"))
+    assert (folder / "generalists/ama_s/adapter_model.safetensors").read_bytes() == first

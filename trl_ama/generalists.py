@@ -2,6 +2,8 @@
 
 import gc
 
+from transformers import set_seed
+
 from .ama_trainer import AMATrainer
 from .errors import AMAError
 from .fingerprint import package_versions, pairs_identity, relevant_arguments
@@ -68,6 +70,7 @@ def train_generalist(settings: RunSettings, strategy: str, repo_id: str | None =
         hub_model_id=repo_id if pushes else None,
     )
     data = joined_data(settings)
+    set_seed(args.seed)  # fresh adapters are drawn here, whatever was or was not done before in this process
     trainer = GeneralistTrainer(
         model=settings.model_name,
         args=args,

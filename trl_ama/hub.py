@@ -20,7 +20,9 @@ RETRIES = 3
 _WAIT = 1.0  # seconds before the first retry, doubled after each
 _MAX_WAIT = 60.0
 _HUB = "https://huggingface.co"
-_NETWORK_ERROR = HfHubHTTPError.__mro__[1]  # of the client's HTTP library, whichever it is; no `OSError`
+# What a call of the Hub's client raises: its HTTP library's error, whichever that is (no `OSError`); `ValueError` of an answer
+# that is no JSON; `RuntimeError` of an upload of large files
+HUB_ERRORS = (HfHubHTTPError.__mro__[1], OSError, ValueError, RuntimeError)
 
 _Result = TypeVar("_Result")
 
@@ -153,7 +155,7 @@ def persistently(call: Callable[[], _Result]) -> _Result:
         try:
             with time_limit():
                 return call()
-        except (_NETWORK_ERROR, OSError, ValueError, RuntimeError) as error:  # uploads of large files raise the last
+        except HUB_ERRORS as error:
             wait = _seconds_to_wait(error, attempt)
             if wait is None or attempt == RETRIES:
                 raise

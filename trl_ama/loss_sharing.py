@@ -7,12 +7,12 @@ from typing import Any
 
 from datasets import DatasetDict
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 from .cards import OWN_FIELDS, losses_card
 from .errors import AMAError
 from .fingerprint import first_difference
-from .hub import HubTarget, check_hub_id, persistently, prepare, say
+from .hub import HUB_ERRORS, HubTarget, check_hub_id, persistently, prepare, say
 from .loss_dataset import NOTE_FILE, TaskLosses, read_note, read_task, stack, tasks_in, without_text
 from .policy_sources import split_revision
 from .tasks import check_config_name
@@ -281,7 +281,7 @@ def _pull(
             f"The reference losses '{path}' are not in the cache, and the Hub cannot be reached: {say(error, token)} Check "
             "your network, or unset HF_HUB_OFFLINE."
         ) from None
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except HUB_ERRORS as error:
         raise AMAError(
             f"The reference losses '{path}' cannot be pulled: {say(error, token)} Check the id and the revision."
         ) from None
