@@ -1,4 +1,4 @@
-"""Cards of what a run publishes besides the generalist: specialists and reference losses; and what all cards share."""
+"""The specialists' cards, and what all cards share."""
 
 import importlib.resources
 import re
@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from . import __version__
 from .hub import hub_link, is_hub_id
-from .markdown import code, escape, fence, fill, table
+from .markdown import code, escape, fence, table
 from .recipe_text import recipe_yaml
 
 
@@ -19,10 +19,7 @@ if TYPE_CHECKING:
     from .run_settings import RunSettings
 
 
-# Fields of a fingerprint that every task has for itself; the others are the same within a config (run)
-OWN_FIELDS = ("task", "specialist", "train_pairs", "test_pairs", "data", "versions")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_LOSS_TAGS = ["trl", "ama", "ama-reference-losses", "dpo", "preference"]
 _TEMPLATES = importlib.resources.files("trl_ama") / "templates"
 
 
@@ -62,9 +59,6 @@ def citation() -> str:
     return AMATrainer._paper["citation"]
 
 
-# ---- Specialists ----
-
-
 def write_specialist_card(
     settings: "RunSettings", task: str, result: dict[str, Any], repo_id: str | None = None
 ) -> Path:
@@ -80,6 +74,7 @@ def write_specialist_card(
     base, data = settings.base_identity, settings.data_source(task)
     base_id, data_id = hub_name(base), hub_name(data)
     name = repo_id.split("/")[-1] if repo_id else f"{Path(settings.model_name).resolve().name}-{task}"
+    name = " ".join(name.split())
     uses_peft = bool(settings.model_args.use_peft)
     figures = held_out_figures(result)
     card_data = ModelCardData(
@@ -95,7 +90,7 @@ def write_specialist_card(
         card_data,
         template_path=str(template("specialist_card.md")),
         title=escape(name),
-        task=task,
+        task=escape(task),
         base_model=identity_link(base),
         data=identity_link(data, "dataset"),
         results=_specialist_table(task, figures, result) if figures else "There were no held-out pairs.",
@@ -141,7 +136,7 @@ def _specialist_table(task: str, figures: dict[str, dict[str, float]], result: d
     ]
     return (
         table(rows)
-        + f"\n\n{own['pairs']} held-out pairs of {task}; accuracy ± one standard error. The base is its own reference: no margin, and "
+        + f"\n\n{own['pairs']} held-out pairs of {escape(task)}; accuracy ± one standard error. The base is its own reference: no margin, and "
         "every pair a tie, which counts half."
     )
 
@@ -186,100 +181,3 @@ def load_snippet(repo_id: str | None, uses_peft: bool) -> str:
             "model = model.merge_and_unload()  # merged: an ordinary transformers model",
         ]  # fmt: skip
     return fence("\n".join(lines), "python")
-
-
-# ---- Reference losses ----
-
-
-def losses_card(
-    repo_id: str,
-    config_name: str,
-    notes: dict[str, dict[str, Any]],
-    specialists: dict[str, str],
-    body: str,
-    data: dict[str, Any],
-) -> str:
-    """The card of a loss dataset after a push.
-
-    Args:
-        repo_id (`str`): The dataset's Hub id.
-        config_name (`str`): Config (run) that is pushed.
-        notes (`dict`): Task → the note beside its files.
-        specialists (`dict[str, str]`): Task → Hub id of its specialist.
-        body (`str`): The card's text so far; what stands outside trl-ama's sections is kept.
-        data (`dict`): Its metadata so far.
-    """
-    runs = {name: run for name, run in (data.get("trl_ama") or {}).items() if isinstance(run, dict)}
-    tasks = dict(runs.get(config_name, {}).get("tasks") or {})
-    made_with: dict[str, Any] = {}
-    for task, note in notes.items():
-        fingerprint = note["fingerprint"]
-        made_with = {field: value for field, value in fingerprint.items() if field not in OWN_FIELDS}
-        tasks[task] = {
-            **{field: fingerprint.get(field) for field in OWN_FIELDS if field != "task"},
-            "rows": {name.removesuffix(".parquet"): entry["rows"] for name, entry in sorted(note["files"].items())},
-        }
-        if specialists.get(task):
-            tasks[task]["specialist_repo"] = specialists[task]
-    runs[config_name] = {"made_with": made_with, "tasks": tasks}
-    others = [
-        entry
-        for entry in data.get("configs") or []
-        if isinstance(entry, dict) and entry.get("config_name") not in runs
-    ]
-    tags = data.get("tags") if isinstance(data.get("tags"), list) else []
-    data = {
-        **data,
-        "tags": [*tags, *(tag for tag in _LOSS_TAGS if tag not in tags)],
-        "configs": [*others, *(_data_files(name, run) for name, run in runs.items())],
-        "trl_ama": runs,
-    }
-    body = body or template("losses_card.md").read_text(encoding="utf-8")
-    name = config_name if len(runs) > 1 else None
-    body = fill(
-        body, {"runs": "\n\n".join(_run(key, run) for key, run in runs.items()), "loading": _loading(repo_id, name)}
-    )
-    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n\n{body}"
-
-
-def _data_files(name: str, run: dict[str, Any]) -> dict[str, Any]:
-    splits = [
-        split for split in ("train", "test") if any(split in entry.get("rows", {}) for entry in run["tasks"].values())
-    ]
-    return {
-        "config_name": name,
-        "data_files": [{"split": split, "path": f"{name}/*/{split}.parquet"} for split in splits],
-    }
-
-
-def _run(name: str, run: dict[str, Any]) -> str:
-    made_with = run.get("made_with") or {}
-    settings = [["made with", ""], ["base model", identity_link(made_with.get("base_model"))]]
-    settings += [
-        [escape(key.replace("_", " ")), code(str(value))]
-        for key, value in made_with.items()
-        if key != "base_model" and value is not None
-    ]
-    rows = [["task", "specialist", "data", "training pairs", "held-out pairs"]]
-    for task, entry in run["tasks"].items():
-        counts = entry.get("rows") or {}
-        specialist = entry.get("specialist_repo") or entry.get("specialist")
-        rows.append(
-            [escape(task), identity_link(specialist), identity_link(entry.get("data"), "dataset"),
-             str(counts.get("train", "–")), str(counts.get("test", "–"))]
-        )  # fmt: skip
-    return f"## Config {code(name)}\n\n{table(rows)}\n\n{table(settings)}"
-
-
-def _loading(repo_id: str, name: str | None) -> str:
-    config = f', "{name}"' if name else ""
-    python = (
-        f'from datasets import load_dataset\n\nlosses = load_dataset("{repo_id}"{config})  # with `datasets` alone\n\n'
-        f'from trl_ama import load_reference_losses\n\nlosses = load_reference_losses("{repo_id}"{config})  # with all checks'
-    )
-    recipe = {"reference_losses": repo_id, **({"losses_config": name} if name else {}), "mixing": "ama_s"}
-    return (
-        fence(python, "python")
-        + "\n\nIn a recipe of `trl ama`, with the base model named above:\n\n"
-        + fence(yaml.safe_dump(recipe, sort_keys=False), "yaml")
-    )

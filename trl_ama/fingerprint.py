@@ -180,5 +180,5 @@ def read_json(path: str | Path) -> Any | None:
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets in brackets
         raise AMAError(f"'{path}' is damaged ({error}). Delete it, and its stage is done again.") from error

@@ -1,6 +1,7 @@
 """The generalist's card: rendered by TRL's own machinery from our template, its sections filled as the figures come in."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard
 
 from .cards import eval_results, hub_name, identity_link, load_snippet, template
-from .markdown import code, fence, fill, table
+from .markdown import code, escape, fence, fill, table
 from .recipe_text import recipe_yaml
 from .report import result_table
 
@@ -53,7 +54,9 @@ def complete_card(trainer: "AMATrainer") -> None:
             "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "seed",
         )
     }  # fmt: skip
-    tasks = ", ".join(trainer.task_names)
+    tasks = ", ".join(map(escape, trainer.task_names))
+    # TRL's template engine knows HTML, but not Markdown
+    card.text = re.sub(r"(?m)^# .*", lambda _: f"# {escape(card.data.model_name)}", card.text, count=1)
     sections = {
         "training": f"Tasks: {tasks}. Optimizer steps: {trainer.state.global_step}.\n\n"
         + fence(yaml.safe_dump(hyper, sort_keys=False), "yaml"),
@@ -78,7 +81,7 @@ def _last_evaluation(trainer: "AMATrainer") -> str:
     rows = [["held-out pairs", *present]]
     for task in trainer.task_names:
         values = [last.get(f"eval_ama/{name}/{task}") for name in present]
-        rows.append([task, *("–" if value is None else f"{value:.3f}" for value in values)])
+        rows.append([escape(task), *("–" if value is None else f"{value:.3f}" for value in values)])
     worst = [last.get(f"eval_worst_{name}") for name in present]
     rows.append(["**worst task**", *("" if value is None else f"**{value:.3f}**" for value in worst)])
     return f"{table(rows)}\n\nAfter {last['step']} optimizer steps."
@@ -174,7 +177,11 @@ def _training(settings: "RunSettings", strategy: str, published: dict[str, str])
     rows = [["task", "data", "specialist"]]
     for task in settings.task_names:
         rows.append(
-            [task, identity_link(settings.data_source(task), "dataset"), _specialist(settings, task, published)]
+            [
+                escape(task),
+                identity_link(settings.data_source(task), "dataset"),
+                _specialist(settings, task, published),
+            ]
         )
     losses = published.get("/losses") or getattr(settings.shared_losses, "source", None)
     steps = (read_json(settings.generalist_dir(strategy) / "stage.json") or {}).get("result") or {}

@@ -84,7 +84,7 @@ def train_generalist(settings: RunSettings, strategy: str, repo_id: str | None =
     result = {"steps": trainer.state.global_step, **{key: summary.get(key) for key in ("train_loss", "train_runtime")}}
     stage.finish(result)
     trainer.create_model_card(
-        model_name=repo_id.split("/")[-1] if pushes else f"{settings.output_dir.name}-{strategy}"
+        model_name=repo_id.split("/")[-1] if pushes else " ".join(f"{settings.output_dir.name}-{strategy}".split())
     )
     del trainer
     gc.collect()

@@ -9,11 +9,11 @@ from datasets import DatasetDict
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
-from .cards import OWN_FIELDS, losses_card
 from .errors import AMAError
 from .fingerprint import first_difference
 from .hub import HUB_ERRORS, HubTarget, check_hub_id, persistently, prepare, say
-from .loss_dataset import NOTE_FILE, TaskLosses, read_note, read_task, stack, tasks_in, without_text
+from .loss_card import OWN_FIELDS, losses_card, read_losses_card
+from .loss_dataset import NOTE_FILE, SPLITS, TaskLosses, read_note, read_task, stack, tasks_in, without_text
 from .policy_sources import split_revision
 from .tasks import check_config_name
 
@@ -127,22 +127,9 @@ def _commit(
 
 
 def _present_card(target: HubTarget, head: str) -> tuple[str, dict[str, Any]]:
-    """Text and metadata of the card that is there; empty without one."""
-    import yaml
-
+    """Text and metadata of the card that is there."""
     path = target.api.hf_hub_download(target.repo_id, "README.md", repo_type="dataset", revision=head)
-    text = Path(path).read_text(encoding="utf-8")
-    parts = text.split("---\n", 2)
-    if not text.startswith("---\n") or len(parts) < 3:
-        return text, {}
-    try:
-        data = yaml.safe_load(parts[1]) or {}
-    except yaml.YAMLError as error:
-        raise AMAError(
-            f"The card of '{target.repo_id}' has metadata that are not YAML ({say(error)}). Mend its README.md, or push to "
-            "another repository."
-        ) from None
-    return parts[2].lstrip("\n"), data if isinstance(data, dict) else {}
+    return read_losses_card(Path(path).read_bytes(), target.repo_id)
 
 
 def _check_same_run(repo_id: str, config_name: str, present: Any, notes: dict[str, dict[str, Any]]) -> None:
@@ -268,7 +255,11 @@ def _pull(
         config = _choose(path, name, sorted({file.parts[-3] for file in root.glob(f"*/*/{NOTE_FILE}")}))
         check_config_name(config)
         wanted = [task for task in tasks_in(root / config) if tasks is None or task in tasks]
-        root = persistently(lambda: snapshot([f"{config}/{task}/*.parquet" for task in wanted] + [f"*/*/{NOTE_FILE}"]))
+        root = persistently(
+            lambda: snapshot(
+                [f"{config}/{task}/{split}.parquet" for task in wanted for split in SPLITS] + [f"*/*/{NOTE_FILE}"]
+            )
+        )
     except AMAError:
         raise
     except RepositoryNotFoundError:

@@ -2,11 +2,14 @@
 
 import dataclasses
 import os
+import re
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+
+from .hub import redact
 
 
 if TYPE_CHECKING:
@@ -14,6 +17,15 @@ if TYPE_CHECKING:
 
 
 _PRIVATE = ("token", "secret", "password", "api_key", "credential")
+# Secrets within a value: tokens of the Hub, and what addresses may carry
+_SECRETS = (
+    (re.compile(r"\bhf_\w{16,}"), "hf_…"),
+    (re.compile(r"(?<=://)[^/\s@]+@"), ""),
+    (
+        re.compile(r"(?i)(?<=[?&;])([\w.-]*(?:token|secret|password|key|signature|credential)[\w.-]*=)[^&;#\s]*"),
+        r"\1…",
+    ),
+)
 # Where results go and how they are shown, which is not what made them
 _NOT_SHOWN_PREFIXES = (
     "hub_",
@@ -59,7 +71,9 @@ def recipe_yaml(settings: "RunSettings", task: str | None = None, strategy: str 
     elif strategy is None or "mixing" not in shown:
         shown = {"mixing": training.mixing, **shown}
     recipe = {**model, "tasks": tasks, **mixture, **pipeline, **shown}
-    return yaml.safe_dump(_public(recipe), sort_keys=False, allow_unicode=True, width=110).strip()
+    return yaml.safe_dump(
+        _public(recipe, settings.training_args.hub_token), sort_keys=False, allow_unicode=True, width=110
+    ).strip()
 
 
 def _changed(config: Any) -> dict[str, Any]:
@@ -75,27 +89,33 @@ def _changed(config: Any) -> dict[str, Any]:
     return changed
 
 
-def _public(value: Any) -> Any:
-    """`value` as plain YAML types; no value under a key that tells of a secret, local paths by their last part."""
+def _public(value: Any, token: str | None = None) -> Any:
+    """`value` as plain YAML types; no secret, and none under a key that tells of one; local paths by their last part."""
     if isinstance(value, dict):
         return {
-            str(key): _public(entry)
+            _without_secrets(str(key), token): _public(entry, token)
             for key, entry in value.items()
             if entry is not None and entry != {} and not any(word in str(key).lower() for word in _PRIVATE)
         }
     if isinstance(value, (list, tuple, set)):
-        return [_public(entry) for entry in value]
+        return [_public(entry, token) for entry in value]
     if isinstance(value, Enum):
-        return _public(value.value)
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if isinstance(value, str):
-        is_path = (
-            os.path.isabs(value) or value.startswith(("~", "./", "../")) or (os.sep in value and os.path.exists(value))
-        )
-        return Path(value).name if is_path else value
+        return _public(value.value, token)
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _public(_changed(value))
-    return str(value)
+        return _public(_changed(value), token)
+    text = os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+    is_path = (
+        os.path.isabs(text)
+        or text.startswith(("~", "./", "../", "file:"))
+        or (os.sep in text and os.path.exists(text))
+    )
+    return _without_secrets(Path(text).name if is_path else text, token)
+
+
+def _without_secrets(text: str, token: str | None) -> str:
+    text = redact(text, token)
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
+    return text

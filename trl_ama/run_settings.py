@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from datasets import Dataset, DatasetDict
 from peft import PeftConfig
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -209,6 +209,12 @@ class RunSettings:
         if self.model_name.startswith((".", "/", "~")) and not Path(self.model_name).is_dir():
             raise AMAError(f"There is no folder '{self.model_name}'. Check model_name_or_path.")
         try:
+            # It may bring code of its own too, and what is refused should be so before anything is trained
+            AutoConfig.from_pretrained(
+                self.model_name,
+                revision=self.model_args.model_revision,
+                trust_remote_code=self.training_args.trust_remote_code,
+            )
             tokenizer = AutoTokenizer.from_pretrained(
                 self.model_name,
                 revision=self.model_args.model_revision,

@@ -246,13 +246,19 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, row: dict, text: str | list, is_
         ends = not is_prompt and not text.endswith(tokenizer.eos_token or "")  # DPOTrainer adds the token
         return len(tokenizer(text)["input_ids"]) + ends
     tools = row.get("tools")
-    return len(
-        tokenizer.apply_chat_template(
-            text,
-            tools=json.loads(tools) if isinstance(tools, str) else tools,
-            add_generation_prompt=is_prompt,
-            tokenize=True,
-            return_dict=True,
-            **(row.get("chat_template_kwargs") or {}),
-        )["input_ids"]
-    )
+    try:
+        return len(
+            tokenizer.apply_chat_template(
+                text,
+                tools=json.loads(tools) if isinstance(tools, str) else tools,
+                add_generation_prompt=is_prompt,
+                tokenize=True,
+                return_dict=True,
+                **(row.get("chat_template_kwargs") or {}),
+            )["input_ids"]
+        )
+    except Exception as error:  # a template is a program, which fails in its own ways
+        raise AMAError(
+            f"The chat template of '{tokenizer.name_or_path}' cannot render a pair: {type(error).__name__}: {first_line(error)} "
+            "Use a model with another template, or give the pairs in the format that it expects."
+        ) from error
