@@ -38,7 +38,7 @@ def as_pushed(folder, strategy):
     del files["trainer_state.json"]
     if strategy == "checkpoint":
         files |= {f"last-checkpoint/{path.name}": path for path in (folder / "checkpoint-4").iterdir()}
-        del files["last-checkpoint/README.md"]
+        files.pop("last-checkpoint/README.md", None)
     return {name: path.read_bytes() for name, path in files.items()}
 
 

@@ -121,7 +121,10 @@ def test_card_of_the_generalist(nasty, hub):
     card = ModelCard.load(path)
     card.validate()
     columns = check_body(
-        card.text, images=("mixture.png",), blocks=["yaml", "python", "bibtex", "bibtex"], links=("https://arxiv.org",)
+        card.text,
+        images=("mixture.png",),
+        blocks=["yaml", "yaml", "python", "bibtex", "bibtex"],
+        links=("https://arxiv.org",),
     )
     assert columns == [4] * 15 + [3] * 3
     assert card.text.count(MARKER) == 4  # one for each section of the template

@@ -283,7 +283,8 @@ def test_branch_and_privacy(published, tmp_path, nothing_computed):
     for kind, name in (("model", "quiet"), ("model", "quiet-sort"), ("dataset", "quiet-reference-losses")):
         assert hub.is_private(kind, f"org/{name}")
         assert set(hub.tree(kind, f"org/{name}")) == {".gitattributes"}  # nothing on main
-        assert "README.md" in hub.tree(kind, f"org/{name}", "second-try")
+        readme = hub.tree(kind, f"org/{name}", "second-try")["README.md"].decode()
+        assert 'revision="second-try"' in readme  # or the card's own snippets would find nothing
     assert load_reference_losses("org/quiet-reference-losses@second-try").tasks == list(SIZES)
     assert len(load_dataset("org/quiet-reference-losses", revision="second-try", split="train")) == sum(SIZES.values())
 
@@ -360,7 +361,9 @@ def test_names_that_cannot_be(published, nothing_computed, flags, message):
 def test_the_recipe_in_the_generalists_card_parses(published, tmp_path):
     text = ModelCard.load("org/mine").text
     path = tmp_path / "card.yaml"
-    path.write_text(text.split("```yaml\n")[1].split("```")[0])
+    hyper, recipe = (block.split("```")[0] for block in text.split("```yaml\n")[1:])
+    assert yaml.safe_load(hyper)["beta"] == 0.5 and yaml.safe_load(hyper)["mixing_lr"] == "auto"
+    path.write_text(recipe)
     assert yaml.safe_load(path.read_text())["tasks"][0] == {
         "task": "list",
         "path": "org/list-pairs",
@@ -434,3 +437,52 @@ def test_the_same_adapter_is_drawn_whatever_was_done_before(published, tmp_path)
     shutil.rmtree(folder / "generalists")
     run_pipeline(*parse(recipe, "--output_dir", folder, "--push_to_hub", "false"))
     assert (folder / "generalists/ama_s/adapter_model.safetensors").read_bytes() == first
+
+
+def test_rows_that_were_changed_are_not_pushed(published):
+    """The files are pushed; somebody who dropped rows would publish them all the same."""
+    hub, folder, _ = published
+    losses = load_reference_losses(folder / "reference_losses")
+    losses["train"] = losses["train"].select(range(3))
+    with pytest.raises(AMAError, match="rows were changed after they were loaded"):
+        losses.push_to_hub("org/some")
+    assert not hub.exists("dataset", "org/some")
+
+
+def test_one_config_has_one_set_of_columns(published, tmp_path):
+    hub, folder, _ = published
+    load_reference_losses(folder / "reference_losses", tasks=["list"]).push_to_hub("org/mixed", include_text=False)
+    sort = load_reference_losses(folder / "reference_losses", tasks=["sort"])
+    with pytest.raises(AMAError, match="task 'sort' have the texts .*those of task 'list' in config .* left out"):
+        sort.push_to_hub("org/mixed")
+    sort.push_to_hub("org/mixed", include_text=False)
+    assert len(load_dataset("org/mixed", split="train")) == sum(SIZES.values())
+
+
+def test_the_card_may_say_anything(published, tmp_path):
+    """What the repository holds counts: the card is for people, and its owner may have written another one."""
+    hub, folder, _ = published
+    hub.write("dataset", LOSSES, {"README.md": "Mine."})
+    copy_of = tmp_path / "losses"
+    shutil.copytree(folder / "reference_losses" / "sort", copy_of / "brief")
+    note = json.loads((copy_of / "brief" / NOTE_FILE).read_text())
+    note["fingerprint"] |= {"max_length": 128, "task": "brief"}
+    (copy_of / "brief" / NOTE_FILE).write_text(json.dumps(note))
+    load = load_reference_losses(folder / "reference_losses", tasks=["sort"])
+    load.push_to_hub(LOSSES)
+    data = DatasetCard.load(LOSSES).data.to_dict()
+    assert set(data["trl_ama"]["default"]["tasks"]) == set(SIZES)  # `list` is still there
+    assert "Mine." in DatasetCard.load(LOSSES).text
+
+
+def test_links_of_an_evaluation_alone(published, nothing_computed):
+    hub, folder, recipe = published
+    before = ModelCard.load("org/mine")
+    run_pipeline(*parse(recipe, "--output_dir", folder), stages=("eval",))
+    assert ModelCard.load("org/mine").content == before.content and "not published" not in before.text
+
+
+def test_a_message_names_the_key_that_was_set(published, nothing_computed):
+    _, folder, recipe = published
+    with pytest.raises(AMAError, match="^hub_model_id is 'strangers/x-list'"):
+        run_pipeline(*parse(recipe, "--output_dir", folder, "--hub_model_id", "strangers/x"))

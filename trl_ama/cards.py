@@ -1,7 +1,6 @@
 """The specialists' cards, and what all cards share."""
 
 import importlib.resources
-import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from . import __version__
 from .hub import hub_link, is_hub_id
 from .markdown import code, escape, fence, table
+from .policy_files import is_commit
 from .recipe_text import recipe_yaml
 
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from .run_settings import RunSettings
 
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _TEMPLATES = importlib.resources.files("trl_ama") / "templates"
 
 
@@ -33,17 +32,16 @@ def identity_link(identity: str | None, repo_type: str = "model") -> str:
     if not identity:
         return "–"
     name, _, revision = identity.partition("@")
-    if _COMMIT.fullmatch(revision) and is_hub_id(name):
-        return hub_link(name, repo_type, revision)
-    if not revision and is_hub_id(name) and "/" in name:
-        return hub_link(name, repo_type)
+    if hub_name(identity):
+        return hub_link(name, repo_type, revision or None)
     return code(identity.replace("local files: ", "")) + " (local)" if identity != "local files" else "local files"
 
 
 def hub_name(identity: str | None) -> str | None:
     """The Hub id in an identity; `None` for something local."""
     name, _, revision = (identity or "").partition("@")
-    return name if is_hub_id(name) and (_COMMIT.fullmatch(revision) or (not revision and "/" in name)) else None
+    known = is_commit(revision) or ("/" in name and not revision.startswith("sha256:"))
+    return name if known and is_hub_id(name) else None
 
 
 def versions_line() -> str:
@@ -60,7 +58,7 @@ def citation() -> str:
 
 
 def write_specialist_card(
-    settings: "RunSettings", task: str, result: dict[str, Any], repo_id: str | None = None
+    settings: "RunSettings", task: str, result: dict[str, Any], place: str | None = None
 ) -> Path:
     """Write the card of a trained specialist into its folder.
 
@@ -68,12 +66,12 @@ def write_specialist_card(
         settings ([`RunSettings`]): The run.
         task (`str`): The specialist's task.
         result (`dict`): What [`train_specialist`] returns.
-        repo_id (`str`, *optional*): Where it will be pushed to.
+        place (`str`, *optional*): Where it will be pushed to: `org/name`, or `org/name@branch`.
     """
     folder = settings.specialist_dir(task)
     base, data = settings.base_identity, settings.data_source(task)
     base_id, data_id = hub_name(base), hub_name(data)
-    name = repo_id.split("/")[-1] if repo_id else f"{Path(settings.model_name).resolve().name}-{task}"
+    name = place.partition("@")[0].split("/")[-1] if place else f"{Path(settings.model_name).resolve().name}-{task}"
     name = " ".join(name.split())
     uses_peft = bool(settings.model_args.use_peft)
     figures = held_out_figures(result)
@@ -97,10 +95,10 @@ def write_specialist_card(
         steps=result.get("steps"),
         recipe=fence(recipe_yaml(settings, task), "yaml"),
         use_yaml=fence(
-            yaml.safe_dump({"tasks": [{"task": task, "path": "…", "specialist": repo_id or "path/to/this/folder"}]},
+            yaml.safe_dump({"tasks": [{"task": task, "path": "…", "specialist": place or "path/to/this/folder"}]},
                            sort_keys=False, allow_unicode=True), "yaml"
         ),
-        use_python=load_snippet(repo_id, uses_peft),
+        use_python=load_snippet(place, uses_peft),
         citation=citation().strip(),
         versions=versions_line(),
     )  # fmt: skip
@@ -164,20 +162,21 @@ def eval_results(task: str, data: str, figures: dict[str, float]) -> list[Any]:
     ]
 
 
-def load_snippet(repo_id: str | None, uses_peft: bool) -> str:
-    """How to load a model from the Hub: as adapter and merged, or as it is."""
-    name = repo_id or "path/to/this/folder"
+def load_snippet(place: str | None, uses_peft: bool) -> str:
+    """How to load a model from the Hub (`org/name` or `org/name@branch`): as adapter and merged, or as it is."""
+    name, _, revision = (place or "path/to/this/folder").partition("@")
+    name = f'"{name}"' + (f', revision="{revision}"' if revision else "")
     if not uses_peft:
         lines = [
             "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-            f'model = AutoModelForCausalLM.from_pretrained("{name}")',
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+            f'model = AutoModelForCausalLM.from_pretrained({name})',
+            f'tokenizer = AutoTokenizer.from_pretrained({name})',
         ]  # fmt: skip
     else:
         lines = [
             "from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer", "",
-            f'model = AutoPeftModelForCausalLM.from_pretrained("{name}")  # the adapter on its base',
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+            f'model = AutoPeftModelForCausalLM.from_pretrained({name})  # the adapter on its base',
+            f'tokenizer = AutoTokenizer.from_pretrained({name})',
             "model = model.merge_and_unload()  # merged: an ordinary transformers model",
         ]  # fmt: skip
     return fence("\n".join(lines), "python")

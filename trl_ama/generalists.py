@@ -82,10 +82,11 @@ def train_generalist(settings: RunSettings, strategy: str, repo_id: str | None =
     stage.train(trainer)
     summary = trainer.state.log_history[-1]
     result = {"steps": trainer.state.global_step, **{key: summary.get(key) for key in ("train_loss", "train_runtime")}}
-    stage.finish(result)
+    # While the trackers' runs are open, whose addresses are in the card
     trainer.create_model_card(
         model_name=repo_id.split("/")[-1] if pushes else " ".join(f"{settings.output_dir.name}-{strategy}".split())
     )
+    stage.finish(result)
     del trainer
     gc.collect()
     return result

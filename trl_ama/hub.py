@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, constants, get_session, get_token, is_offline_mode
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import _http, validate_repo_id
 
 from .errors import AMAError, first_line
@@ -70,8 +70,8 @@ def hub_link(repo_id: str, repo_type: str = "model", revision: str | None = None
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` can be a Hub id (`name` or `namespace/name`) and is no local folder."""
-    if os.path.isdir(name):
+    """Whether `name` can be a Hub id (`name` or `namespace/name`) and is nothing local."""
+    if os.path.exists(name):
         return False
     try:
         validate_repo_id(name)
@@ -137,9 +137,8 @@ def _seconds_to_wait(error: BaseException, attempt: int) -> float | None:
     """How long to wait before trying again; `None` if that is no use."""
     response = _response(error)
     status = getattr(response, "status_code", None)
-    if isinstance(error, (AMAError, HFValidationError)) or (
-        status is not None and status < 500 and status not in (408, 409, 412, 429)
-    ):
+    local = (AMAError, HFValidationError, LocalEntryNotFoundError, FileNotFoundError, PermissionError)
+    if isinstance(error, local) or (status is not None and status < 500 and status not in (408, 409, 412, 429)):
         return None
     wait = _WAIT * 2**attempt
     asked = response.headers.get("Retry-After", "") if response is not None else ""

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from .cards import identity_link, template
+from .cards import hub_name, identity_link, template
 from .errors import AMAError
 from .hub import say
 from .markdown import code, escape, fence, fill, table
@@ -18,55 +18,67 @@ _FRONT_MATTER = re.compile(r"\s*---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL 
 
 
 def losses_card(
-    repo_id: str,
-    config_name: str,
-    notes: dict[str, dict[str, Any]],
-    specialists: dict[str, str],
+    place: str,
+    runs: dict[str, dict[str, dict[str, Any]]],
+    specialists: dict[str, dict[str, str]],
     body: str,
     data: dict[str, Any],
 ) -> str:
     """The card of a loss dataset after a push.
 
     Args:
-        repo_id (`str`): The dataset's Hub id.
-        config_name (`str`): Config (run) that is pushed.
-        notes (`dict`): Task → the note beside its files.
-        specialists (`dict[str, str]`): Task → Hub id of its specialist.
+        place (`str`): The dataset's Hub id, with `@branch` if it is not the main one.
+        runs (`dict`): Config → task → the note beside its files.
+        specialists (`dict`): Config → task → Hub id of its specialist.
         body (`str`): The card's text so far; what stands outside trl-ama's sections is kept.
-        data (`dict`): Its metadata so far.
+        data (`dict`): Its metadata so far; `trl_ama` is written anew from the notes.
     """
-    runs = {name: run for name, run in (data.get("trl_ama") or {}).items() if isinstance(run, dict)}
-    tasks = dict(runs.get(config_name, {}).get("tasks") or {})
-    made_with: dict[str, Any] = {}
-    for task, note in notes.items():
-        # In one line each: what reads the metadata of cards may take dashes on a line of their own for their end
-        fingerprint = {
-            " ".join(name.split()): " ".join(value.split()) if isinstance(value, str) else value
-            for name, value in note["fingerprint"].items()
-        }
-        made_with = {field: value for field, value in fingerprint.items() if field not in OWN_FIELDS}
-        tasks[task] = {
-            **{field: fingerprint.get(field) for field in OWN_FIELDS if field != "task"},
-            "rows": {name.removesuffix(".parquet"): entry["rows"] for name, entry in sorted(note["files"].items())},
-        }
-        if specialists.get(task):
-            tasks[task]["specialist_repo"] = specialists[task]
-    runs[config_name] = {"made_with": made_with, "tasks": tasks}
+    described = {}
+    for config, notes in runs.items():
+        tasks = {}
+        for task, note in notes.items():
+            # In one line each: what reads the metadata of cards may take dashes on a line of their own for their end
+            fingerprint = {
+                " ".join(name.split()): " ".join(value.split()) if isinstance(value, str) else value
+                for name, value in note["fingerprint"].items()
+            }
+            made_with = {field: value for field, value in fingerprint.items() if field not in OWN_FIELDS}
+            tasks[task] = {
+                **{field: fingerprint.get(field) for field in OWN_FIELDS if field != "task"},
+                "rows": {
+                    name.removesuffix(".parquet"): entry["rows"] for name, entry in sorted(note["files"].items())
+                },
+            }
+            if specialists.get(config, {}).get(task):
+                tasks[task]["specialist_repo"] = specialists[config][task]
+        described[config] = {"made_with": made_with, "tasks": tasks}
     configs = data.get("configs") if isinstance(data.get("configs"), list) else []
     others = [entry for entry in configs if isinstance(entry, dict) and str(entry.get("config_name")) not in runs]
     tags = data.get("tags") if isinstance(data.get("tags"), list) else []
     data = {
         **data,
         "tags": [*tags, *(tag for tag in _TAGS if tag not in tags)],
-        "configs": [*others, *(_data_files(name, run) for name, run in runs.items())],
-        "trl_ama": runs,
+        "configs": [*others, *(_data_files(name, run) for name, run in described.items())],
+        "trl_ama": described,
     }
     body = body or template("losses_card.md").read_text(encoding="utf-8")
-    name = config_name if len(runs) > 1 else None
-    body = fill(
-        body, {"runs": "\n\n".join(_run(key, run) for key, run in runs.items()), "loading": _loading(repo_id, name)}
-    )
-    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n\n{body}"
+    sections = {
+        "runs": "\n\n".join(_run(name, run) for name, run in described.items()),
+        "loading": "\n\n".join(
+            _loading(place, name if len(runs) > 1 else None, run["made_with"]) for name, run in described.items()
+        ),
+    }
+    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n\n{fill(body, sections)}"
+
+
+def specialist_repos(data: dict[str, Any], config: str) -> dict[str, tuple[str | None, str]]:
+    """Of a card's metadata: task → identity and Hub id of the specialist, where the card says one."""
+    tasks = ((data.get("trl_ama") or {}).get(config) or {}).get("tasks") or {}
+    return {
+        task: (entry.get("specialist"), entry["specialist_repo"])
+        for task, entry in tasks.items()
+        if entry.get("specialist_repo") and hub_name(entry["specialist_repo"])
+    }
 
 
 def _data_files(name: str, run: dict[str, Any]) -> dict[str, Any]:
@@ -95,19 +107,33 @@ def _run(name: str, run: dict[str, Any]) -> str:
             [escape(task), identity_link(specialist), identity_link(entry.get("data"), "dataset"),
              str(counts.get("train", "–")), str(counts.get("test", "–"))]
         )  # fmt: skip
-    return f"## Config {code(name)}\n\n{table(rows)}\n\n{table(settings)}"
+    return f"## Config {code(name)}\n\n{table(rows, numbers=2)}\n\n{table(settings, numbers=0)}"
 
 
-def _loading(repo_id: str, name: str | None) -> str:
-    config = f', "{name}"' if name else ""
+def _loading(place: str, name: str | None, made_with: dict[str, Any]) -> str:
+    repo_id, _, branch = place.partition("@")
+    arguments = f'"{repo_id}"' + (f', "{name}"' if name else "") + (f', revision="{branch}"' if branch else "")
     python = (
-        f'from datasets import load_dataset\n\nlosses = load_dataset("{repo_id}"{config})  # with `datasets` alone\n\n'
-        f'from trl_ama import load_reference_losses\n\nlosses = load_reference_losses("{repo_id}"{config})  # with all checks'
+        f"from datasets import load_dataset\n\nlosses = load_dataset({arguments})  # with `datasets` alone\n\n"
+        f"from trl_ama import load_reference_losses\n\nlosses = load_reference_losses({arguments})  # with all checks"
     )
-    recipe = {"reference_losses": repo_id, **({"losses_config": name} if name else {}), "mixing": "ama_s"}
+    base, _, commit = str(made_with.get("base_model")).partition("@")
+    recipe = {
+        "model_name_or_path": base,
+        **({"model_revision": commit} if hub_name(f"{base}@{commit}") else {}),
+        "reference_losses": place,
+        **({"losses_config": name} if name else {}),
+        **{
+            key: made_with[key]
+            for key in ("max_length", "truncation_mode", "ld_alpha", "dtype", "attn_implementation")
+            if made_with.get(key) is not None
+        },
+        "bf16": made_with.get("mixed_precision") == "bf16",
+        "mixing": "ama_s",
+    }
     return (
         fence(python, "python")
-        + "\n\nIn a recipe of `trl ama`, with the base model named above:\n\n"
+        + "\n\nIn a recipe of `trl ama`, with what the numbers were made with:\n\n"
         + fence(yaml.safe_dump(recipe, sort_keys=False), "yaml")
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, Value, concatenate_datasets
 
 from .errors import AMAError
 from .fingerprint import read_json, write_json
@@ -35,7 +35,7 @@ class TaskLosses:
     Args:
         task (`str`): Name of the task.
         folder (`Path`): Where its files are.
-        note (`dict`): What `fingerprint.json` holds: `fingerprint`, `files`, `dropped` and `order`.
+        note (`dict`): What `fingerprint.json` holds: `fingerprint`, `texts`, `files`, `dropped` and `order`.
         splits (`dict[str, Dataset]`): `train` and, if there are held-out pairs, `test`.
     """
 
@@ -86,10 +86,26 @@ def save_task(
         path = temporary / f"{split}.parquet"
         _first_of_each_pair(table).to_parquet(str(path))
         files[path.name] = {"rows": pq.read_metadata(path).num_rows, "sha256": sha256(path)}
-    note = {"version": NOTE_VERSION, "order": order, "fingerprint": fingerprint, "files": files, "dropped": dropped}
+    note = {
+        "version": NOTE_VERSION,
+        "order": order,
+        "fingerprint": fingerprint,
+        "texts": _texts(tables["train"]),
+        "files": files,
+        "dropped": dropped,
+    }
     write_json(temporary / NOTE_FILE, note)
     shutil.rmtree(folder / task, ignore_errors=True)
     temporary.rename(folder / task)
+
+
+def _texts(table: Dataset) -> dict[str, str]:
+    """The columns of texts and their kinds, which all tasks of a config must share."""
+    return {
+        name: "text" if isinstance(table.features[name], Value) else "messages" if name in PAIR_COLUMNS else "json"
+        for name in (*PAIR_COLUMNS, *EXTRA_COLUMNS)
+        if name in table.column_names
+    }
 
 
 def _first_of_each_pair(table: Dataset) -> Dataset:
@@ -143,11 +159,15 @@ def read_note(folder: Path, where: str | None = None) -> dict[str, Any] | None:
 
 def _is_sound(note: dict[str, Any]) -> bool:
     """Whether a note has what it must, and nothing that cannot be compared, shown or written again."""
-    if set(note) != {"version", "order", "fingerprint", "files", "dropped"}:
+    if set(note) != {"version", "order", "fingerprint", "texts", "files", "dropped"}:
         return False
     files, dropped = note["files"], note["dropped"]
     return (
         _is_fingerprint(note["fingerprint"])
+        and isinstance(note["texts"], dict)
+        and set(note["texts"]) <= {*PAIR_COLUMNS, *EXTRA_COLUMNS}
+        and all(kind in ("text", "messages", "json") for kind in note["texts"].values() if isinstance(kind, str))
+        and all(isinstance(kind, str) for kind in note["texts"].values())
         and isinstance(files, dict)
         and {f"{SPLITS[0]}.parquet"} <= set(files) <= {f"{split}.parquet" for split in SPLITS}
         and all(

@@ -35,13 +35,21 @@ def fence(text: str, language: str = "") -> str:
     return f"{ticks}{language}\n{text.strip()}\n{ticks}"
 
 
-def table(rows: list[list[str]]) -> str:
-    """A table of cells that are Markdown already; the first row is its head, the first column is aligned left."""
+def table(rows: list[list[str]], numbers: int | None = None) -> str:
+    """A table of cells that are Markdown already.
+
+    Args:
+        rows (`list[list[str]]`): The first one is the head.
+        numbers (`int`, *optional*): How many of the last columns hold numbers, aligned right; all but the first by default.
+    """
+    numbers = len(rows[0]) - 1 if numbers is None else numbers
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
     ]
-    ruler = "| " + " | ".join(["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]) + " |"
+    words = len(widths) - numbers
+    ruler = ["-" * width for width in widths[:words]] + ["-" * (width - 1) + ":" for width in widths[words:]]
+    ruler = "| " + " | ".join(ruler) + " |"
     return "\n".join([lines[0], ruler, *lines[1:]])
 
 

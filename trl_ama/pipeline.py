@@ -15,7 +15,7 @@ from .evaluation import evaluate_policies, evaluation_fingerprint
 from .fingerprint import read_json, write_json
 from .generalist_card import write_card
 from .generalists import generalist_stage, train_generalist
-from .hub import time_limit
+from .hub import check_login, time_limit
 from .pipeline_arguments import PipelineArguments
 from .policy_sources import check_policy_source
 from .publishing import Publisher
@@ -57,13 +57,15 @@ def run_pipeline(
     if training_args.disable_tqdm:
         disable_dataset_bars()
         disable_transformers_bars()
+    pushes = training_args.push_to_hub and PartialState().is_main_process
+    user = check_login(training_args.hub_token) if pushes else None  # a wrong token would fail every download too
     settings = RunSettings(pipeline_args, training_args, model_args, task_args)
     check_recipe(settings, stages)
     plan = describe_plan(settings, stages)
     if PartialState().is_main_process:
         print("\n".join(plan), flush=True)
     with time_limit():
-        publisher = Publisher(settings, stages)
+        publisher = Publisher(settings, stages, user)
         results = _run_stages(settings, publisher, stages)
     publisher.finish()
     return results

@@ -32,29 +32,28 @@ class Publisher:
     Args:
         settings ([`RunSettings`]): The run.
         stages (`Iterable[str]`): The stages that will run; only what they make is pushed.
+        user (`dict`, *optional*): What [`~hub.check_login`] returned, if the token was checked already.
 
     Raises:
         AMAError: Before anything is trained: without a token that may write, or if a repository cannot be created.
     """
 
-    def __init__(self, settings: RunSettings, stages: Iterable[str]):
+    def __init__(self, settings: RunSettings, stages: Iterable[str], user: dict[str, Any] | None = None):
         self.settings = settings
         self.command = _COMMANDS.get(tuple(stages), "trl ama")  # a part of it would leave out links between the cards
         self.failures: list[str] = []
-        self.pushed: dict[str, str] = {}  # task (or "" for the generalist, "/losses") → Hub id
-        self.targets: dict[str, HubTarget] = {}
-        # Hub ids of what this run publishes, or has published by an earlier command, for links: keys as above
+        self.targets: dict[str, HubTarget] = {}  # by task (or "" for the generalist, "/losses")
+        # Places of what this run publishes, or has published by an earlier command, for links: `org/name[@branch]`
         self.published: dict[str, str] = {}
         if not settings.training_args.push_to_hub:
             return
         if PartialState().is_main_process:
-            self._prepare(set(repository_ids(settings, stages)))
+            self._prepare(set(repository_ids(settings, stages)), user or check_login(settings.training_args.hub_token))
         self.targets, self.published = broadcast_object_list([self.targets, self.published])
 
-    def _prepare(self, pushed: set[str]) -> None:
-        """Check the token and create the repositories of the keys in `pushed`."""
+    def _prepare(self, pushed: set[str], user: dict[str, Any]) -> None:
+        """Create the repositories of the keys in `pushed`."""
         settings, args = self.settings, self.settings.training_args
-        user = check_login(args.hub_token)
         seen: dict[tuple[str, str], str] = {}
         for key, (name, field) in repository_ids(settings, ("specialists", "losses", "train")).items():
             repo_type = "dataset" if key == "/losses" else "model"
@@ -71,7 +70,7 @@ class Publisher:
                 self.targets[key] = target
             elif not _exists(target):
                 continue
-            self.published[key] = target.repo_id
+            self.published[key] = f"{target.repo_id}@{target.revision}" if target.revision else target.repo_id
         for target in self.targets.values():
             prepare(target)
 
@@ -88,24 +87,22 @@ class Publisher:
         folder = self.settings.specialist_dir(task)
 
         def push():
-            write_specialist_card(self.settings, task, result, target.repo_id)
-            self._push_folder(target, folder, f"Specialist of task {task}", [*_LEFT_OUT, *_PICKLES])
+            write_specialist_card(self.settings, task, result, self.published[task])
+            self._push_folder(target, folder, f"Specialist of task {task}", [*_LEFT_OUT, *_PICKLES, "runs/*"])
 
         self._attempt(task, folder, push)
 
     def losses(self) -> None:
-        """Push the reference losses of all tasks."""
+        """Push the reference losses that were computed here; those of others are theirs to publish."""
         target = self.targets.get("/losses")
         if target is None:
             return
         settings = self.settings
-        specialists = {
-            **{task: name for task, name in settings.external_specialists.items() if not Path(name).is_dir()},
-            **{task: self.published[task] for task in settings.task_names if task in self.published},
-        }
+        own = [task for task in settings.task_names if task not in settings.shared_tasks]
+        specialists = {task: self.published[task] for task in own if task in self.published}
 
         def push():
-            ReferenceLosses(reference_losses_of(settings)).push_to_hub(
+            ReferenceLosses(reference_losses_of(settings, own)).push_to_hub(
                 target.repo_id,
                 settings.pipeline_args.losses_config or DEFAULT_CONFIG,
                 private=target.private,
@@ -163,7 +160,6 @@ class Publisher:
             )
             print(f"trl-ama: {self.failures[-1]}", flush=True)
             return
-        self.pushed[key] = target.repo_id
         print(f"{_what(key)}: pushed to {target.url}", flush=True)
 
     def finish(self) -> None:
@@ -203,9 +199,11 @@ def repository_ids(settings: RunSettings, stages: Iterable[str]) -> dict[str, tu
     pattern = pipeline_args.hub_specialist_id or base + "-{task}"
     own = [task for task in settings.task_names if settings.needs_specialist(task)]
     if "specialists" in stages:
-        ids = {task: (pattern.replace("{task}", task), "hub_specialist_id") for task in own}
+        field = "hub_specialist_id" if pipeline_args.hub_specialist_id else "hub_model_id"
+        ids = {task: (pattern.replace("{task}", task), field) for task in own}
     if "losses" in stages and any(task not in settings.shared_tasks for task in settings.task_names):
-        ids["/losses"] = (pipeline_args.hub_losses_id or f"{base}-reference-losses", "hub_losses_id")
+        field = "hub_losses_id" if pipeline_args.hub_losses_id else "hub_model_id"
+        ids["/losses"] = (pipeline_args.hub_losses_id or f"{base}-reference-losses", field)
     if "train" in stages or "eval" in stages:
         ids[""] = (base, "hub_model_id")
     return ids

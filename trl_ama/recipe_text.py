@@ -16,15 +16,13 @@ if TYPE_CHECKING:
     from .run_settings import RunSettings
 
 
-_PRIVATE = ("token", "secret", "password", "api_key", "credential")
+_PRIVATE = re.compile(r"(?i)(^|_)(token|secret|password|passwd|api_key|apikey|credentials?)$|secret|password|api_key")
+_NO_SECRETS = re.compile(r"(pad|eos|bos|unk|sep|cls|mask|image|stop)_token")
 # Secrets within a value: tokens of the Hub, and what addresses may carry
 _SECRETS = (
     (re.compile(r"\bhf_\w{16,}"), "hf_…"),
     (re.compile(r"(?<=://)[^/\s@]+@"), ""),
-    (
-        re.compile(r"(?i)(?<=[?&;])([\w.-]*(?:token|secret|password|key|signature|credential)[\w.-]*=)[^&;#\s]*"),
-        r"\1…",
-    ),
+    (re.compile(r"(?<=://)([^\s?#]*)[?#]\S*"), r"\1"),  # a query may sign or name anybody
 )
 # Where results go and how they are shown, which is not what made them
 _NOT_SHOWN_PREFIXES = (
@@ -48,13 +46,16 @@ _NOT_SHOWN = {
 }
 
 
-def recipe_yaml(settings: "RunSettings", task: str | None = None, strategy: str | None = None) -> str:
-    """The recipe of a run, or of one task's specialist in it, or of one strategy's generalist."""
+def is_secret(name: str) -> bool:
+    """Whether a setting of this name holds a secret, as `hub_token` does and `pad_token` does not."""
+    return bool(_PRIVATE.search(name)) and not _NO_SECRETS.fullmatch(name)
+
+
+def recipe_yaml(settings: "RunSettings", task: str | None = None) -> str:
+    """The recipe of a run, or of one task's specialist in it."""
     model = _changed(settings.model_args)
     if task is None:
         training = settings.given_args
-        if strategy is not None:
-            training = dataclasses.replace(settings.training_args, mixing=strategy)
         pipeline = _changed(settings.pipeline_args)
         tasks = [_changed(entry) for entry in settings.task_args.tasks]
     else:
@@ -68,12 +69,18 @@ def recipe_yaml(settings: "RunSettings", task: str | None = None, strategy: str 
     if task is not None:
         for name in ("mixing", "mixing_lr", "smoothing", "excess_clip", "sampling", "specialists"):
             shown.pop(name, None)
-    elif strategy is None or "mixing" not in shown:
+    else:
         shown = {"mixing": training.mixing, **shown}
     recipe = {**model, "tasks": tasks, **mixture, **pipeline, **shown}
     return yaml.safe_dump(
         _public(recipe, settings.training_args.hub_token), sort_keys=False, allow_unicode=True, width=110
     ).strip()
+
+
+def public_name(path: str) -> str:
+    """A file's or folder's name without the way to it, or an address without what may be secret in it."""
+    text = _without_secrets(str(path), None)
+    return text if "://" in text else Path(text).name
 
 
 def _changed(config: Any) -> dict[str, Any]:
@@ -95,7 +102,7 @@ def _public(value: Any, token: str | None = None) -> Any:
         return {
             _without_secrets(str(key), token): _public(entry, token)
             for key, entry in value.items()
-            if entry is not None and entry != {} and not any(word in str(key).lower() for word in _PRIVATE)
+            if entry is not None and entry != {} and _public(entry, token) != {} and not is_secret(str(key))
         }
     if isinstance(value, (list, tuple, set)):
         return [_public(entry, token) for entry in value]

@@ -19,6 +19,7 @@ from .fingerprint import model_identity
 from .hub import is_hub_id
 from .pipeline_arguments import PipelineArguments
 from .policy_files import is_commit
+from .recipe_text import public_name
 from .task_loading import fits_into, load_tasks_and_commits
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN, TaskConfig, TaskMixtureConfig
 
@@ -246,13 +247,13 @@ class RunSettings:
         if self.task_args.tasks_dir is not None:
             return "local files"
         if config.path is None:
-            return f"{self.shared_losses.source}"
-        if config.data_files is None and is_hub_id(config.path):
+            return self.shared_losses.fingerprints[task].get("data") or self.shared_losses.public_source
+        if "/" in config.path and is_hub_id(config.path):
             commit = self._data_and_commits[1].get(task) or config.revision
             return f"{config.path}@{commit}" if commit else config.path
         files = config.data_files if config.data_files is not None else config.path
         paths = files.values() if isinstance(files, dict) else files if isinstance(files, list) else [files]
-        return "local files: " + ", ".join(Path(str(path)).name for path in paths)
+        return "local files: " + ", ".join(map(public_name, paths))
 
     @property
     def task_names(self) -> list[str]:
