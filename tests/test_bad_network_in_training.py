@@ -1,5 +1,6 @@
 """A bad network while a model is trained, and while losses are pulled; see test_bad_network.py for the pushes of what is done."""
 
+import re
 import shutil
 import threading
 
@@ -83,7 +84,9 @@ def test_a_training_goes_on_when_no_push_succeeds(hub, finished, tmp_path, waits
         run(hub_strategy="every_save")
     assert str(caught.value).count("could not be pushed") == 4 and len(str(caught.value).splitlines()) == 1
     assert hub.WRITE_TOKEN not in str(caught.value) + "".join(capsys.readouterr())
-    assert run.files().keys() == finished.files().keys()
+    # But for PEFT's stub of a card, which is taken out of what is pushed
+    stubs = {name for name in finished.files() if re.fullmatch(r"generalists/ama_s/checkpoint-\d+/README.md", name)}
+    assert set(run.files()) == set(finished.files()) - stubs
     assert all(len(hub.commits(*place)) == 1 for place in REPOSITORIES)
     hub._faults.clear()
     request.getfixturevalue("nothing_computed")

@@ -123,7 +123,7 @@ def test_secrets_in_values(hub, model_dir, tmp_path):
     )
     text = recipe_yaml(RunSettings(*parse(recipe, "--output_dir", tmp_path / "run")))
     assert not leaks(text.encode(), [secret, hub.WRITE_TOKEN, "Pa55word", "/home/me"]), text
-    assert "x.org/a.jsonl" in text and "x=1" in text
+    assert "x.org/a.jsonl" in text and "x=1" not in text  # a query may be a signature, whatever it is called
 
 
 def test_errors_are_without_tokens(hub):

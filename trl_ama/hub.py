@@ -137,8 +137,13 @@ def _seconds_to_wait(error: BaseException, attempt: int) -> float | None:
     """How long to wait before trying again; `None` if that is no use."""
     response = _response(error)
     status = getattr(response, "status_code", None)
-    local = (AMAError, HFValidationError, LocalEntryNotFoundError, FileNotFoundError, PermissionError)
-    if isinstance(error, local) or (status is not None and status < 500 and status not in (408, 409, 412, 429)):
+    lost = (
+        isinstance(error, LocalEntryNotFoundError) and not is_offline_mode()
+    )  # the client's word for no answer and no cache
+    hopeless = (AMAError, HFValidationError, FileNotFoundError, PermissionError)
+    if (isinstance(error, hopeless) and not lost) or (
+        status is not None and status < 500 and status not in (408, 409, 412, 429)
+    ):
         return None
     wait = _WAIT * 2**attempt
     asked = response.headers.get("Retry-After", "") if response is not None else ""
