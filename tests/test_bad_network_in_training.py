@@ -14,7 +14,7 @@ from test_bad_network import REPOSITORIES, Run
 from trl_ama import AMAError
 from trl_ama.generalists import train_generalist
 from trl_ama.hub import time_limit
-from trl_ama.loss_sharing import load_reference_losses
+from trl_ama.loss_loading import load_reference_losses
 
 
 finished, waits, nothing_computed = (

@@ -157,7 +157,7 @@ class RunSettings:
         Raises:
             AMAError: If they cannot be loaded, or hold none of the recipe's tasks.
         """
-        from .loss_sharing import load_some_of
+        from .loss_loading import load_some_of
 
         source = self.pipeline_args.reference_losses
         if source is None:
