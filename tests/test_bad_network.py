@@ -2,14 +2,13 @@
 
 import functools
 import hashlib
-import json
 import time
 import types
 
 import pytest
 import yaml
-from conftest import QUICK, make_rows
 from hub_server import FAULT_KINDS
+from hub_world import RECIPE, SIZES, write_pairs
 from trl import DPOTrainer, ModelConfig, TrlParser
 
 from trl_ama import AMAConfig, AMAError, TaskMixtureConfig, run_pipeline
@@ -19,7 +18,6 @@ from trl_ama.pipeline_arguments import PipelineArguments
 from trl_ama.run_settings import RunSettings
 
 
-SIZES = {"list": 24, "sort": 12}
 PUSHES = [("specialists",), ("losses",), ("train", "eval")]
 REPOSITORIES = [
     ("model", "org/mine-list"),
@@ -27,13 +25,6 @@ REPOSITORIES = [
     ("dataset", "org/mine-losses"),
     ("model", "org/mine"),
 ]
-
-
-def write_pairs(folder):
-    for task, count in SIZES.items():
-        for split, size, seed in (("train", count, 0), ("test", 10, 1)):
-            rows = make_rows(task, size, seed)
-            (folder / f"{task}_{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 class Run:
@@ -63,23 +54,11 @@ class Run:
 
 def make_recipe(model_dir, data_dir):
     return {
-        **QUICK,
+        **RECIPE,
         "model_name_or_path": model_dir,
-        "tasks": [{"task": task, "path": "org/data", "eval_split": "test"} for task in SIZES],
         "tasks_dir": str(data_dir),
-        "mixing": "ama_s",
-        "specialist_args": {"max_steps": 4},
-        "use_peft": True,
-        "lora_r": 4,
-        "lora_alpha": 8,
-        "lora_target_modules": "all-linear",
-        "learning_rate": 5e-3,
-        "per_device_eval_batch_size": 16,
-        "max_steps": 4,
         "save_strategy": "steps",
         "save_steps": 2,
-        "logging_steps": 1,
-        "seed": 3,
         "hub_model_id": "org/mine",
         "hub_losses_id": "org/mine-losses",
     }

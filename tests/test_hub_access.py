@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import HUB_ENVIRONMENT, client_env, make_dataset, make_rows
+from conftest import HUB_ENVIRONMENT, client_env, make_dataset
 from hub_server import HubServer
-from hub_world import SIZES, parse, upload_model, upload_pairs, write_recipe
+from hub_world import SIZES, parse, upload_model, upload_pairs, write_pairs, write_recipe
 from trl import DPOTrainer
 
 from trl_ama import AMAConfig, AMAError, AMATrainer, run_pipeline
@@ -48,10 +48,7 @@ def nothing_begun(monkeypatch):
 @pytest.fixture
 def recipe(model_dir, tmp_path):
     """Builds the parsed recipe of a run that pushes to `org/mine`, with everything it reads on this machine."""
-    for task, count in SIZES.items():
-        for split, size in (("train", count), ("test", 10)):
-            rows = make_rows(task, size, 0)
-            (tmp_path / f"{task}_{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_pairs(tmp_path)
 
     def build(**changes):
         settings = {

@@ -99,11 +99,8 @@ def _changed(config: Any) -> dict[str, Any]:
 def _public(value: Any, token: str | None = None) -> Any:
     """`value` as plain YAML types; no secret, and none under a key that tells of one; local paths by their last part."""
     if isinstance(value, dict):
-        return {
-            _without_secrets(str(key), token): _public(entry, token)
-            for key, entry in value.items()
-            if entry is not None and entry != {} and _public(entry, token) != {} and not is_secret(str(key))
-        }
+        public = {key: _public(entry, token) for key, entry in value.items() if not is_secret(str(key))}
+        return {_without_secrets(str(key), token): entry for key, entry in public.items() if entry not in (None, {})}
     if isinstance(value, (list, tuple, set)):
         return [_public(entry, token) for entry in value]
     if isinstance(value, Enum):

@@ -100,9 +100,18 @@ def reference_losses_of(settings: RunSettings, tasks: list[str] | None = None) -
         if task in settings.shared_tasks:
             parts.append(settings.shared_losses.parts[task])
             continue
-        folder = settings.losses_folder(task)
-        parts.append(read_task(folder, task))
+        parts.append(_read_once(settings, task))
     return parts
+
+
+def _read_once(settings: RunSettings, task: str) -> TaskLosses:
+    """Read and check a task's files; again only if one of them is another, because every stage of a run asks for them."""
+    folder = settings.losses_folder(task)
+    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
+    files = [(name, stat.st_ino, stat.st_mtime_ns, stat.st_size) for name, stat in stats]
+    if settings.losses_read.get(task, (None, None))[0] != files:
+        settings.losses_read[task] = (files, read_task(folder, task))
+    return settings.losses_read[task][1]
 
 
 def compute_reference_losses(settings: RunSettings) -> ReferenceLosses:

@@ -47,6 +47,9 @@ class RunSettings:
                 "There is no base model. Set `model_name_or_path` in the recipe, or pass --model_name_or_path."
             )
         training = self.given_args = self.training_args
+        self.losses_read: dict[
+            str, tuple[list, Any]
+        ] = {}  # of `reference_losses_of`: task → files, and what they hold
         if not self.task_args.tasks and self.pipeline_args.reference_losses:
             self.task_args = dataclasses.replace(
                 self.task_args, tasks=[TaskConfig(task) for task in self.shared_losses.tasks]
