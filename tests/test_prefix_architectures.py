@@ -27,7 +27,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from trl_ama import AMAError
 from trl_ama.prefix_sharing import PairAttention
-from trl_ama.prefix_support import _check_masks
+from trl_ama.prefix_trial import _check_masks
 
 
 ROPE = {"rope_theta": 10000.0}

@@ -36,15 +36,15 @@ def counted_train(self, *args, **kwargs):
     return result
 LlamaModel.forward, Trainer.train = counted_forward, counted_train
 atexit.register(lambda: open("counts.json", "w").write(json.dumps(counts)))
-from trl_ama import prefix_support
+from trl_ama import prefix_trial
 from trl_ama.scripts.ama import main, make_parser
 from trl_ama.scripts.common import run_script
-trial = prefix_support._trial
+trial = prefix_trial._trial
 def uncounted(*args):  # of the fast path, once for each model
     before = counts["scoring"]
     trial(*args)
     counts["scoring"] = before
-prefix_support._trial = uncounted
+prefix_trial._trial = uncounted
 run_script("ama", make_parser, main)
 """
 

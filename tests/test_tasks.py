@@ -6,7 +6,7 @@ from datasets import ClassLabel, Dataset
 
 from trl_ama import AMAError, TaskMixtureConfig, load_tasks
 from trl_ama.task_loading import fits_into
-from trl_ama.tasks import concatenate_tasks, pair_id, task_names_of, with_task_labels
+from trl_ama.tasks import add_pair_ids, concatenate_tasks, pair_id, task_names_of, with_task_labels
 
 
 @pytest.fixture
@@ -187,3 +187,22 @@ def test_pair_ids_are_of_the_text_alone():
     swapped = [{"content": "é", "role": "user"}]
     assert pair_id(turns, "a", "b") == pair_id(swapped, "a", "b")
     assert len({pair_id("p", "a", "b"), pair_id("p", "b", "a"), pair_id(None, "a", "b"), pair_id("pa", "", "b")}) == 4
+
+
+def test_the_same_texts_with_other_tools_or_template_arguments_are_another_pair():
+    plain = pair_id("p", "a", "b")
+    think, silent = ({"enable_thinking": value} for value in (True, False))
+    tools = [{"type": "function", "function": {"name": "f", "parameters": None}}]
+    ids = [plain, pair_id("p", "a", "b", chat_template_kwargs=think), pair_id("p", "a", "b", chat_template_kwargs=silent)]
+    ids += [pair_id("p", "a", "b", tools=tools), pair_id("p", "a", "b", tools=tools, chat_template_kwargs=think)]
+    assert len(set(ids)) == len(ids)
+    # A dataset fills in the keys that only other rows have
+    rows = add_pair_ids(
+        Dataset.from_list(
+            [
+                {"prompt": "p", "chosen": "a", "rejected": "b", "chat_template_kwargs": kwargs}
+                for kwargs in (None, think, {"style": "short"})
+            ]
+        )
+    )
+    assert rows["pair_id"][:2] == ids[:2] and rows["pair_id"][2] not in ids

@@ -12,7 +12,7 @@ from datasets import Dataset, Features, Value, load_dataset
 
 from .errors import AMAError, first_line
 from .reference_columns import LOGP_COLUMNS, TOKEN_COLUMNS
-from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN, pair_id
+from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN, pair_id_of
 
 
 _AGAIN = "Get an intact copy, or delete the task's folder and compute it again with `trl ama-losses --config …`."
@@ -176,7 +176,7 @@ def _check_texts(rows: Dataset, what: str) -> None:
         problem = _text_problem(row)
         if problem is not None:
             raise AMAError(f"Row {number} of the reference losses {what} has {problem}. {_AGAIN}")
-        if pair_id(*(row[column] for column in PAIR_COLUMNS)) != row[PAIR_ID_COLUMN]:
+        if pair_id_of(row) != row[PAIR_ID_COLUMN]:
             raise AMAError(
                 f"Row {number} of the reference losses {what} has the pair_id '{shown(row[PAIR_ID_COLUMN])}', which is not that "
                 f"of its text: its numbers belong to another pair. {_AGAIN}"

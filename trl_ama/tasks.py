@@ -64,20 +64,40 @@ def with_task_labels(dataset: Dataset, names: list[str], role: str = "train_data
     return with_class_labels(dataset, TASK_COLUMN, names)
 
 
-def pair_id(prompt: Any, chosen: Any, rejected: Any) -> str:
-    """A pair's name: a hash of its text, before any chat template. The same text has the same id everywhere."""
-    text = json.dumps([prompt, chosen, rejected], ensure_ascii=False, sort_keys=True)
+def pair_id(prompt: Any, chosen: Any, rejected: Any, **extra: Any) -> str:
+    """A pair's name: a hash of its text, before any chat template. The same text has the same id everywhere.
+
+    Args:
+        prompt, chosen, rejected: Texts or messages.
+        extra: What else the chat template is given (`EXTRA_COLUMNS`), as the same texts with other tools are another pair.
+    """
+    parts = [prompt, chosen, rejected]
+    extra = _without_nulls({name: extra[name] for name in EXTRA_COLUMNS if extra.get(name)})
+    if extra:
+        parts.append(extra)
+    text = json.dumps(parts, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
+def _without_nulls(value: Any) -> Any:
+    """A column of mappings has the keys of all rows, null where a row has none."""
+    if isinstance(value, dict):
+        kept = {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
+        return {key: entry for key, entry in kept.items() if entry != {}}
+    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
+
+
+def pair_id_of(row: dict[str, Any]) -> str:
+    """[`pair_id`] of a dataset's row, which may lack a `prompt`."""
+    extra = {name: row.get(name) for name in EXTRA_COLUMNS}
+    return pair_id(row.get("prompt"), row["chosen"], row["rejected"], **extra)
+
+
 def add_pair_ids(dataset: Dataset) -> Dataset:
-    """Add the `pair_id` column, from `prompt` (if any), `chosen` and `rejected`."""
+    """Add the `pair_id` column, from `prompt` (if any), `chosen`, `rejected` and what else decides a pair's tokens."""
     if PAIR_ID_COLUMN in dataset.column_names:
         return dataset
-    return dataset.map(
-        lambda row: {PAIR_ID_COLUMN: pair_id(row.get("prompt"), row["chosen"], row["rejected"])},
-        desc="Naming the pairs",
-    )
+    return dataset.map(lambda row: {PAIR_ID_COLUMN: pair_id_of(row)}, desc="Naming the pairs")
 
 
 def refuse_streaming(dataset: Any, role: str) -> None:

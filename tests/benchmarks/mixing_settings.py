@@ -4,6 +4,9 @@ Material, specialists and reference losses of each seed are those of `imbalance.
 and is held against the default of its strategy, paired by seed. What was done before is not done again.
 
     python tests/benchmarks/mixing_settings.py --seeds 5 --output_dir outputs/imbalance
+    python tests/benchmarks/mixing_settings.py --seeds 5 --steps 60 --output_dir outputs/imbalance-60
+
+With the recipe's 200 steps every task is learned in the end; fewer `--steps` (in a folder of their own) show who is late.
 """
 
 import argparse
@@ -23,7 +26,6 @@ CLIPS = ("task", "none")
 
 def auto_lr(strategy: str, num_tasks: int, steps: int) -> float:
     """What `mixing_lr: auto` is in a run of so many steps."""
-
     from trl_ama.mixing import build_strategy
 
     built = build_strategy(strategy, np.ones(num_tasks))
@@ -92,14 +94,15 @@ def markdown(found: dict[str, list[dict[str, float]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5, help="how many seeds, from 0")
+    parser.add_argument("--steps", type=int, help="optimizer steps of a generalist; the recipe's by default")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/imbalance"), help="the one of imbalance.py")
     options = parser.parse_args()
     found: dict[str, list[dict[str, float]]] = {}
     for seed in range(options.seeds):
         folder = options.output_dir / f"seed-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
-        run_seed(folder, seed, None)
-        given = recipe(folder, seed, None)
+        run_seed(folder, seed, options.steps)
+        given = recipe(folder, seed, options.steps)
         for number, (name, values) in enumerate(variants(len(given["tasks"]), given["max_steps"]).items()):
             print(f"seed {seed}: {name}", flush=True)
             found.setdefault(name, []).append(run_variant(folder, number, values))

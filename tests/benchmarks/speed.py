@@ -60,6 +60,8 @@ class Bench:
 
     def __init__(self, trainer: DPOTrainer):
         self.trainer = trainer
+        if trainer.args.gradient_checkpointing:  # else done by `train()`
+            trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
         self.model = trainer.accelerator.prepare_model(trainer.model)
         trainer.current_gradient_accumulation_steps = 1
         trainer.create_optimizer()
@@ -281,6 +283,11 @@ def main() -> None:
             parts["scoring"][task] = time_scoring(trl, ours, rows[task], options)
             print(dtype, task, json.dumps(parts["steps"][task]), json.dumps(parts["scoring"][task]), flush=True)
             (options.output / "speed.json").write_text(json.dumps(result, indent=2) + "\n")
+        # Asked of the model that ran: a setting that has no effect would go unnoticed
+        parts["checkpointed"] = {
+            kind: any(getattr(module, "gradient_checkpointing", False) for module in bench.model.modules())
+            for kind, bench in (("trl", trl), ("ours", ours))
+        }
         parts["paths"] = ours.trainer.prefix_sharing.taken
         del trl, ours
         if not options.no_memory:
