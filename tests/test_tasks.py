@@ -193,7 +193,11 @@ def test_the_same_texts_with_other_tools_or_template_arguments_are_another_pair(
     plain = pair_id("p", "a", "b")
     think, silent = ({"enable_thinking": value} for value in (True, False))
     tools = [{"type": "function", "function": {"name": "f", "parameters": None}}]
-    ids = [plain, pair_id("p", "a", "b", chat_template_kwargs=think), pair_id("p", "a", "b", chat_template_kwargs=silent)]
+    ids = [
+        plain,
+        pair_id("p", "a", "b", chat_template_kwargs=think),
+        pair_id("p", "a", "b", chat_template_kwargs=silent),
+    ]
     ids += [pair_id("p", "a", "b", tools=tools), pair_id("p", "a", "b", tools=tools, chat_template_kwargs=think)]
     assert len(set(ids)) == len(ids)
     # A dataset fills in the keys that only other rows have
