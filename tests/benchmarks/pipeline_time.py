@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from real_pairs import TASKS, add_material, read_pairs, why_not
+from real_pairs import TASKS, add_material, measured_before, read_pairs, why_not
 
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "smollm2-135m-4tasks" / "ama" / "config_lora.yaml"
@@ -135,6 +135,7 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     options.output.mkdir(parents=True, exist_ok=True)
     result: dict = {"pairs_a_task": options.pairs, "batch_size": options.batch_size, "runs": {}}
+    result["runs"] = measured_before(options.output / "pipeline.json", result, "runs")
     with tempfile.TemporaryDirectory() as folder:
         pairs = Path(folder) / "pairs"
         write_pairs(options, pairs)

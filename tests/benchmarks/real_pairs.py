@@ -55,3 +55,10 @@ def read_pairs(folder: Path, task: str, split: str, tokenizer: Any, max_length: 
         texts = (tokenizer.apply_chat_template(row["prompt"] + row[key], tokenize=False) for key in ANSWERS)
         if all(len(tokenizer(text)["input_ids"]) <= max_length for text in texts):
             yield {key: row[key] for key in ("prompt", *ANSWERS)}
+
+
+def measured_before(path: Path, result: dict[str, Any], key: str = "dtypes") -> dict[str, Any]:
+    """The parts, under `key`, of a result that was written before with the same settings."""
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    same = all(before.get(name) == value for name, value in result.items() if name != key)
+    return before.get(key, {}) if same else {}

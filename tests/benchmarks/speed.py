@@ -4,7 +4,8 @@
 
 Both trainers live in one process and take turns on each batch, so that a busy machine slows both down; what counts is the
 median of the ratios. On a machine that others use, `--threads 1 --cpu-time` counts what the processor did for this process
-and not what it waited. `--quick` takes few batches. Writes `speed.json` and `speed.md` into `--output`.
+and not what it waited. `--quick` takes few batches. Writes `speed.json` and `speed.md` into `--output`; of a run before
+with the same settings, the table keeps the precisions that this one does not measure.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
-from real_pairs import TASKS, add_material, read_pairs, why_not  # noqa: E402
+from real_pairs import TASKS, add_material, measured_before, read_pairs, why_not  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 from trl import DPOConfig, DPOTrainer  # noqa: E402
 
@@ -269,14 +270,15 @@ def main() -> None:
     settings = {
         key: str(value) if isinstance(value, Path) else value
         for key, value in vars(options).items()
-        if key not in ("data", "model", "output")
+        if key not in ("data", "model", "output", "dtypes")
     }
     result = {"settings": settings, "threads": torch.get_num_threads(), "torch": torch.__version__, "dtypes": {}}
     options.output.mkdir(parents=True, exist_ok=True)
+    result["dtypes"] = measured_before(options.output / "speed.json", result)
     for dtype in options.dtypes:
         trl, ours = build("trl", options, dtype, pairs), build("ours", options, dtype, pairs)
         ours.trainer._reference_unchecked = False  # made-up reference log-probs
-        parts = result["dtypes"].setdefault(dtype, {"steps": {}, "scoring": {}})
+        parts = result["dtypes"][dtype] = {"steps": {}, "scoring": {}}
         rows = prepared(ours, options.tasks, options.max_length)
         for task in options.tasks:
             parts["steps"][task] = time_steps(trl, ours, rows[task], options)
@@ -294,7 +296,7 @@ def main() -> None:
             parts["memory"] = {
                 work: {kind: peak_memory(kind, work, options, dtype) for kind in ("trl", "ours")} for work in WORKS
             }
-    (options.output / "speed.json").write_text(json.dumps(result, indent=2) + "\n")
+        (options.output / "speed.json").write_text(json.dumps(result, indent=2) + "\n")
     (options.output / "speed.md").write_text(table(result))
     print(table(result))
 
