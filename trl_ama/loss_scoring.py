@@ -1,8 +1,6 @@
 """Computes reference losses: one sweep over a task's pairs under base and specialist, and a start again where it stopped."""
 
-import contextlib
 import gc
-from typing import Any
 
 import numpy as np
 from accelerate import PartialState
@@ -14,11 +12,10 @@ from .columns import numpy_column
 from .loss_dataset import save_task
 from .loss_shards import LossShards, remove_shards
 from .loss_sharing import ReferenceLosses
-from .policies import reference_policy, trained_policy_and_reference
 from .reference_columns import LOGP_COLUMNS, TOKEN_COLUMNS, has_columns
 from .reference_losses import reference_fingerprint, reference_losses_done, reference_losses_of, shards_folder
 from .run_settings import RunSettings
-from .scoring import ScoringTrainer, count_tokens, score_policies
+from .scoring import ScoringTrainer, count_tokens, score_reference_and_specialist
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN
 
 
@@ -86,17 +83,16 @@ def _score_task(
         if part is not None
     }
     fingerprint = reference_fingerprint(settings, task)
-    scores = _scores(
-        settings,
+    pairs = concatenate_datasets(
+        [part.select_columns(["prompt_ids", "chosen_ids", "rejected_ids", PAIR_ID_COLUMN]) for part in splits.values()]
+    )
+    scores = score_reference_and_specialist(
         trainer,
-        task,
-        concatenate_datasets(
-            [
-                part.select_columns(["prompt_ids", "chosen_ids", "rejected_ids", PAIR_ID_COLUMN])
-                for part in splits.values()
-            ]
-        ),
-        fingerprint,
+        f"the specialist of task '{task}'",
+        settings.specialist_source(task),
+        pairs,
+        f"Reference losses, {task}",
+        LossShards(shards_folder(settings, task), fingerprint, pairs[PAIR_ID_COLUMN][:]),
         overall,
     )
     if trainer.accelerator.is_main_process:
@@ -108,28 +104,6 @@ def _score_task(
         save_task(settings.losses_dir, task, tables, fingerprint, dropped, number)
         remove_shards(shards_folder(settings, task))
     trainer.accelerator.wait_for_everyone()
-
-
-def _scores(
-    settings: RunSettings,
-    trainer: ScoringTrainer,
-    task: str,
-    pairs: Dataset,
-    fingerprint: dict[str, Any],
-    overall: ProgressBar,
-) -> dict[str, np.ndarray]:
-    """The log-probs of a task's pairs: one sweep under base and specialist, or two where the one changes the other."""
-    shards = LossShards(shards_folder(settings, task), fingerprint, pairs[PAIR_ID_COLUMN][:])
-    who = f"the specialist of task '{task}'"
-    with trained_policy_and_reference(trainer, who, settings.specialist_source(task)) as (specialist, reference):
-        policies = {"specialist_": lambda: contextlib.nullcontext(specialist)}
-        if reference is not None:
-            policies = {"ref_": reference, **policies}
-        scores = score_policies(trainer, policies, pairs, f"Reference losses, {task}", shards, overall)
-    if reference is None:
-        policies = {"ref_": lambda: reference_policy(trainer)}
-        scores |= score_policies(trainer, policies, pairs, f"Reference losses, {task}: base", shards, overall)
-    return scores
 
 
 def _table(settings: RunSettings, task: str, split: str, pairs: Dataset, scores: dict[str, np.ndarray]) -> Dataset:

@@ -60,18 +60,13 @@ def trained_policy(
     Raises:
         AMAError: If the policy belongs to another base model or cannot be read.
     """
-    if isinstance(source, str):
-        with trained_policy_and_reference(trainer, who, source) as (model, _):
-            yield model
-        return
-    _check_vocabulary(trainer, who, source)
-    add_fused_lm_head(source.get_base_model() if is_peft_model(source) else source)
-    yield source.to(trainer.accelerator.device)
+    with trained_policy_and_reference(trainer, who, source) as (model, _):
+        yield model
 
 
 @contextlib.contextmanager
 def trained_policy_and_reference(
-    trainer: DPOTrainer, who: str, source: str
+    trainer: DPOTrainer, who: str, source: "str | PreTrainedModel | PeftModel"
 ) -> Iterator[tuple[torch.nn.Module, Policy | None]]:
     """As [`trained_policy`], with the way to the reference policy while it is there.
 
@@ -79,6 +74,11 @@ def trained_policy_and_reference(
     that was not seen to be exact when it is disabled, or stands where an adapter is the reference. The reference then has
     to be run before or after.
     """
+    if not isinstance(source, str):
+        _check_vocabulary(trainer, who, source)
+        add_fused_lm_head(source.get_base_model() if is_peft_model(source) else source)
+        yield source.to(trainer.accelerator.device), functools.partial(reference_policy, trainer)
+        return
     init_kwargs = trainer.args.model_init_kwargs or {}
     place = policy_source(who, source)
     is_adapter = check_kind(

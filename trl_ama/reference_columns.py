@@ -6,8 +6,8 @@ from trl import DPOTrainer
 
 from .columns import numpy_column
 from .errors import AMAError
-from .policies import reference_policy, trained_policy
-from .scoring import score_pairs
+from .policies import trained_policy
+from .scoring import score_pairs, score_reference_and_specialist
 from .tasks import TASK_COLUMN
 
 
@@ -55,21 +55,28 @@ def add_logp_columns(
         specialists (`dict`): Task name to adapter path, Hub id or model.
         split (`str`): For the progress bars.
     """
-    if REFERENCE_COLUMNS[0] not in dataset.column_names:
-        with reference_policy(trainer) as model:
-            scores = score_pairs(trainer, model, dataset, f"Reference log-probs, {split}")
-        for column, key in zip(REFERENCE_COLUMNS, ("chosen_logps", "rejected_logps"), strict=True):
-            dataset = dataset.add_column(column, scores[key])
-    columns = {column: np.zeros(len(dataset), dtype=np.float32) for column in SPECIALIST_COLUMNS}
+    given = REFERENCE_COLUMNS[0] in dataset.column_names
+    missing = SPECIALIST_COLUMNS if given else LOGP_COLUMNS
+    columns = {column: np.zeros(len(dataset), dtype=np.float32) for column in missing}
     tasks = numpy_column(dataset, TASK_COLUMN)
     for index, task in enumerate(task_names):
         rows = np.flatnonzero(tasks == index)
         if len(rows) == 0:
             continue
-        with trained_policy(trainer, f"the specialist of task '{task}'", specialists[task]) as model:
-            scores = score_pairs(trainer, model, dataset.select(rows), f"Specialist '{task}', {split}")
-        for column, key in zip(SPECIALIST_COLUMNS, ("chosen_logps", "rejected_logps"), strict=True):
-            columns[column][rows] = scores[key]
+        who, pairs, text = (
+            f"the specialist of task '{task}'",
+            dataset.select(rows),
+            f"Reference losses, {task}, {split}",
+        )
+        if given:
+            with trained_policy(trainer, who, specialists[task]) as model:
+                scores = {
+                    f"specialist_{key}": values for key, values in score_pairs(trainer, model, pairs, text).items()
+                }
+        else:
+            scores = score_reference_and_specialist(trainer, who, specialists[task], pairs, text)
+        for column, values in columns.items():
+            values[rows] = scores[column]
     for column, values in columns.items():
         dataset = dataset.add_column(column, values)
     return dataset

@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, tqdm
 from datasets import Dataset
+from peft import PeftModel
 from tqdm.std import tqdm as ProgressBar
+from transformers import PreTrainedModel
 from trl import DPOTrainer
 
 from .columns import list_lengths
 from .loss_shards import LossShards
-from .policies import Policy
+from .policies import Policy, reference_policy, trained_policy_and_reference
 from .preference_losses import sequence_logps
 from .prefix_sharing import causal_lm, packed_forward
 from .prefix_support import PrefixSharing
@@ -117,6 +119,38 @@ def score_policies(
                 if bar is not None:
                     bar.update(sweep.tokens(rows))
     return sweep.scores
+
+
+def score_reference_and_specialist(
+    trainer: DPOTrainer,
+    who: str,
+    specialist: "str | PreTrainedModel | PeftModel",
+    dataset: Dataset,
+    description: str,
+    shards: LossShards | None = None,
+    overall: ProgressBar | None = None,
+) -> dict[str, np.ndarray]:
+    """One sweep under the reference policy and a specialist, or two where the specialist changes the reference.
+
+    Args:
+        who, specialist: As in [`trained_policy`].
+        trainer, dataset, description, shards, overall: As in [`score_policies`].
+
+    Returns:
+        As [`score_policies`], with the prefixes `ref_` and `specialist_`.
+
+    Raises:
+        AMAError: If the specialist belongs to another base model or cannot be read.
+    """
+    with trained_policy_and_reference(trainer, who, specialist) as (model, reference):
+        policies: dict[str, Policy] = {"specialist_": functools.partial(contextlib.nullcontext, model)}
+        if reference is not None:
+            policies = {"ref_": reference, **policies}
+        scores = score_policies(trainer, policies, dataset, description, shards, overall)
+    if reference is None:
+        policies = {"ref_": functools.partial(reference_policy, trainer)}
+        scores |= score_policies(trainer, policies, dataset, f"{description}: base", shards, overall)
+    return scores
 
 
 def count_tokens(dataset: Dataset, max_length: int | None) -> int:
