@@ -222,8 +222,11 @@ def test_dropout_prompt_learning_and_compiling_take_the_plain_path():
     assert sharing(torch_compile=True).pack(model, call) is None
     assert sharing(False).pack(model, call) is None
     learned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    with pytest.raises(AMAError, match="learns a prompt"):
-        sharing(True).pack(learned, call)
+    wrapper = torch.nn.Module()  # as DistributedDataParallel holds a model
+    wrapper.module = learned
+    for model in (learned, wrapper):
+        with pytest.raises(AMAError, match="learns a prompt"):
+            sharing(True).pack(model, call)
 
 
 def test_the_field_takes_strings_and_refuses_others(tmp_path):

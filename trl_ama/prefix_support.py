@@ -9,12 +9,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
 from transformers.modeling_flash_attention_utils import flash_attn_supports_top_left_mask
 from trl import DPOTrainer
 
 from .errors import AMAError
-from .prefix_sharing import KNOWN_ATTENTION, CannotShare, PackedPairs, causal_lm, pack_pairs, packed_forward
+from .prefix_sharing import KNOWN_ATTENTION, CannotShare, PackedPairs, causal_lm, pack_pairs, packed_forward, unwrapped
 from .prefix_trial import Tried, try_model
 
 
@@ -155,7 +154,8 @@ def _why_not(trainer: DPOTrainer, model: torch.nn.Module) -> str | None:
     unknown = sorted(set(getattr(config, "layer_types", None) or ()) - _SHARED_LAYERS)
     if unknown:
         return f"it has layers of type {unknown}, which are not plain attention"
-    if is_peft_model(model) and any(adapter.is_prompt_learning for adapter in model.peft_config.values()):
+    adapters = getattr(unwrapped(model), "peft_config", None) or {}
+    if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
         return "its adapter learns a prompt, which would come before every pair"
     if getattr(args, "n_gpu", 1) > 1:
         return "DataParallel splits a batch by its rows, and a packed batch has one (launch a process for each GPU instead)"
