@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from trl_ama.scoring import score_pairs  # noqa: E402
 
 
 clock = time.perf_counter
+PARTS = ("time", "memory")
 WORKS = {"train": "training, precomputed reference", "train_live": "training, live reference", "score": "scoring"}
 LONG_ANSWERS = "short prompts, long answers"
 
@@ -203,22 +205,9 @@ def table(result: dict) -> str:
     """The result as Markdown."""
     lines = []
     for dtype, parts in result["dtypes"].items():
-        lines += [
-            f"## {dtype}",
-            "",
-            "| seconds a step, and ratios to ours | TRL, precomputed | TRL | ours | precomputed / ours | TRL / ours | scoring |",
-            "| --- " + "| ---: " * 6 + "|",
-        ]
-        for task, figures in parts["steps"].items():
-            cells = [f"{figures[f'{kind}_seconds']:.2f}" for kind in ("trl", "trl_live", "ours")]
-            cells += [f"{figures[key]:.2f}" for key in ("ratio", "ratio_without_precompute")]
-            lines.append(f"| {task} | {' | '.join(cells)} | {parts['scoring'][task]['ratio']:.2f} |")
-        real = [task for task in TASKS if task in parts["steps"]]
-        means = [
-            np.mean([parts["steps"][task][key] for task in real]) for key in ("ratio", "ratio_without_precompute")
-        ]
-        means.append(np.mean([parts["scoring"][task]["ratio"] for task in real]))
-        lines += [f"| **mean of the tasks** | | | | {' | '.join(f'**{mean:.2f}**' for mean in means)} |", ""]
+        lines += [f"## {dtype}", ""]
+        if parts["steps"]:
+            lines += [*time_table(parts), ""]
         if parts.get("memory"):
             lines += ["| peak memory, MB | TRL | ours |", "| --- | ---: | ---: |"]
             for work, title in WORKS.items():
@@ -226,6 +215,21 @@ def table(result: dict) -> str:
                 lines.append(f"| {title} | {' | '.join(peaks)} |")
             lines.append("")
     return "\n".join(lines)
+
+
+def time_table(parts: dict) -> list[str]:
+    lines = [
+        "| seconds a step, and ratios to ours | TRL, precomputed | TRL | ours | precomputed / ours | TRL / ours | scoring |",
+        "| --- " + "| ---: " * 6 + "|",
+    ]
+    for task, figures in parts["steps"].items():
+        cells = [f"{figures[f'{kind}_seconds']:.2f}" for kind in ("trl", "trl_live", "ours")]
+        cells += [f"{figures[key]:.2f}" for key in ("ratio", "ratio_without_precompute")]
+        lines.append(f"| {task} | {' | '.join(cells)} | {parts['scoring'][task]['ratio']:.2f} |")
+    real = [task for task in TASKS if task in parts["steps"]] or list(parts["steps"])
+    means = [np.mean([parts["steps"][task][key] for task in real]) for key in ("ratio", "ratio_without_precompute")]
+    means.append(np.mean([parts["scoring"][task]["ratio"] for task in real]))
+    return [*lines, f"| **mean of the tasks** | | | | {' | '.join(f'**{mean:.2f}**' for mean in means)} |"]
 
 
 def main() -> None:
@@ -240,7 +244,7 @@ def main() -> None:
     parser.add_argument("--score-pairs", type=int, default=32)
     parser.add_argument("--score-passes", type=int, default=2)
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="`time` wants a quiet machine")
     parser.add_argument("--quick", action="store_true", help="3 batches and one scoring pass of 16 pairs a task")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, help="of torch; all cores by default")
@@ -270,35 +274,46 @@ def main() -> None:
     settings = {
         key: str(value) if isinstance(value, Path) else value
         for key, value in vars(options).items()
-        if key not in ("data", "model", "output", "dtypes")
+        if key not in ("data", "model", "output", "dtypes", "parts")
     }
     result = {"settings": settings, "threads": torch.get_num_threads(), "torch": torch.__version__, "dtypes": {}}
     options.output.mkdir(parents=True, exist_ok=True)
     result["dtypes"] = measured_before(options.output / "speed.json", result)
     for dtype in options.dtypes:
-        trl, ours = build("trl", options, dtype, pairs), build("ours", options, dtype, pairs)
-        ours.trainer._reference_unchecked = False  # made-up reference log-probs
-        parts = result["dtypes"][dtype] = {"steps": {}, "scoring": {}}
-        rows = prepared(ours, options.tasks, options.max_length)
-        for task in options.tasks:
-            parts["steps"][task] = time_steps(trl, ours, rows[task], options)
-            parts["scoring"][task] = time_scoring(trl, ours, rows[task], options)
-            print(dtype, task, json.dumps(parts["steps"][task]), json.dumps(parts["scoring"][task]), flush=True)
-            (options.output / "speed.json").write_text(json.dumps(result, indent=2) + "\n")
-        # Asked of the model that ran: a setting that has no effect would go unnoticed
-        parts["checkpointed"] = {
-            kind: any(getattr(module, "gradient_checkpointing", False) for module in bench.model.modules())
-            for kind, bench in (("trl", trl), ("ours", ours))
-        }
-        parts["paths"] = ours.trainer.prefix_sharing.taken
-        del trl, ours
-        if not options.no_memory:
+        parts = result["dtypes"].setdefault(dtype, {"steps": {}, "scoring": {}})
+        if "time" in options.parts:
+            time_all(parts, options, dtype, pairs, lambda: save(result, options.output))
+        if "memory" in options.parts:
             parts["memory"] = {
                 work: {kind: peak_memory(kind, work, options, dtype) for kind in ("trl", "ours")} for work in WORKS
             }
-        (options.output / "speed.json").write_text(json.dumps(result, indent=2) + "\n")
-    (options.output / "speed.md").write_text(table(result))
+        save(result, options.output)
     print(table(result))
+
+
+def time_all(
+    parts: dict, options: argparse.Namespace, dtype: str, pairs: list[dict], save_so_far: Callable[[], None]
+) -> None:
+    """Fill in steps and scoring of every task in one precision."""
+    trl, ours = build("trl", options, dtype, pairs), build("ours", options, dtype, pairs)
+    ours.trainer._reference_unchecked = False  # made-up reference log-probs
+    rows = prepared(ours, options.tasks, options.max_length)
+    for task in options.tasks:
+        parts["steps"][task] = time_steps(trl, ours, rows[task], options)
+        parts["scoring"][task] = time_scoring(trl, ours, rows[task], options)
+        print(dtype, task, json.dumps(parts["steps"][task]), json.dumps(parts["scoring"][task]), flush=True)
+        save_so_far()
+    # Asked of the model that ran: a setting that has no effect would go unnoticed
+    parts["checkpointed"] = {
+        kind: any(getattr(module, "gradient_checkpointing", False) for module in bench.model.modules())
+        for kind, bench in (("trl", trl), ("ours", ours))
+    }
+    parts["paths"] = ours.trainer.prefix_sharing.taken
+
+
+def save(result: dict, folder: Path) -> None:
+    (folder / "speed.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / "speed.md").write_text(table(result))
 
 
 if __name__ == "__main__":
