@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from trl_ama import cli
+
 
 REPO = Path(__file__).resolve().parents[1]
-COMMANDS = ["ama", "ama-specialists", "ama-losses", "ama-eval"]
+COMMANDS = list(cli.COMMANDS)
 TRL_HELP = ["-c", "from trl.cli import main; raise SystemExit(main(['--help']))"]
 
 pytestmark = pytest.mark.xdist_group("registration")  # one worker builds the wheel, once
@@ -78,7 +80,7 @@ def test_wheel_has_hook_at_its_root_and_the_package_data(wheel):
 
 def test_trl_lists_our_commands_after_its_own(installed):
     commands = installed.trl_commands()
-    assert commands[-4:] == COMMANDS
+    assert commands[-len(COMMANDS) :] == COMMANDS
     assert "dpo" in commands
 
 

@@ -22,6 +22,7 @@ from .policy_sources import check_policy_source
 from .publishing import Publisher
 from .reference_losses import reference_losses_done, reference_losses_of
 from .report import plot_mixture, result_table
+from .run_note import leave_page
 from .run_settings import RunSettings
 from .specialists import require_specialists, specialist_stage, train_specialists
 from .task_config import TaskMixtureConfig
@@ -75,13 +76,16 @@ def run_pipeline(
 def _run_stages(settings: RunSettings, publisher: Publisher, stages: Sequence[str]) -> dict[str, Any] | None:
     if "specialists" in stages:
         train_specialists(settings, publisher.specialist)
+        leave_page(settings, publisher.published)
     if "losses" in stages:
         require_specialists(settings)
         compute_reference_losses(settings)
         publisher.losses()
+        leave_page(settings, publisher.published)
     if "train" in stages:
         for strategy in settings.strategies:
             train_generalist(settings, strategy, publisher.generalist_id)
+            leave_page(settings, publisher.published)
     results = None
     if "eval" in stages:
         if "test" in settings.data:
@@ -198,7 +202,7 @@ def describe_plan(settings: RunSettings, stages: Sequence[str]) -> list[str]:
 
 
 def evaluate(settings: RunSettings, published: dict[str, str] | None = None) -> dict[str, Any]:
-    """Evaluate the generalists, unless that was done; write results, table, plot and card, and print the table.
+    """Evaluate the generalists, unless that was done; write results, table, plot, card and page, and print the table.
 
     Args:
         settings ([`RunSettings`]): The run.
@@ -218,7 +222,7 @@ def evaluate(settings: RunSettings, published: dict[str, str] | None = None) -> 
 
 
 def report(settings: RunSettings, results: dict[str, Any] | None, published: dict[str, str]) -> None:
-    """Write table, plot and card, and print the table.
+    """Write table, plot, card and page, and print the table.
 
     Args:
         settings ([`RunSettings`]): The run.
@@ -233,3 +237,4 @@ def report(settings: RunSettings, results: dict[str, Any] | None, published: dic
     plot_mixture(settings, plot)
     print(f"Plot:    {plot}")
     print(f"Card:    {write_card(settings, results, plot, published)}")
+    print(f"Page:    {leave_page(settings, published)}")
