@@ -2,6 +2,8 @@
 
     peak = weights + reference model + optimizer states + max(gradients and activations of a pass, gradients and the update's own)
 
+or, if that is more, the trial of the fast path before the first step: a plain pass forward over a pair of `max_length`.
+
 Parameters are counted on the meta device, with the adapter that PEFT puts on; activations come from `memory_trace.py`, which runs
 the very program on tensors without contents. What is said of libraries below was read in their sources: bitsandbytes 0.50,
 PEFT 0.21, transformers 5.23, TRL 1.16, torch 2.13.
@@ -11,7 +13,6 @@ import copy
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -27,7 +28,11 @@ from .errors import AMAError, first_line
 
 GIB = 2**30
 NF4_BLOCK, ABSMAX_BLOCK = 64, 256  # weights to a scale, and scales to a scale of scales (bitsandbytes' defaults)
-BLOCK_8BIT, MIN_8BIT = 256, 4096  # of bitsandbytes' 8-bit optimizers: elements to a scale; smaller tensors stay in 32 bits
+BLOCK_8BIT, MIN_8BIT = (
+    256,
+    4096,
+)  # of bitsandbytes' 8-bit optimizers: elements to a scale; smaller tensors stay in 32 bits
+_HEAD = ("log_probs", "entropy", "mean_logits", "is_top1")  # what DPOTrainer asks of TRL's head, for its metrics
 # States of the size of the parameter, by `optim`; bitsandbytes' 32-bit ones are in 32 bits whatever the parameter's are
 _STATES = {"adamw": 2, "ademamix": 3, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0, "adafactor": 0}
 
@@ -104,7 +109,7 @@ def empty_model(config: PretrainedConfig, settings: MemorySettings) -> torch.nn.
             bits = 4 if settings.quantization.load_in_4bit else 8
             AutoHfQuantizer.from_config(settings.quantization).preprocess_model(model, device_map=None)
             setattr(model, f"is_loaded_in_{bits}bit", True)  # which PEFT asks for
-        add_fused_lm_head(model)
+        add_fused_lm_head(model, outputs=_HEAD)
         if settings.peft_config is not None:
             model = get_peft_model(model, copy.deepcopy(settings.peft_config), low_cpu_mem_usage=True)
     except (ValueError, ImportError, AttributeError, KeyError, NotImplementedError, RuntimeError) as error:
@@ -113,7 +118,7 @@ def empty_model(config: PretrainedConfig, settings: MemorySettings) -> torch.nn.
             "the adapter's and the quantisation's settings."
         ) from error
     disable_dropout_in_model(model)
-    if settings.quantization is not None:
+    if settings.quantization is not None and settings.peft_config is not None:
         for name, parameter in model.named_parameters():  # as DPOTrainer does, for QLoRA
             if parameter.requires_grad and "lora_magnitude_vector" not in name:
                 parameter.data = parameter.data.to(torch.bfloat16)
@@ -257,6 +262,7 @@ def training_memory(
     pairs: list[tuple[int, int, int]],
     packed: bool = True,
     reference: bool = False,
+    max_length: int | None = None,
 ) -> StageMemory:
     """Memory of a stage that trains.
 
@@ -266,8 +272,10 @@ def training_memory(
         pairs (`list[tuple[int, int, int]]`): Tokens of prompt, chosen and rejected answer, of the pairs of the largest batch.
         packed (`bool`): Whether the fast path is asked for; it is not taken where the model does not allow it.
         reference (`bool`): Whether a second model is in memory for the reference, as in full fine-tuning by DPOTrainer.
+        max_length (`int`, *optional*): Of the training arguments: what the trial of the fast path goes up to. Defaults to the
+            longest of `pairs`.
     """
-    return _memory(config, settings, pairs, packed, reference, trains=True)
+    return _memory(config, settings, pairs, packed, reference, max_length, trains=True)
 
 
 def scoring_memory(
@@ -276,12 +284,15 @@ def scoring_memory(
     pairs: list[tuple[int, int, int]],
     packed: bool = True,
     second: bool = False,
+    max_length: int | None = None,
 ) -> StageMemory:
     """Memory of a stage that only scores; with `second`, another whole model is there beside the base. See [`training_memory`]."""
-    return _memory(config, replace(settings, gradient_checkpointing=False), pairs, packed, second, trains=False)
+    return _memory(
+        config, replace(settings, gradient_checkpointing=False), pairs, packed, second, max_length, trains=False
+    )
 
 
-def _memory(config, settings, pairs, packed, second, trains) -> StageMemory:
+def _memory(config, settings, pairs, packed, second, max_length, trains) -> StageMemory:
     from .memory_trace import CannotTrace, trace_pass
     from .prefix_sharing import CannotShare
 
@@ -295,12 +306,23 @@ def _memory(config, settings, pairs, packed, second, trains) -> StageMemory:
     try:
         try:
             traced = trace_pass(model, settings, pairs, packed, trains)
-        except CannotShare as reason:
+        except (CannotShare, CannotTrace) as reason:
+            if not packed:
+                raise
             why_plain, packed = str(reason), False
             traced = trace_pass(empty_model(config, settings), settings, pairs, False, trains)
     except CannotTrace as reason:
         why_plain = str(reason)
     during = gradients if traced is None else traced.peak + (gradients if trains and settings.accumulates else 0)
+    peak = optimizer + max(during, gradients + update)
+    if (
+        traced is not None and packed
+    ):  # before the first step, the fast path is tried on a pair as long as there can be
+        length = max_length or max(prompt + max(chosen, rejected) for prompt, chosen, rejected in pairs)
+        half = max(1, length // 2)
+        plain = replace(settings, gradient_checkpointing=False, accumulates=False)
+        trial = [(length - half, half, max(1, half - 1))]
+        peak = max(peak, trace_pass(empty_model(config, settings), plain, trial, packed=False, trains=False).peak)
     return StageMemory(
         parameters=parameters,
         trainable=trainable if trains else 0,
@@ -310,7 +332,7 @@ def _memory(config, settings, pairs, packed, second, trains) -> StageMemory:
         gradients=gradients,
         optimizer=optimizer,
         activations=None if traced is None else traced.peak - traced.gradients,
-        peak=weights + reference + optimizer + max(during, gradients + update),
+        peak=weights + reference + peak,
         paged=is_paged(settings.optim),
         packed=packed,
         why_plain=why_plain,

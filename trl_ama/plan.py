@@ -168,7 +168,7 @@ class _Planner:
         key = (trains, settings, tuple(pairs), second, packed)
         if key not in self._memories:
             function = training_memory if trains else scoring_memory
-            self._memories[key] = function(self.config, settings, pairs, packed, second)
+            self._memories[key] = function(self.config, settings, pairs, packed, second, self.args.max_length)
         return self._memories[key]
 
     # ---- Stages ----
@@ -234,7 +234,10 @@ class _Planner:
         tokens, work = 0, 0.0
         for part in parts:
             one = self.work([part], [1.0], args)
-            tokens, work = _sum(tokens, part.count, passes * one.tokens), _sum(work, part.count, passes * one.scoring())
+            tokens, work = (
+                _sum(tokens, part.count, passes * one.tokens),
+                _sum(work, part.count, passes * one.scoring()),
+            )
         return self.stage(name, passes, [memory], None, tokens, work)
 
     def stage(self, name: str, runs: int, memories: list[StageMemory], steps, tokens, work) -> StagePlan:

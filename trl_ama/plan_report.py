@@ -14,7 +14,9 @@ def render(plan: Plan) -> str:
     lines = [f"{plan.model}, planned for one process {where}" if plan.processes == 1 else ""]
     if plan.processes > 1:
         lines = [f"{plan.model}, planned for {plan.processes} processes, figures of one of them {where}"]
-    trained = next((stage.memory for stage in plan.stages if stage.memory is not None and stage.memory.trainable), None)
+    trained = next(
+        (stage.memory for stage in plan.stages if stage.memory is not None and stage.memory.trainable), None
+    )
     if trained is not None:
         lines.append(
             f"{trained.parameters:,} parameters, of which {trained.trainable:,} are trained; each training leaves "
@@ -23,7 +25,9 @@ def render(plan: Plan) -> str:
     lines += ["", "Memory, GiB", *_table(_MEMORY, [_memory_row(stage, plan.device) for stage in plan.stages])]
     lines += ["", "Work", *_table(_WORK, [*(_work_row(stage) for stage in plan.stages), _total_row(plan)])]
     if plan.plain_steps is not None:
-        lines.append(f"Cost 1 is a plain DPO run of TRL's over {plan.plain_steps:,} steps of padded pairs, reference included.")
+        lines.append(
+            f"Cost 1 is a plain DPO run of TRL's over {plan.plain_steps:,} steps of padded pairs, reference included."
+        )
     if plan.variants:
         rows = [
             [name, gib(memory.activations), gib(memory.peak), _fits(memory, plan.device)]
