@@ -21,7 +21,7 @@ from .data_rules import trivial_rules
 from .data_verdict import FATAL, TaskFigures, judge, judge_sizes
 from .errors import AMAError, first_line
 from .run_settings import RunSettings
-from .task_loading import load_tasks_and_commits
+from .task_loading import read_tasks
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN, concatenate_tasks
 
 
@@ -85,7 +85,7 @@ def check_data(settings: RunSettings, show: int = 2, sample: int | None = SAMPLE
             settings.task_args, tasks=[task], drop_truncated=False, max_train_pairs=None, max_eval_pairs=None
         )
         try:
-            pairs, _ = load_tasks_and_commits(alone, args.seed, None, ready)
+            found = read_tasks(alone, args.seed, None, ready)
         except AMAError as error:
             figures.add("fatal", "unreadable", str(error), "")
             continue
@@ -98,7 +98,15 @@ def check_data(settings: RunSettings, show: int = 2, sample: int | None = SAMPLE
                 "ShareGPT's `from` and `value` are role and content.",
             )
             continue
-        loaded[task.task] = pairs
+        pairs = loaded[task.task] = found.pairs
+        for split, count in found.empty.get(task.task, {}).items():
+            where = "held-out " if split == "test" else ""
+            figures.add(
+                "note",
+                "empty_answer",
+                f"drop_empty drops {count} of {count + len(pairs.get(split, ()))} {where}pairs: they have an empty answer.",
+                "",
+            )
         _look_at(figures, pairs, settings, tokenizer, show, sample)
         _check_specialist_length(figures, settings, task)
     hashes = {task: {split: text_hashes(part) for split, part in pairs.items()} for task, pairs in loaded.items()}

@@ -64,6 +64,7 @@ def evaluate_policies(settings: RunSettings, policies: dict[str, str]) -> dict[s
         model=settings.model_name,
         args=settings.scoring_arguments(),
         train_dataset=held_out,
+        processing_class=settings.processing_class,
         quantization_config=settings.quantization_config(),
         peft_config=settings.peft_config(),
     )

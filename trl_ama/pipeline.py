@@ -1,5 +1,6 @@
 """The stages in order, each skipping what is there already: specialists, reference losses, generalists, evaluation."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from .run_settings import RunSettings
 from .specialists import require_specialists, specialist_stage, train_specialists
 from .task_config import TaskMixtureConfig
 from .task_loading import prompt_fits_into
+from .template_date import asks_for_the_day
 from .trainer_checks import check_arguments, strategy_for
 
 
@@ -101,7 +103,13 @@ def _run_stages(settings: RunSettings, publisher: Publisher, stages: Sequence[st
 
 def check_recipe(settings: RunSettings, stages: Sequence[str] = STAGES) -> None:
     """Find what is wrong with a recipe before anything is trained."""
-    settings.tokenizer  # noqa: B018 - reads the base model's folder
+    if asks_for_the_day(settings.tokenizer):
+        warnings.warn(
+            f"The chat template of '{settings.model_name}' writes today's date into every prompt, so reference losses of one day "
+            "are not quite those of the next. Fix it with `template_date: 2025-07-08` (any day) in the recipe.",
+            UserWarning,
+            stacklevel=2,
+        )
     # One task is no mixture, but its specialist and losses can be made, to be added to those of others
     mixes = len(settings.task_names) > 1 or bool({"train", "eval"} & set(stages))
     for strategy in settings.strategies if mixes else ():
@@ -150,6 +158,9 @@ def describe_plan(settings: RunSettings, stages: Sequence[str]) -> list[str]:
         f"AutoMixAlign in '{settings.output_dir}': {len(settings.task_names)} tasks, {counts['train']} training pairs, "
         f"{counts.get('test', 0)} held out; base model {settings.model_name}"
     ]
+    for task, dropped in settings.dropped_empty.items():
+        found = " and ".join(f"{count} of {split}" for split, count in dropped.items())
+        lines.append(f"  without an answer {task:<14} {found} dropped")
     if "specialists" in stages or "losses" in stages:
         for task in settings.task_names:
             if task in settings.external_specialists:

@@ -3,10 +3,11 @@
 import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
+from datasets import Dataset, DatasetDict, Features, Json, List, Value, load_dataset
 from transformers import PreTrainedTokenizerBase
 from trl import extract_prompt
 
@@ -16,8 +17,24 @@ from .task_formats import own_format
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, add_pair_ids, concatenate_tasks
 
 
+TEMPLATE_KWARGS_COLUMN = "chat_template_kwargs"
 _LOCAL_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass
+class LoadedTasks:
+    """What [`read_tasks`] returns.
+
+    Parameters:
+        pairs (`DatasetDict`): As [`load_tasks`] returns them.
+        commits (`dict[str, str]`): Task → commit of its dataset, of those that came from the Hub.
+        empty (`dict[str, dict[str, int]]`): Task → split → pairs without an answer that `drop_empty` dropped, if any.
+    """
+
+    pairs: DatasetDict
+    commits: dict[str, str] = field(default_factory=dict)
+    empty: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def load_tasks(
@@ -42,32 +59,31 @@ def load_tasks(
     Raises:
         AMAError: If there are no tasks, one cannot be read, has no rows, or lacks the preference columns.
     """
-    if not config.tasks:
-        raise AMAError("There are no tasks. List at least one under `tasks:` in the recipe, or pass `--tasks`.")
-    return load_tasks_and_commits(config, seed, fits, ready)[0]
+    return read_tasks(config, seed, fits, ready).pairs
 
 
-def load_tasks_and_commits(
+def read_tasks(
     config: TaskMixtureConfig,
     seed: int = 0,
     fits: Callable[[dict], bool] | None = None,
     ready: Mapping[str, Mapping[str, Dataset]] | None = None,
-) -> tuple[DatasetDict, dict[str, str]]:
-    """As [`load_tasks`], and for each task that came from the Hub the commit of its dataset."""
+) -> LoadedTasks:
+    """As [`load_tasks`], with what is worth knowing of where the pairs came from and what was dropped."""
     if not config.tasks:
         raise AMAError("There are no tasks. List at least one under `tasks:` in the recipe, or pass `--tasks`.")
     check_task_names([task.task for task in config.tasks])
-    train, test, commits = {}, {}, {}
+    loaded = LoadedTasks(DatasetDict())
+    parts: dict[str, dict[str, Dataset]] = {"train": {}, "test": {}}
     for task in config.tasks:
-        parts = _load_task(task, config, seed, fits, (ready or {}).get(task.task))
-        train[task.task], held_out, commits[task.task] = parts
-        if held_out is not None:
-            test[task.task] = held_out
-    splits = {"train": concatenate_tasks(train)}
-    if test:
-        # The same ClassLabel in both splits, also when only some tasks have held-out pairs
-        splits["test"] = concatenate_tasks(test, names=list(train))
-    return DatasetDict(splits), {task: commit for task, commit in commits.items() if commit}
+        for split, part in _load_task(task, config, seed, fits, (ready or {}).get(task.task), loaded).items():
+            parts[split][task.task] = part
+    _unite_template_kwargs(parts)
+    for split, own in parts.items():
+        if own:
+            # The same ClassLabel in both splits, also when only some tasks have held-out pairs
+            named = {task: add_pair_ids(part) for task, part in own.items()}
+            loaded.pairs[split] = concatenate_tasks(named, names=list(parts["train"]))
+    return loaded
 
 
 def _commit(dataset: Dataset) -> str | None:
@@ -85,44 +101,52 @@ def _load_task(
     seed: int,
     fits: Callable[[dict], bool] | None,
     ready: Mapping[str, Dataset] | None,
-) -> tuple[Dataset, Dataset | None, str | None]:
-    commit = None
+    loaded: LoadedTasks,
+) -> dict[str, Dataset]:
+    """A task's pairs by split; what else is found goes into `loaded`."""
     if ready is not None:
-        train, test = ready["train"], ready.get("test")
-    elif config.tasks_dir is not None:
-        loader, files = _local_files(task, Path(config.tasks_dir))
-        train = _load_split(task, "train", path=loader, data_files={"train": files["train"]})
-        test = _load_split(task, "test", path=loader, data_files={"test": files["test"]}) if "test" in files else None
-    elif task.path is None:
-        raise AMAError(
-            f"Task '{task.task}' has no 'path', and no `reference_losses` hold its pairs. Every task needs 'task' and 'path'."
-        )
+        parts = {split: ready[split] for split in ("train", "test") if ready.get(split) is not None}
     else:
-        source = {key: getattr(task, key) for key in ("path", "name", "data_dir", "data_files", "revision")}
-        train = _load_split(task, task.split, **source)
-        test = _load_split(task, task.eval_split, **source) if task.eval_split else None
-        commit = _commit(train)
-        train, test = (part if part is None else own_format(part, task) for part in (train, test))
-    if ready is None:
-        train, test = (part if part is None else _preference_columns(part, task) for part in (train, test))
-    if test is None and ready is None and config.test_split_size is not None:
-        halves = train.train_test_split(test_size=config.test_split_size, seed=seed)
-        train, test = halves["train"], halves["test"]
+        parts = _read_splits(task, config, loaded)
+        for split, part in parts.items():
+            kept = _with_answers(part, task, split, config.drop_empty)
+            if len(kept) < len(part):
+                loaded.empty.setdefault(task.task, {})[split] = len(part) - len(kept)
+            parts[split] = _with_template_kwargs(_preference_columns(kept, task), task)
+        if "test" not in parts and config.test_split_size is not None:
+            parts = dict(parts["train"].train_test_split(test_size=config.test_split_size, seed=seed))
     if fits is not None:
-        rows = len(train)
-        train, test = (
-            part if part is None else part.filter(fits, desc=f"Dropping pairs of {task.task} that would be cut")
-            for part in (train, test)
-        )
-        if len(train) == 0:
+        rows = len(parts["train"])
+        parts = {
+            split: part.filter(fits, desc=f"Dropping pairs of {task.task} that would be cut")
+            for split, part in parts.items()
+        }
+        if len(parts["train"]) == 0:
             raise AMAError(
                 f"None of the {rows} pairs of task '{task.task}' fits into max_length, and drop_truncated is on. Raise "
                 "max_length, or turn drop_truncated off."
             )
-        test = None if test is None or len(test) == 0 else test
-    train = _at_most(train, config.max_train_pairs, seed)
-    test = None if test is None else add_pair_ids(_at_most(test, config.max_eval_pairs, seed))
-    return add_pair_ids(train), test, commit
+    limits = {"train": config.max_train_pairs, "test": config.max_eval_pairs}
+    return {split: _at_most(part, limits[split], seed) for split, part in parts.items() if len(part)}
+
+
+def _read_splits(task: TaskConfig, config: TaskMixtureConfig, loaded: LoadedTasks) -> dict[str, Dataset]:
+    """`train` and, if the task names its held-out pairs, `test`; with the columns that the preference format wants."""
+    if config.tasks_dir is not None:
+        loader, files = _local_files(task, Path(config.tasks_dir))
+        return {split: _load_split(task, split, path=loader, data_files={split: files[split]}) for split in files}
+    if task.path is None:
+        raise AMAError(
+            f"Task '{task.task}' has no 'path', and no `reference_losses` hold its pairs. Every task needs 'task' and 'path'."
+        )
+    source = {key: getattr(task, key) for key in ("path", "name", "data_dir", "data_files", "revision")}
+    parts = {"train": _load_split(task, task.split, **source)}
+    if task.eval_split:
+        parts["test"] = _load_split(task, task.eval_split, **source)
+    commit = _commit(parts["train"])
+    if commit:
+        loaded.commits[task.task] = commit
+    return {split: own_format(part, task) for split, part in parts.items()}
 
 
 def _at_most(dataset: Dataset, count: int | None, seed: int) -> Dataset:
@@ -161,20 +185,44 @@ def _load_split(task: TaskConfig, split: str, **source: Any) -> Dataset:
     return dataset
 
 
-def _preference_columns(dataset: Dataset, task: TaskConfig) -> Dataset:
-    """Bring one task into TRL's preference format with an explicit prompt."""
-    for column in ("chosen", "rejected"):
+def _with_answers(dataset: Dataset, task: TaskConfig, split: str, drop_empty: bool) -> Dataset:
+    """The pairs of which both answers say something.
+
+    Raises:
+        AMAError: If there are no answers' columns, a pair lacks an answer and `drop_empty` is off, or all do.
+    """
+    sides = ("chosen", "rejected")
+    for column in sides:
         if column not in dataset.column_names:
             raise AMAError(
                 f"Task '{task.task}' has no column '{column}'; found {dataset.column_names}. Name the dataset's own columns "
                 "with `columns: {chosen: …, rejected: …}`."
             )
-    for row, example in enumerate(dataset.select_columns(["chosen", "rejected"])):
-        if any(not _answer(example[side]).strip() for side in ("chosen", "rejected")):
-            raise AMAError(
-                f"Task '{task.task}' has a pair without an answer (row {row}: chosen={example['chosen']!r}, "
-                f"rejected={example['rejected']!r}). Drop such rows."
-            )
+    answers = dataset.select_columns(list(sides))
+    kept = [row for row, pair in enumerate(answers) if all(_answer(pair[side]).strip() for side in sides)]
+    if len(kept) == len(dataset):
+        return dataset
+    if not kept:
+        raise AMAError(
+            f"Task '{task.task}' has no pair with two answers in its {len(dataset)} rows of split '{split}'. Check its `columns`."
+        )
+    if not drop_empty:
+        row = next((number for number, found in enumerate(kept) if number != found), len(kept))
+        first = ", ".join(f"{side}={_short(answers[row][side])}" for side in sides)
+        raise AMAError(
+            f"Task '{task.task}' has pairs without an answer: {len(dataset) - len(kept)} of {len(dataset)} in split '{split}', "
+            f"the first in row {row} ({first}). Set `drop_empty: true` to leave such pairs out, or mend them."
+        )
+    return dataset.select(kept)
+
+
+def _short(value: Any, most: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= most else f"…{text[-most:]}"  # of a conversation the answer is the end
+
+
+def _preference_columns(dataset: Dataset, task: TaskConfig) -> Dataset:
+    """Bring one task into TRL's preference format with an explicit prompt."""
     if "prompt" not in dataset.column_names:
         dataset = dataset.map(extract_prompt, desc=f"Extracting the prompts of {task.task}")
     extra = [column for column in EXTRA_COLUMNS if column in dataset.column_names]
@@ -209,6 +257,46 @@ def _plain_messages(dataset: Dataset) -> Dataset:
         return dataset
     # The features are given because a message's other keys would otherwise stay, empty
     return dataset.map(strip, features=Features({**features, **dict.fromkeys(PAIR_COLUMNS, plain)}))
+
+
+def _with_template_kwargs(dataset: Dataset, task: TaskConfig) -> Dataset:
+    """Give every pair the task's `chat_template_kwargs`; those that a pair has of its own win."""
+    if not task.chat_template_kwargs:
+        return dataset
+    if not isinstance(dataset[0]["prompt"], list):
+        raise AMAError(
+            f"Task '{task.task}' sets chat_template_kwargs, but its pairs are plain text, which no chat template is applied to. "
+            "Leave the key out, or bring the pairs into messages, e.g. with `format: single_turn`."
+        )
+
+    def add(row: dict[str, Any]) -> dict[str, Any]:
+        return {TEMPLATE_KWARGS_COLUMN: {**task.chat_template_kwargs, **_given(row.get(TEMPLATE_KWARGS_COLUMN))}}
+
+    # Json keeps of every row the keys that it has. A column of mappings would fill up with nulls, and to a template null
+    # is a value: `is defined` holds for it
+    features = Features({**dataset.features, TEMPLATE_KWARGS_COLUMN: Json()})
+    return dataset.map(add, features=features, desc=f"Adding the chat_template_kwargs of {task.task}")
+
+
+def _given(kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    return {key: value for key, value in (kwargs or {}).items() if value is not None}
+
+
+def _unite_template_kwargs(parts: dict[str, dict[str, Dataset]]) -> None:
+    """Bring the tasks' `chat_template_kwargs` into one type, in place, where they differ or some tasks have none."""
+    every = [part for own in parts.values() for part in own.values()]
+    types = {repr(part.features.get(TEMPLATE_KWARGS_COLUMN)) for part in every}
+    if len(types) < 2 or any(isinstance(part[0]["prompt"], str) for part in every):
+        return
+
+    def only_given(row: dict[str, Any]) -> dict[str, Any]:
+        return {TEMPLATE_KWARGS_COLUMN: _given(row.get(TEMPLATE_KWARGS_COLUMN))}
+
+    for own in parts.values():
+        for task, part in own.items():
+            if not isinstance(part.features.get(TEMPLATE_KWARGS_COLUMN), Json):
+                features = Features({**part.features, TEMPLATE_KWARGS_COLUMN: Json()})
+                own[task] = part.map(only_given, features=features, desc=f"Reading the chat_template_kwargs of {task}")
 
 
 def fits_into(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callable[[dict], bool]:
