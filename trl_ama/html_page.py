@@ -4,6 +4,7 @@ Every text goes through the template engine's escaping; no markup is put togethe
 """
 
 import base64
+import functools
 import hashlib
 import json
 import os
@@ -180,9 +181,9 @@ def _small_enough(render, curves: int) -> str:
         most, head, longest = most // 2, head // 2, longest // 3
 
 
-def _render(
-    template: str, title: str, contents: list[tuple[str, str]], charts: list[dict[str, Any]], **values: Any
-) -> str:
+@functools.cache
+def _environment() -> Any:
+    """Compiles each template once: a run writes its page after every stage."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -195,6 +196,14 @@ def _render(
         lstrip_blocks=True,
     )
     environment.filters.update(fixed=_fixed, signed=_signed, setting=_setting)
+    return environment
+
+
+def _render(
+    template: str, title: str, contents: list[tuple[str, str]], charts: list[dict[str, Any]], **values: Any
+) -> str:
+    from markupsafe import Markup
+
     style, script = ((_TEMPLATES / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     colours = {line["name"]: line["colour"] for one in charts for line in one["lines"]}
     data = {
@@ -208,7 +217,7 @@ def _render(
             for one in charts
         },
     }
-    return environment.get_template(template).render(
+    return _environment().get_template(template).render(
         title=title,
         contents=contents,
         version=__version__,

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -292,7 +291,8 @@ def causal_lm(model: torch.nn.Module) -> torch.nn.Module:
     """The transformers model inside wrappers of Accelerate (`.module`) and PEFT."""
     while hasattr(model, "module") and isinstance(model.module, torch.nn.Module):
         model = model.module
-    return model.get_base_model() if is_peft_model(model) else model
+    # PEFT's own method: `is_peft_model` asks the installed packages every time, milliseconds in every forward pass
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _keep_scored(module, args, kwargs, outputs):
