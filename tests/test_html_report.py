@@ -538,8 +538,26 @@ def test_comparison_of_runs_with_one_name_and_other_tasks(finished, tmp_path):
     other = make_run(tmp_path / "mine", tasks=["code", "maths"], seed=1)
     (other / "results.json").unlink()
     text = words(write_comparison([finished, other], tmp_path / "both.html").read_text(encoding="utf-8"))
-    assert f"{other} is not evaluated." in text
-    assert f"There is no task maths in {finished}." in text
+    assert f"{other} is not evaluated (evaluation held-out pairs not there)." in text
+    assert f"{finished} has no task maths." in text and f"{other} has no task helpful." in text
+    assert "which are not the same in all runs" in text
+    assert "reference_losses.helpful" not in text and "reference_losses.code" not in text  # no difference of settings
+
+
+def test_comparison_of_a_run_that_is_half_done(finished, tmp_path):
+    other = make_run(tmp_path / "other", seed=0)
+    stage = other / "generalists/proportional/stage.json"
+    write(stage, {"fingerprint": FINGERPRINT, "result": None})
+    text = words(write_comparison([finished, other], tmp_path / "both.html").read_text(encoding="utf-8"))
+    assert "other is not complete (generalist proportional not finished)." in text
+    assert "are not the same in all runs" not in text
+
+
+def test_runs_without_a_common_task_are_not_compared(finished, tmp_path):
+    other = make_run(tmp_path / "other", tasks=["maths"], seed=1)
+    with pytest.raises(AMAError, match=r"The run '.*' has the tasks \['maths'\], and no other run has one of them"):
+        write_comparison([finished, finished.parent / "mine", other], tmp_path / "both.html")
+    assert not (tmp_path / "both.html").exists()
 
 
 # ---- The command ----
@@ -559,6 +577,10 @@ def test_command(copy, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert report(copy, "two") == 0 and (tmp_path / "ama-comparison.html").is_file()
     assert report(copy, "two", "--output", "folder/x.html") == 0 and (tmp_path / "folder/x.html").is_file()
+    capsys.readouterr()
+    (tmp_path / "two" / "results.json").unlink()
+    assert report(copy, "two") == 0 and "Note: two is not evaluated" in capsys.readouterr().err
+    assert report("two") == 0 and "Note: There is no evaluation yet." in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.partial"))
 
 

@@ -74,7 +74,11 @@ def installed(wheel, tmp_path_factory) -> Environment:
 def test_wheel_has_hook_at_its_root_and_the_package_data(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"trl_ama_register.pth", "trl_ama/py.typed", "trl_ama/registration.py"} <= names
-    data = [path for path in (REPO / "trl_ama").rglob("*") if path.suffix in (".md", ".html", ".css", ".js", ".yaml", ".py")]
+    data = [
+        path
+        for path in (REPO / "trl_ama").rglob("*")
+        if path.suffix in (".md", ".html", ".css", ".js", ".yaml", ".py")
+    ]
     assert {path.relative_to(REPO).as_posix() for path in data} <= names
 
 

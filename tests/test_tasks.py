@@ -216,7 +216,10 @@ def test_template_arguments_of_a_task(tmp_path):
 
 
 def test_template_arguments_need_a_template(tmp_path):
-    task = {**write_task(tmp_path, [{"prompt": "q", "chosen": "a", "rejected": "b"}]), "chat_template_kwargs": {"a": 1}}
+    task = {
+        **write_task(tmp_path, [{"prompt": "q", "chosen": "a", "rejected": "b"}]),
+        "chat_template_kwargs": {"a": 1},
+    }
     with pytest.raises(AMAError, match="sets chat_template_kwargs, but its pairs are plain text"):
         load_tasks(TaskMixtureConfig(tasks=[task]))
     with pytest.raises(AMAError, match="chat_template_kwargs of task 'x' must be a mapping"):

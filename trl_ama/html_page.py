@@ -9,7 +9,9 @@ import hashlib
 import json
 import os
 import shlex
+import tempfile
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,23 +48,32 @@ def write_page(folder: str | Path, path: str | Path | None = None) -> Path:
         AMAError: If the folder holds nothing of a run, or the page cannot be written.
     """
     path = Path(path) if path is not None else Path(folder) / "report" / "index.html"
-    return _write(path, render_run(collect(folder)))
+    return save_page(path, render_run(collect(folder)))
 
 
 def write_comparison(folders: list[str] | list[Path], path: str | Path) -> Path:
     """Write the page that compares several runs, see [`write_page`]."""
-    return _write(Path(path), render_comparison([collect(folder) for folder in folders]))
+    return save_page(Path(path), render_comparison([collect(folder) for folder in folders]))
 
 
-def _write(path: Path, page: str) -> Path:
+def save_page(path: Path, page: str) -> Path:
+    """Write a page whole or not at all, and over nothing but a page of ours.
+
+    Raises:
+        AMAError: If the file is something else, or cannot be written.
+    """
     try:
         # A mistyped name should not cost somebody a file
         if path.exists() and b'<meta name="generator" content="trl-ama' not in path.read_bytes()[:4000]:
             raise AMAError(f"'{path}' is not a page of trl-ama, so it is not overwritten. Choose another name.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, path)
+        # A name of its own: jobs that train specialists of one run side by side write its page too
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=f".{path.name}.", suffix=".partial", delete=False, encoding="utf-8"
+        ) as file:
+            file.write(page)
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, path)
     except OSError as error:
         raise AMAError(f"The page '{path}' cannot be written ({error.strerror}). Choose another place.") from error
     return path
@@ -171,7 +182,7 @@ def render_comparison(runs: list[dict[str, Any]]) -> str:
     return _small_enough(render, count)
 
 
-def _small_enough(render, curves: int) -> str:
+def _small_enough(render: Callable[[int, int, int], str], curves: int) -> str:
     """The page with as many points a curve and characters a text as `LARGEST` leaves room for."""
     most, head, longest = max(12, min(300, 45_000 // max(curves, 1))), 400, 4000
     while True:

@@ -11,7 +11,7 @@ from typing import Any
 from .errors import AMAError
 from .html_examples import examples_of, loss_stderr
 from .html_stages import missing_sentences, stage_rows
-from .recipe_text import _without_secrets, is_secret
+from .recipe_text import is_secret, without_secrets
 from .run_folder import RunFolder, as_dict, as_names, last_checkpoint, number
 from .run_note import NOTE_FILE
 
@@ -94,7 +94,7 @@ def collect(folder: str | Path) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str | None:
-    return _without_secrets(value, None) if isinstance(value, str) else None
+    return without_secrets(value) if isinstance(value, str) else None
 
 
 def _part(notes: dict[str, dict[str, Any]], task: str) -> dict[str, Any]:
@@ -199,12 +199,10 @@ def masked(value: Any, key: str = "", depth: int = 0) -> Any:
     if depth > 20:
         return "…"
     if isinstance(value, dict):
-        return {
-            _without_secrets(str(name), None): masked(entry, str(name), depth + 1) for name, entry in value.items()
-        }
+        return {without_secrets(str(name)): masked(entry, str(name), depth + 1) for name, entry in value.items()}
     if isinstance(value, list):
         return [masked(entry, key, depth + 1) for entry in value]
-    return _without_secrets(value, None) if isinstance(value, str) else value
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from .errors import AMAError
+
 
 _FIGURES = (
     ("accuracy", "Reward accuracy", min),
@@ -71,8 +73,19 @@ def _worst_first(tasks: list[str], policy: dict[str, Any], key: str, worst: Call
 
 
 def comparison(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the page of several runs shows: `runs` with labels, `tables`, `differences`, `same`, `missing` and `lines`."""
-    runs = [{**run, "label": label} for run, label in zip(runs, _labels(runs), strict=True)]
+    """What the page of several runs shows: `runs` with labels, `tables`, `differences`, `same`, `missing` and `lines`.
+
+    Raises:
+        AMAError: If a run has no task that another has too.
+    """
+    runs = _labelled(runs)
+    for run in runs:
+        others = {task for other in runs if other is not run for task in other["tasks"]}
+        if run["tasks"] and others and not others & set(run["tasks"]):
+            raise AMAError(
+                f"The run '{run['place']}' has the tasks {run['tasks']}, and no other run has one of them, so there is nothing to "
+                "compare. Leave it out; `trl ama-report` with one folder writes its own page."
+            )
     tasks = list(dict.fromkeys(task for run in runs for task in (run["results"] or {}).get("tasks", ())))
     columns, groups = [], []
     for run in runs:
@@ -90,9 +103,15 @@ def comparison(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "tables": _tables(tasks, columns, columns[0][1], groups) if columns else [],
         "differences": differences,
         "same": same,
-        "missing": _reservations(runs, len(lines) < len(every)),
+        "missing": reservations(runs)
+        + ["Curves are shown of each run's own strategy only, as there would be too many."]
+        * (len(lines) < len(every)),
         "lines": [(f"{run['label']}: {name}", run, name) for run, name in lines],
     }
+
+
+def _labelled(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**run, "label": label} for run, label in zip(runs, _labels(runs), strict=True)]
 
 
 def _labels(runs: list[dict[str, Any]]) -> list[str]:
@@ -123,7 +142,14 @@ def _settings(run: dict[str, Any]) -> dict[str, Any]:
 
 def _differences(runs: list[dict[str, Any]]) -> tuple[list[tuple[str, list[tuple[bool, Any]]]], int]:
     noted = [_settings(run) for run in runs]
-    keys = list(dict.fromkeys(key for settings in noted for key in settings))
+    partial = {task for run in runs for task in run["tasks"] if any(task not in other["tasks"] for other in runs)}
+    # What is noted of a task that a run has not got would fill a screen, and is no difference of settings
+    left_out = tuple(f"{part}.{task}" for part in ("reference_losses", "pairs") for task in partial)
+    keys = [
+        key
+        for key in dict.fromkeys(key for settings in noted for key in settings)
+        if not any(key == name or key.startswith(f"{name}.") for name in left_out)
+    ]
     rows = [(key, [(key in settings, settings.get(key)) for settings in noted]) for key in keys]
     differing = [(key, values) for key, values in rows if any(value != values[0] for value in values)]
     differing.sort(
@@ -132,20 +158,35 @@ def _differences(runs: list[dict[str, Any]]) -> tuple[list[tuple[str, list[tuple
     return differing, len(rows) - len(differing)
 
 
-def _reservations(runs: list[dict[str, Any]], only_main: bool) -> list[str]:
-    """Why numbers of these runs may not be of one kind, and what the page leaves out."""
-    sentences = [f"{run['label']} is not evaluated." for run in runs if run["results"] is None]
-    for task in dict.fromkeys(task for run in runs for task in run["tasks"]):
+def reservations(runs: list[dict[str, Any]]) -> list[str]:
+    """Why numbers of these runs may not be of one kind."""
+    runs = _labelled(runs)
+    sentences = []
+    for run in runs:
+        open_stages = [
+            f"{stage} {name} {state}"
+            for stage, name, state in run["stages"]
+            if state.startswith(("not finished", "not there"))
+        ]
+        if run["results"] is None:
+            sentences.append(
+                f"{run['label']} is not evaluated" + (f" ({'; '.join(open_stages)})." if open_stages else ".")
+            )
+        elif open_stages:
+            sentences.append(f"{run['label']} is not complete ({'; '.join(open_stages)}).")
+    tasks = list(dict.fromkeys(task for run in runs for task in run["tasks"]))
+    lacking = {run["label"]: [task for task in tasks if task not in run["tasks"]] for run in runs}
+    sentences += [f"{label} has no task {', '.join(names)}." for label, names in lacking.items() if names]
+    if any(lacking.values()):
+        sentences.append(
+            "The worst task and the mean are of each run's own tasks, which are not the same in all runs."
+        )
+    for task in tasks:
         held_out = {str(run["held_out_pairs"].get(task)) for run in runs} - {"None"}
-        lacking = [run["label"] for run in runs if task not in run["tasks"]]
         if len(held_out) > 1:
             sentences.append(
                 f"The held-out pairs of {task} are not the same in all runs, so its figures cannot be compared."
             )
-        if lacking:
-            sentences.append(f"There is no task {task} in {', '.join(lacking)}.")
     if len({run["base_model"] for run in runs if run["base_model"]}) > 1:
         sentences.append("The runs have different base models.")
-    if only_main:
-        sentences.append("Curves are shown of each run's own strategy only, as there would be too many.")
     return sentences

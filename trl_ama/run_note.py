@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .recipe_text import _without_secrets, is_secret, public_name, recipe_yaml
+from .recipe_text import is_secret, public_name, recipe_yaml, without_secrets
 
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def public_arguments(argv: list[str]) -> str | None:
         if skips:
             continue
         if value:
-            value = "…" if _ASSIGNS_SECRET.search(value) else _FOLDERS.sub("", _without_secrets(value, None))
+            value = "…" if _ASSIGNS_SECRET.search(value) else _FOLDERS.sub("", without_secrets(value))
         shown.append(shlex.quote(f"{flag}{equals}{value}"))
     return " ".join(shown)
 

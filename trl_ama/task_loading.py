@@ -260,10 +260,15 @@ def _plain_messages(dataset: Dataset) -> Dataset:
 
 
 def _with_template_kwargs(dataset: Dataset, task: TaskConfig) -> Dataset:
-    """Give every pair the task's `chat_template_kwargs`; those that a pair has of its own win."""
-    if not task.chat_template_kwargs:
+    """Give every pair the task's `chat_template_kwargs`; those that a pair has of its own win.
+
+    Always as Json, which keeps of every row the keys that it has: in a column of mappings all rows have all keys, and to a
+    template null is a value (`is defined` holds for it). A task's tokens must not depend on what the other tasks are.
+    """
+    is_text = not isinstance(dataset[0]["prompt"], list)
+    if not task.chat_template_kwargs and (is_text or TEMPLATE_KWARGS_COLUMN not in dataset.column_names):
         return dataset
-    if not isinstance(dataset[0]["prompt"], list):
+    if is_text:
         raise AMAError(
             f"Task '{task.task}' sets chat_template_kwargs, but its pairs are plain text, which no chat template is applied to. "
             "Leave the key out, or bring the pairs into messages, e.g. with `format: single_turn`."
@@ -272,8 +277,6 @@ def _with_template_kwargs(dataset: Dataset, task: TaskConfig) -> Dataset:
     def add(row: dict[str, Any]) -> dict[str, Any]:
         return {TEMPLATE_KWARGS_COLUMN: {**task.chat_template_kwargs, **_given(row.get(TEMPLATE_KWARGS_COLUMN))}}
 
-    # Json keeps of every row the keys that it has. A column of mappings would fill up with nulls, and to a template null
-    # is a value: `is defined` holds for it
     features = Features({**dataset.features, TEMPLATE_KWARGS_COLUMN: Json()})
     return dataset.map(add, features=features, desc=f"Adding the chat_template_kwargs of {task.task}")
 
@@ -283,7 +286,7 @@ def _given(kwargs: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _unite_template_kwargs(parts: dict[str, dict[str, Dataset]]) -> None:
-    """Bring the tasks' `chat_template_kwargs` into one type, in place, where they differ or some tasks have none."""
+    """Give an empty `chat_template_kwargs` to tasks that have none where others have, in place; and all the same type."""
     every = [part for own in parts.values() for part in own.values()]
     types = {repr(part.features.get(TEMPLATE_KWARGS_COLUMN)) for part in every}
     if len(types) < 2 or any(isinstance(part[0]["prompt"], str) for part in every):
