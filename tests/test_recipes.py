@@ -10,6 +10,7 @@ import shlex
 import stat
 import subprocess
 import sys
+from dataclasses import fields
 from itertools import cycle
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from conftest import make_model, make_rows
 from datasets import Dataset, Features, List, Value
+from trl import DPOConfig
 
-from trl_ama import run_pipeline
+from trl_ama import AMAConfig, run_pipeline
+from trl_ama.pipeline_arguments import PipelineArguments
 from trl_ama.scripts.common import check_keys, make_parser, read_config, split_arguments
 from trl_ama.task_config import TaskMixtureConfig
 from trl_ama.task_loading import load_tasks
@@ -31,7 +34,12 @@ FOLDER = ROOT / "recipes"
 RECIPES = sorted(FOLDER.rglob("ama/*.yaml"))
 NAMES = [str(path.relative_to(FOLDER)) for path in RECIPES]
 ACCELERATE_CONFIGS = sorted(FOLDER.glob("accelerate_configs/*.yaml"))
-AMA_KEYS = ("mixing", "mixing_lr", "smoothing", "excess_clip", "compare", "specialist_args")
+# One of each folder, where only the tasks matter: a test below sees to it that its other configs have the same
+FIRST = {path.parent.parent.name: path for path in reversed(RECIPES)}
+AMA_KEYS = ("mixing", "mixing_lr", "smoothing", "excess_clip", "compare", "specialist_args")  # in every recipe
+EVERY_AMA_KEY = {field.name for kind in (PipelineArguments, TaskMixtureConfig) for field in fields(kind)} | (
+    {field.name for field in fields(AMAConfig)} - {field.name for field in fields(DPOConfig)}
+)
 
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
 TEXT = Value("string")
@@ -104,9 +112,12 @@ def test_recipe_parses_strictly(path):
 def test_recipe_is_written_like_the_others(path):
     text = path.read_text()
     assert re.match(r"# .*(GPU|CPU|cores)", text), "the first comment names the hardware"
-    for key in AMA_KEYS:
-        line = next((line for line in text.splitlines() if line.startswith(f"{key}:")), "")
-        assert "#" in line, f"'{key}' lacks its comment"
+    lines = text.splitlines()
+    keys = yaml.safe_load(text)
+    assert set(AMA_KEYS) <= set(keys)
+    for key in EVERY_AMA_KEY & set(keys):
+        row = next(row for row, line in enumerate(lines) if line.startswith(f"{key}:"))
+        assert "#" in lines[row] or lines[row - 1].startswith("#"), f"'{key}' lacks its comment"
     assert max(map(len, text.splitlines())) < 120
     folder = path.parent.parent
     readme = (folder / "README.md").read_text()
@@ -115,6 +126,21 @@ def test_recipe_is_written_like_the_others(path):
     for task in recipe_tasks(path):
         assert task["task"] in readme
         assert task["path"] == "json" or f"https://huggingface.co/datasets/{task['path']}" in readme
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_the_configs_of_a_recipe_have_the_same_tasks(name):
+    assert [recipe_tasks(path) for path in RECIPES if name in path.parts] == [recipe_tasks(FIRST[name])] * sum(
+        name in path.parts for path in RECIPES
+    )
+
+
+def test_recipes_on_public_data_take_it_as_it_is():
+    """Published datasets may hold pairs without an answer, and a template may write the date."""
+    for path in RECIPES:
+        task_args, pipeline_args = parse(path)[3], parse(path)[0]
+        assert task_args.drop_empty == ("quickstart" not in path.parts)
+        assert (pipeline_args.template_date == "2025-07-08") == ("smollm3-3b" in path.parts)
 
 
 def test_links_of_the_readmes():
@@ -162,14 +188,14 @@ def public_rows(path, split):
     return Dataset.from_list(rows, features=Features(columns))
 
 
-@pytest.mark.parametrize("path", [path for path in RECIPES if "quickstart" not in path.parts], ids=str)
-def test_columns_and_formats_fit_the_public_datasets(path, monkeypatch):
+@pytest.mark.parametrize("name", [name for name in FIRST if name != "quickstart"])
+def test_columns_and_formats_fit_the_public_datasets(name, monkeypatch):
     def load_dataset(path, split, **source):
         assert path != "Anthropic/hh-rlhf" or source["data_dir"] in ("helpful-base", "harmless-base")
         return public_rows(path, split)
 
     monkeypatch.setattr("trl_ama.task_loading.load_dataset", load_dataset)
-    tasks = recipe_tasks(path)
+    tasks = recipe_tasks(FIRST[name])
     data = load_tasks(TaskMixtureConfig(tasks=tasks, test_split_size=0.3))
     assert data["train"].features["task"].names == [task["task"] for task in tasks]
     for part in data.values():
@@ -178,7 +204,7 @@ def test_columns_and_formats_fit_the_public_datasets(path, monkeypatch):
             assert row["prompt"] == [{"role": "user", "content": f"question {number}"}]
             assert row["chosen"] == [{"role": "assistant", "content": f"good {number}"}]
             assert row["rejected"] == [{"role": "assistant", "content": f"bad {number}"}]
-            if path.parent.parent.name == "smollm3-3b":
+            if name == "smollm3-3b":
                 task = tasks[row["task"]]["task"]
                 assert row["chat_template_kwargs"]["enable_thinking"] == (task == "think")
 
@@ -340,9 +366,10 @@ def test_slurm_job_says_what_is_wrong(sbatch):
     assert "not for 'ama'" in sbatch("--model", "zephyr-7b", "--config", "lora", code=2, ARRAY_TASK_ID=0)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
-def test_array_job_has_one_task_each(sbatch, path):
-    flags = ("--model", path.parent.parent.name, "--config", path.stem.removeprefix("config_"))
+@pytest.mark.parametrize("name", FIRST)
+def test_array_job_has_one_task_each(sbatch, name):
+    path = FIRST[name]
+    flags = ("--model", name, "--config", path.stem.removeprefix("config_"))
     tasks = recipe_tasks(path)
     for number in (0, len(tasks) - 1):
         words = sbatch(*flags, "--stage", "ama-specialists", ARRAY_TASK_ID=number)

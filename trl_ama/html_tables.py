@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .errors import AMAError
+from .html_report import flat
 
 
 _FIGURES = (
@@ -127,8 +128,6 @@ def _labels(runs: list[dict[str, Any]]) -> list[str]:
 def _settings(run: dict[str, Any]) -> dict[str, Any]:
     """Everything that a run has noted of its settings: its fingerprint, and its recipe where that says more."""
     import yaml
-
-    from .html_report import flat
 
     settings = dict(run["fingerprint"])
     try:

@@ -103,7 +103,7 @@ def _run_stages(settings: RunSettings, publisher: Publisher, stages: Sequence[st
 
 def check_recipe(settings: RunSettings, stages: Sequence[str] = STAGES) -> None:
     """Find what is wrong with a recipe before anything is trained."""
-    if asks_for_the_day(settings.tokenizer):
+    if asks_for_the_day(settings.tokenizer) and PartialState().is_main_process:
         warnings.warn(
             f"The chat template of '{settings.model_name}' writes today's date into every prompt, so reference losses of one day "
             "are not quite those of the next. Fix it with `template_date: 2025-07-08` (any day) in the recipe.",
