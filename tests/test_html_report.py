@@ -540,8 +540,20 @@ def test_comparison_of_runs_with_one_name_and_other_tasks(finished, tmp_path):
     text = words(write_comparison([finished, other], tmp_path / "both.html").read_text(encoding="utf-8"))
     assert f"{other} is not evaluated (evaluation held-out pairs not there)." in text
     assert f"{finished} has no task maths." in text and f"{other} has no task helpful." in text
-    assert "which are not the same in all runs" in text
+    assert "over the tasks that all evaluated runs have" in text
     assert "reference_losses.helpful" not in text and "reference_losses.code" not in text  # no difference of settings
+
+
+def test_worst_task_and_mean_are_over_the_same_tasks_in_all_runs(finished, tmp_path):
+    other = make_run(tmp_path / "other", tasks=["code", "maths"], seed=1)
+    page = write_comparison([finished, other], tmp_path / "both.html").read_text(encoding="utf-8")
+    table = re.search(r'(?s)<table class="results" data-figure="accuracy">.*?</table>', page)[0]
+    found = {
+        name: re.findall(r'data-value="(.*?)"', re.search(rf"(?s)<bdi>{name}</bdi></th>(.*?)</tr>", table)[1])
+        for name in ("worst common task", "mean of common tasks", "code", "maths")
+    }
+    assert found["worst common task"] == found["mean of common tasks"] == found["code"]  # of all columns, both runs'
+    assert len(found["code"]) == 6 and len(found["maths"]) == 3 and "worst task" not in words(table)
 
 
 def test_comparison_of_a_run_that_is_half_done(finished, tmp_path):

@@ -32,16 +32,27 @@ def _tables(
     columns: list[tuple[str, dict[str, Any]]],
     leading: dict[str, Any],
     groups: list[tuple[str, int]] | None,
+    common: list[str] | None = None,
 ) -> list[dict[str, Any]]:
+    """A table a figure; the worst task and the mean are over `common`, or else over each column's own tasks."""
     tables = []
     for key, title, worst in _FIGURES:
         values = [{task: figures.get(key) for task, figures in policy["by_task"].items()} for _, policy in columns]
         if not any(value is not None for column in values for value in column.values()):
             continue
-        rows = [
-            {"name": "worst task", "kind": "worst", "cells": [_summary(policy, key, worst) for _, policy in columns]},
-            {"name": "mean of tasks", "kind": "mean", "cells": [_summary(policy, key, None) for _, policy in columns]},
-        ]
+        rows = []
+        if common is None or common:
+            names = (
+                ("worst task", "mean of tasks") if common is None else ("worst common task", "mean of common tasks")
+            )
+            rows = [
+                {
+                    "name": name,
+                    "kind": kind,
+                    "cells": [_summary(policy, key, function, common) for _, policy in columns],
+                }
+                for name, kind, function in zip(names, ("worst", "mean"), (worst, None), strict=True)
+            ]
         worsts = [_summary(policy, key, worst)["value"] for _, policy in columns]
         for task in _worst_first(tasks, leading, key, worst):
             cells = []
@@ -59,10 +70,16 @@ def _tables(
     return tables
 
 
-def _summary(policy: dict[str, Any], key: str, worst: Callable | None) -> dict[str, Any]:
+def _summary(
+    policy: dict[str, Any], key: str, worst: Callable | None, tasks: list[str] | None = None
+) -> dict[str, Any]:
     """The cell of the worst task, or of the mean; older runs have noted neither for margins."""
-    values = [figures[key] for figures in policy["by_task"].values() if key in figures]
-    value = policy["summary"].get(f"{'worst' if worst else 'mean'}_{key}")
+    values = [
+        figures[key]
+        for task, figures in policy["by_task"].items()
+        if key in figures and (tasks is None or task in tasks)
+    ]
+    value = policy["summary"].get(f"{'worst' if worst else 'mean'}_{key}") if tasks is None else None
     if value is None and values:
         value = worst(values) if worst else math.fsum(values) / len(values)
     return {"value": value, "error": None, "is_worst": False}
@@ -87,7 +104,9 @@ def comparison(runs: list[dict[str, Any]]) -> dict[str, Any]:
                 f"The run '{run['place']}' has the tasks {run['tasks']}, and no other run has one of them, so there is nothing to "
                 "compare. Leave it out; `trl ama-report` with one folder writes its own page."
             )
-    tasks = list(dict.fromkeys(task for run in runs for task in (run["results"] or {}).get("tasks", ())))
+    evaluated = [run["results"]["tasks"] for run in runs if run["results"]]
+    tasks = list(dict.fromkeys(task for own in evaluated for task in own))
+    common = [task for task in tasks if all(task in own for own in evaluated)]
     columns, groups = [], []
     for run in runs:
         policies = run["results"]["policies"] if run["results"] else {}
@@ -101,7 +120,9 @@ def comparison(runs: list[dict[str, Any]]) -> dict[str, Any]:
     differences, same = _differences(runs)
     return {
         "runs": runs,
-        "tables": _tables(tasks, columns, columns[0][1], groups) if columns else [],
+        "tables": _tables(tasks, columns, columns[0][1], groups, None if common == tasks else common)
+        if columns
+        else [],
         "differences": differences,
         "same": same,
         "missing": reservations(runs)
@@ -178,7 +199,7 @@ def reservations(runs: list[dict[str, Any]]) -> list[str]:
     sentences += [f"{label} has no task {', '.join(names)}." for label, names in lacking.items() if names]
     if any(lacking.values()):
         sentences.append(
-            "The worst task and the mean are of each run's own tasks, which are not the same in all runs."
+            "The worst task and the mean are over the tasks that all evaluated runs have, if there are any."
         )
     for task in tasks:
         held_out = {str(run["held_out_pairs"].get(task)) for run in runs} - {"None"}

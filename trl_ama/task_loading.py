@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, Json, List, Value, load_dataset
+from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
 from transformers import PreTrainedTokenizerBase
 from trl import extract_prompt
 
@@ -15,9 +15,9 @@ from .errors import AMAError, first_line
 from .task_config import TaskConfig, TaskMixtureConfig, check_task_names
 from .task_formats import own_format
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, add_pair_ids, concatenate_tasks
+from .template_kwargs import unite_template_kwargs, with_template_kwargs
 
 
-TEMPLATE_KWARGS_COLUMN = "chat_template_kwargs"
 _LOCAL_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -77,7 +77,7 @@ def read_tasks(
     for task in config.tasks:
         for split, part in _load_task(task, config, seed, fits, (ready or {}).get(task.task), loaded).items():
             parts[split][task.task] = part
-    _unite_template_kwargs(parts)
+    unite_template_kwargs(parts)
     for split, own in parts.items():
         if own:
             # The same ClassLabel in both splits, also when only some tasks have held-out pairs
@@ -112,7 +112,7 @@ def _load_task(
             kept = _with_answers(part, task, split, config.drop_empty)
             if len(kept) < len(part):
                 loaded.empty.setdefault(task.task, {})[split] = len(part) - len(kept)
-            parts[split] = _with_template_kwargs(_preference_columns(kept, task), task)
+            parts[split] = with_template_kwargs(_preference_columns(kept, task), task)
         if "test" not in parts and config.test_split_size is not None:
             parts = dict(parts["train"].train_test_split(test_size=config.test_split_size, seed=seed))
     if fits is not None:
@@ -257,49 +257,6 @@ def _plain_messages(dataset: Dataset) -> Dataset:
         return dataset
     # The features are given because a message's other keys would otherwise stay, empty
     return dataset.map(strip, features=Features({**features, **dict.fromkeys(PAIR_COLUMNS, plain)}))
-
-
-def _with_template_kwargs(dataset: Dataset, task: TaskConfig) -> Dataset:
-    """Give every pair the task's `chat_template_kwargs`; those that a pair has of its own win.
-
-    Always as Json, which keeps of every row the keys that it has: in a column of mappings all rows have all keys, and to a
-    template null is a value (`is defined` holds for it). A task's tokens must not depend on what the other tasks are.
-    """
-    is_text = not isinstance(dataset[0]["prompt"], list)
-    if not task.chat_template_kwargs and (is_text or TEMPLATE_KWARGS_COLUMN not in dataset.column_names):
-        return dataset
-    if is_text:
-        raise AMAError(
-            f"Task '{task.task}' sets chat_template_kwargs, but its pairs are plain text, which no chat template is applied to. "
-            "Leave the key out, or bring the pairs into messages, e.g. with `format: single_turn`."
-        )
-
-    def add(row: dict[str, Any]) -> dict[str, Any]:
-        return {TEMPLATE_KWARGS_COLUMN: {**task.chat_template_kwargs, **_given(row.get(TEMPLATE_KWARGS_COLUMN))}}
-
-    features = Features({**dataset.features, TEMPLATE_KWARGS_COLUMN: Json()})
-    return dataset.map(add, features=features, desc=f"Adding the chat_template_kwargs of {task.task}")
-
-
-def _given(kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    return {key: value for key, value in (kwargs or {}).items() if value is not None}
-
-
-def _unite_template_kwargs(parts: dict[str, dict[str, Dataset]]) -> None:
-    """Give an empty `chat_template_kwargs` to tasks that have none where others have, in place; and all the same type."""
-    every = [part for own in parts.values() for part in own.values()]
-    types = {repr(part.features.get(TEMPLATE_KWARGS_COLUMN)) for part in every}
-    if len(types) < 2 or any(isinstance(part[0]["prompt"], str) for part in every):
-        return
-
-    def only_given(row: dict[str, Any]) -> dict[str, Any]:
-        return {TEMPLATE_KWARGS_COLUMN: _given(row.get(TEMPLATE_KWARGS_COLUMN))}
-
-    for own in parts.values():
-        for task, part in own.items():
-            if not isinstance(part.features.get(TEMPLATE_KWARGS_COLUMN), Json):
-                features = Features({**part.features, TEMPLATE_KWARGS_COLUMN: Json()})
-                own[task] = part.map(only_given, features=features, desc=f"Reading the chat_template_kwargs of {task}")
 
 
 def fits_into(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callable[[dict], bool]:
