@@ -289,6 +289,19 @@ def test_a_task_that_cannot_be_loaded_does_not_hide_the_others(recipe):
     assert "without an answer" in render(check).split("## Summary")[1]
 
 
+def test_answers_that_drop_empty_drops_are_counted(recipe):
+    train, test = CLEAN["list"]
+    silent = pair("list apple", " ", "bread")
+    data = with_list([silent, *train, silent], [*test, silent])
+    check = check_data(recipe(data, task_changes={"drop_empty": True}))
+    found = [problem for problem in check.tasks[0].problems if problem.kind == "empty_answer"]
+    assert [(problem.level, problem.found) for problem in found] == [
+        ("note", f"drop_empty drops 2 of {len(train) + 2} pairs: they have an empty answer."),
+        ("note", f"drop_empty drops 1 of {len(test) + 1} held-out pairs: they have an empty answer."),
+    ]
+    assert check.tasks[0].splits["train"]["pairs"] == len(train) and check.trains
+
+
 @pytest.mark.parametrize("chosen", [5, [3], [{"text": "x"}], [{"from": "gpt", "value": "apple"}]])
 @pytest.mark.parametrize("which", [slice(None), slice(5, 6)])
 def test_rows_of_any_shape(recipe, chosen, which):

@@ -102,6 +102,20 @@ def test_a_run_has_one_date_and_each_tasks_arguments(dated_model, tmp_path, monk
         run_pipeline(*parse(other, "--output_dir", tmp_path / "run"))
 
 
+def test_the_plan_says_how_many_pairs_had_no_answer(dated_model, tmp_path):
+    from trl_ama.pipeline import describe_plan
+
+    recipe = recipe_of(dated_model, tmp_path, template_date="2025-07-07", drop_empty=True)
+    path = tmp_path / "sort_train.jsonl"
+    path.write_text(
+        path.read_text() + '{"prompt": [{"role": "user", "content": "sort"}], "chosen": [], "rejected": []}\n'
+    )
+    lines = describe_plan(RunSettings(*parse(recipe, "--output_dir", tmp_path / "run")), ("specialists",))
+    assert [line.split() for line in lines if "answer" in line] == [
+        "without an answer sort 1 of train dropped".split()
+    ]
+
+
 def test_a_date_that_is_not_fixed_is_warned_about(dated_model, tmp_path):
     from trl_ama.pipeline import check_recipe
 
