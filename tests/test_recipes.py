@@ -1,5 +1,6 @@
 """Every shipped recipe parses strictly, and runs with model and data swapped from the command line."""
 
+import functools
 import gc
 import importlib.util
 import json
@@ -14,6 +15,7 @@ from dataclasses import fields
 from itertools import cycle
 from pathlib import Path
 
+import accelerate
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
@@ -222,10 +224,12 @@ def pairs_dir(tmp_path_factory):
 
 
 @pytest.fixture
-def quick_collection():
-    """Every training ends with several garbage collections, each through everything that was ever imported: half of the
-    time of these runs. What is there before a test is left out of them.
+def quick_python(monkeypatch):
+    """Leaves out what takes more than half of the time of such small runs and tests nothing: garbage collections, several a
+    training, each through everything that was ever imported; and Accelerate's reading of package metadata, hundreds a run.
     """
+    available = functools.cache(accelerate.utils.imports._is_package_available)
+    monkeypatch.setattr(accelerate.utils.imports, "_is_package_available", available)
     gc.collect()
     gc.freeze()
     yield
@@ -242,7 +246,7 @@ def model_for_4_bits(tokenizer, tmp_path_factory):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
-@pytest.mark.usefixtures("quick_collection")
+@pytest.mark.usefixtures("quick_python")
 def test_recipe_runs_with_model_and_data_swapped(path, model_dir, model_for_4_bits, pairs_dir, tmp_path):
     tasks = [task["task"] for task in recipe_tasks(path)]
     flags = {
@@ -380,7 +384,7 @@ def test_array_job_has_one_task_each(sbatch, name):
     assert "nothing to do" in sbatch(*flags, "--stage", "ama-specialists", ARRAY_TASK_ID=len(tasks))
 
 
-@pytest.mark.usefixtures("quick_collection")
+@pytest.mark.usefixtures("quick_python")
 def test_array_tasks_make_what_the_whole_run_finds_done(sbatch, model_dir, pairs_dir, tmp_path, capsys):
     path = FOLDER / "zephyr-7b" / "ama" / "config_lora.yaml"
     tasks = [task["task"] for task in recipe_tasks(path)]
