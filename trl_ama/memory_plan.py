@@ -1,8 +1,9 @@
 """What a training step needs of a device's memory, in bytes, from a model's configuration alone: no weights are read.
 
-    peak = weights + reference model + optimizer states + max(gradients and activations of a pass, gradients and the update's own)
-
-or, if that is more, the trial of the fast path before the first step: a plain pass forward over a pair of `max_length`.
+    peak = weights + reference model + max(
+        optimizer states + gradients and activations at the worst moment of a pass,
+        optimizer states + gradients + what the update needs for itself,
+        the trial of the fast path before the first step: a plain pass forward over a pair of `max_length`)
 
 Parameters are counted on the meta device, with the adapter that PEFT puts on; activations come from `memory_trace.py`, which runs
 the very program on tensors without contents. What is said of libraries below was read in their sources: bitsandbytes 0.50,
@@ -24,14 +25,13 @@ from transformers.quantizers import AutoHfQuantizer
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from .errors import AMAError, first_line
+from .prefix_trial import sequence_limit
 
 
 GIB = 2**30
 NF4_BLOCK, ABSMAX_BLOCK = 64, 256  # weights to a scale, and scales to a scale of scales (bitsandbytes' defaults)
-BLOCK_8BIT, MIN_8BIT = (
-    256,
-    4096,
-)  # of bitsandbytes' 8-bit optimizers: elements to a scale; smaller tensors stay in 32 bits
+# Of bitsandbytes' 8-bit optimizers: elements to a scale, and how many a tensor must have; smaller ones stay in 32 bits
+BLOCK_8BIT, MIN_8BIT = 256, 4096
 _HEAD = ("log_probs", "entropy", "mean_logits", "is_top1")  # what DPOTrainer asks of TRL's head, for its metrics
 # States of the size of the parameter, by `optim`; bitsandbytes' 32-bit ones are in 32 bits whatever the parameter's are
 _STATES = {"adamw": 2, "ademamix": 3, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0, "adafactor": 0}
@@ -50,6 +50,7 @@ class MemorySettings:
         gradient_checkpointing (`bool`): Whether a layer is computed again in the backward pass.
         optim (`str`): Name of the optimizer in the training arguments.
         accumulates (`bool`): Whether gradients are there already when a pass begins.
+        distributed (`bool`): Whether gradients are averaged over processes by DistributedDataParallel.
         device (`str`): `"cuda"` or `"cpu"`, which differ in attention, in the LM head and in the update.
     """
 
@@ -61,7 +62,13 @@ class MemorySettings:
     gradient_checkpointing: bool = False
     optim: str = "adamw_torch_fused"
     accumulates: bool = False
+    distributed: bool = False
     device: str = "cuda"
+
+    @property
+    def flash(self) -> bool:
+        """Whether attention is a flash attention, which need not be installed here to be planned for."""
+        return self.attention is not None and "flash" in self.attention
 
 
 @dataclass(frozen=True)
@@ -79,11 +86,22 @@ class StageMemory:
     peak: int
     paged: bool
     packed: bool
-    why_plain: str | None = None
+    pairs: list[tuple[int, int, int]]  # tokens of prompt, chosen and rejected answer, of the batch that is planned
+    common: int  # tokens that these prompts begin with, which are in a packed row once
+    why_plain: str | None = None  # why the batch is not packed, or not run at all, as half a sentence
 
-    def fits(self, gib: int, overhead: float = 0.0) -> bool:
+    def fits(self, gib: float, overhead: float = 0.0) -> bool:
         """Whether a device of so many GiB holds the peak and `overhead` GiB that are not ours."""
         return self.peak + overhead * GIB <= gib * GIB
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the batch as it runs: in one packed row, without the last of each answer, or in padded rows."""
+        if self.packed:
+            return sum(prompt + chosen + rejected - 2 for prompt, chosen, rejected in self.pairs) - self.common * (
+                len(self.pairs) - 1
+            )
+        return 2 * len(self.pairs) * max(prompt + max(chosen, rejected) for prompt, chosen, rejected in self.pairs)
 
 
 # ---- The model without weights ----
@@ -97,12 +115,10 @@ def empty_model(config: PretrainedConfig, settings: MemorySettings) -> torch.nn.
     """
     try:
         with init_empty_weights():
-            # Flash attention need not be installed here to be planned for; `memory_trace.py` puts it in
-            flash = settings.attention is not None and "flash" in settings.attention
             model = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config),
                 dtype=settings.dtype,
-                attn_implementation="sdpa" if flash else settings.attention,
+                attn_implementation="sdpa" if settings.flash else settings.attention,  # see `memory_trace.py`
             )
         model.tie_weights()  # which the meta device has taken apart
         if settings.quantization is not None:
@@ -263,6 +279,7 @@ def training_memory(
     packed: bool = True,
     reference: bool = False,
     max_length: int | None = None,
+    common: int = 0,
 ) -> StageMemory:
     """Memory of a stage that trains.
 
@@ -272,10 +289,11 @@ def training_memory(
         pairs (`list[tuple[int, int, int]]`): Tokens of prompt, chosen and rejected answer, of the pairs of the largest batch.
         packed (`bool`): Whether the fast path is asked for; it is not taken where the model does not allow it.
         reference (`bool`): Whether a second model is in memory for the reference, as in full fine-tuning by DPOTrainer.
-        max_length (`int`, *optional*): Of the training arguments: what the trial of the fast path goes up to. Defaults to the
-            longest of `pairs`.
+        max_length (`int`, *optional*): Of the training arguments: what the trial of the fast path goes up to. Without, it goes
+            up to twice the longest of `pairs`.
+        common (`int`): Tokens that all prompts begin with, which are in a packed row once.
     """
-    return _memory(config, settings, pairs, packed, reference, max_length, trains=True)
+    return _memory(config, settings, pairs, packed, reference, max_length, common, trains=True)
 
 
 def scoring_memory(
@@ -285,19 +303,36 @@ def scoring_memory(
     packed: bool = True,
     second: bool = False,
     max_length: int | None = None,
+    common: int = 0,
 ) -> StageMemory:
-    """Memory of a stage that only scores; with `second`, another whole model is there beside the base. See [`training_memory`]."""
-    return _memory(
-        config, replace(settings, gradient_checkpointing=False), pairs, packed, second, max_length, trains=False
-    )
+    """Memory of a stage that only scores; with `second`, another whole model is there beside the base. See [`training_memory`].
+
+    Policies that are scored in one sweep run one after the other, so the activations are those of one.
+    """
+    settings = replace(settings, gradient_checkpointing=False)
+    return _memory(config, settings, pairs, packed, second, max_length, common, trains=False)
 
 
-def _memory(config, settings, pairs, packed, second, max_length, trains) -> StageMemory:
+def why_not_packed(config: PretrainedConfig, settings: MemorySettings) -> str | None:
+    """Why a model cannot take packed rows, seen by running one of a few tokens; `None` if it can."""
+    from .memory_trace import CannotTrace, trace_pass
+    from .prefix_sharing import CannotShare
+
+    try:
+        trace_pass(empty_model(config, settings), settings, [(4, 4, 4)], packed=True, trains=False)
+    except (CannotShare, CannotTrace) as reason:
+        return str(reason)
+    return None
+
+
+def _memory(config, settings, pairs, packed, second, max_length, common, trains) -> StageMemory:
     from .memory_trace import CannotTrace, trace_pass
     from .prefix_sharing import CannotShare
 
     model = empty_model(config, settings)
     weights, gradients = weight_bytes(model), gradient_bytes(model) if trains else 0
+    # The buckets in which DistributedDataParallel sends gradients are copies of them, made before the first step
+    buckets = gradients if settings.distributed else 0
     optimizer = optimizer_bytes(_trained(model), settings.optim) if trains else 0
     update = update_bytes(_trained(model), settings.optim, settings.device) if trains else 0
     saved, (parameters, trainable) = saved_bytes(model), count_parameters(model)
@@ -305,7 +340,7 @@ def _memory(config, settings, pairs, packed, second, max_length, trains) -> Stag
     why_plain, traced = None, None
     try:
         try:
-            traced = trace_pass(model, settings, pairs, packed, trains)
+            traced = trace_pass(model, settings, pairs, packed, trains, common)
         except (CannotShare, CannotTrace) as reason:
             if not packed:
                 raise
@@ -318,7 +353,8 @@ def _memory(config, settings, pairs, packed, second, max_length, trains) -> Stag
     if (
         traced is not None and packed
     ):  # before the first step, the fast path is tried on a pair as long as there can be
-        length = max_length or max(prompt + max(chosen, rejected) for prompt, chosen, rejected in pairs)
+        longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in pairs)
+        length = min(max_length or 2 * longest, sequence_limit(config)[0])
         half = max(1, length // 2)
         plain = replace(settings, gradient_checkpointing=False, accumulates=False)
         trial = [(length - half, half, max(1, half - 1))]
@@ -329,11 +365,13 @@ def _memory(config, settings, pairs, packed, second, max_length, trains) -> Stag
         saved=saved if trains else 0,
         weights=weights,
         reference=reference,
-        gradients=gradients,
+        gradients=gradients + buckets,
         optimizer=optimizer,
         activations=None if traced is None else traced.peak - traced.gradients,
-        peak=weights + reference + peak,
+        peak=weights + reference + buckets + peak,
         paged=is_paged(settings.optim),
         packed=packed,
+        pairs=pairs,
+        common=common if packed else 0,
         why_plain=why_plain,
     )

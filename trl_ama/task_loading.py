@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import extract_prompt
 
 from .errors import AMAError, first_line
+from .pair_rows import check_rows
 from .task_config import TaskConfig, TaskMixtureConfig, check_task_names
 from .task_formats import own_format
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, add_pair_ids, concatenate_tasks
@@ -40,7 +41,8 @@ def load_tasks(
         `pair_id` and `task` (a ClassLabel in the recipe's order).
 
     Raises:
-        AMAError: If there are no tasks, one cannot be read, has no rows, or lacks the preference columns.
+        AMAError: If there are no tasks, one cannot be read, has no rows, or lacks the preference columns; or if a row is no
+            preference pair.
     """
     if not config.tasks:
         raise AMAError("There are no tasks. List at least one under `tasks:` in the recipe, or pass `--tasks`.")
@@ -102,9 +104,15 @@ def _load_task(
         train = _load_split(task, task.split, **source)
         test = _load_split(task, task.eval_split, **source) if task.eval_split else None
         commit = _commit(train)
-        train, test = (part if part is None else own_format(part, task) for part in (train, test))
+        train, test = (
+            part if part is None else own_format(part, task, split)
+            for part, split in ((train, "train"), (test, "held-out"))
+        )
     if ready is None:
-        train, test = (part if part is None else _preference_columns(part, task) for part in (train, test))
+        train, test = (
+            part if part is None else _preference_columns(part, task, split)
+            for part, split in ((train, "train"), (test, "held-out"))
+        )
     if test is None and ready is None and config.test_split_size is not None:
         halves = train.train_test_split(test_size=config.test_split_size, seed=seed)
         train, test = halves["train"], halves["test"]
@@ -161,7 +169,7 @@ def _load_split(task: TaskConfig, split: str, **source: Any) -> Dataset:
     return dataset
 
 
-def _preference_columns(dataset: Dataset, task: TaskConfig) -> Dataset:
+def _preference_columns(dataset: Dataset, task: TaskConfig, split: str) -> Dataset:
     """Bring one task into TRL's preference format with an explicit prompt."""
     for column in ("chosen", "rejected"):
         if column not in dataset.column_names:
@@ -169,12 +177,7 @@ def _preference_columns(dataset: Dataset, task: TaskConfig) -> Dataset:
                 f"Task '{task.task}' has no column '{column}'; found {dataset.column_names}. Name the dataset's own columns "
                 "with `columns: {chosen: …, rejected: …}`."
             )
-    for row, example in enumerate(dataset.select_columns(["chosen", "rejected"])):
-        if any(not _answer(example[side]).strip() for side in ("chosen", "rejected")):
-            raise AMAError(
-                f"Task '{task.task}' has a pair without an answer (row {row}: chosen={example['chosen']!r}, "
-                f"rejected={example['rejected']!r}). Drop such rows."
-            )
+    check_rows(dataset, task.task, split)
     if "prompt" not in dataset.column_names:
         dataset = dataset.map(extract_prompt, desc=f"Extracting the prompts of {task.task}")
     extra = [column for column in EXTRA_COLUMNS if column in dataset.column_names]
@@ -182,14 +185,6 @@ def _preference_columns(dataset: Dataset, task: TaskConfig) -> Dataset:
     if isinstance(dataset[0]["prompt"], list) and dataset[0]["prompt"]:
         dataset = _plain_messages(dataset)
     return dataset
-
-
-def _answer(completion: str | list[dict[str, Any]] | None) -> str:
-    """The text of a completion; of a conversation, its last message's."""
-    if isinstance(completion, list):
-        content = completion[-1]["content"] if completion else ""
-        return content if isinstance(content, str) else str(content or "")
-    return completion or ""
 
 
 def _plain_messages(dataset: Dataset) -> Dataset:

@@ -56,10 +56,10 @@ def main(plan_args: PlanArguments, pipeline_args, training_args, model_args, tas
     from trl_ama.run_settings import RunSettings
 
     disable_progress_bars()
-    processes, notes = _launched(launch_args)
+    processes, sharding = _launched(launch_args)
     settings = RunSettings(pipeline_args, training_args, model_args, task_args)
     device = plan_args.device or ("cpu" if training_args.use_cpu else "cuda")
-    plan = make_plan(settings, device, processes, notes)
+    plan = make_plan(settings, device, processes, sharding)
     encoding = sys.stdout.encoding or "utf-8"
     print(render(plan).encode(encoding, "replace").decode(encoding), flush=True)
     if plan_args.json is not None:
@@ -72,8 +72,8 @@ def main(plan_args: PlanArguments, pipeline_args, training_args, model_args, tas
             ) from error
 
 
-def _launched(launch_args) -> tuple[int, list[str]]:
-    """How many processes `accelerate launch` would start, and what of its configuration is not planned."""
+def _launched(launch_args) -> tuple[int, str | None]:
+    """How many processes `accelerate launch` would start, and what would spread the model over their devices, if anything."""
     import yaml
     from accelerate.commands.launch import launch_command_parser
 
@@ -87,9 +87,7 @@ def _launched(launch_args) -> tuple[int, list[str]]:
             settings = {}
     processes = args.num_processes or settings.get("num_processes") or int(os.environ.get("WORLD_SIZE", "1"))
     kind = "DeepSpeed" if args.use_deepspeed else "FSDP" if args.use_fsdp else settings.get("distributed_type", "NO")
-    if str(kind).upper() not in ("DEEPSPEED", "FSDP"):
-        return processes, []
-    return processes, [f"{kind} is asked for; the memory below is that of a device that holds everything, as in DDP."]
+    return processes, str(kind) if str(kind).upper() in ("DEEPSPEED", "FSDP") else None
 
 
 def run_here(launch_args: list[str], script_args: list[str]) -> int:
