@@ -107,7 +107,9 @@ def test_a_row_that_the_template_refuses_is_named(recipe, tokenizer):
     settings = recipe(with_list([row for row in POOL["list"] if "night" not in str(row)][:50] + [GOOD, NIGHT, GOOD]))
     settings.tokenizer.chat_template = refusing + tokenizer.chat_template
     figures = check_data(settings).tasks[0]
-    (problem,) = [problem for problem in figures.problems if problem.kind == "template"]
+    (problem,) = [
+        problem for problem in figures.problems if problem.kind == "template" and "training" in problem.found
+    ]
     assert problem.level == "fatal" and "Row 51 cannot be tokenised" in problem.found and "no nights" in problem.found
     with pytest.raises(AMAError, match="Row 907 cannot be tokenised"):
         tokenise(Dataset.from_list([GOOD, NIGHT]), settings.tokenizer, settings, rows=[900, 907])
@@ -417,6 +419,32 @@ def test_command(run, tmp_path):
     code, printed = run(with_list([{**row, "rejected": row["chosen"]} for row in CLEAN["list"][0]]))
     assert code == 1 and "list: will not train" in printed
     assert not (tmp_path / "out").exists()
+
+
+def test_command_looks_at_a_recipe_for_a_gpu(recipe, tmp_path, model_dir, capsys):
+    """As `trl` runs it: nothing is launched, and the precision of a device that is not here is not refused."""
+    from trl_ama import cli
+
+    recipe(CLEAN)
+    argv = [
+        "ama-check",
+        "--model_name_or_path",
+        model_dir,
+        "--tasks_dir",
+        str(tmp_path),
+        "--bf16",
+        "true",
+        "--show",
+        "0",
+    ]
+    argv += ["--output_dir", str(tmp_path / "out"), "--num_processes", "4", "--tasks", "{task: list}", "{task: sort}"]
+    assert cli.main(argv) == 0
+    assert capsys.readouterr().out.count("## list: OK") == 1
+    rows = [{**row, "rejected": row["chosen"]} for row in CLEAN["list"][0]]
+    recipe(with_list(rows))
+    with pytest.raises(SystemExit) as raised:
+        cli.main(argv)
+    assert raised.value.code == 1 and "## sort: OK" in capsys.readouterr().out
 
 
 def test_command_reads_no_weights(run, monkeypatch):

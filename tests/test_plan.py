@@ -417,9 +417,34 @@ def test_nothing_of_the_weights_is_asked_of_the_hub(recipe, model_dir, hub):
     assert not [path for path in paths if "safetensors" in path or path.endswith(".bin")]
 
 
-def test_a_configuration_that_nobody_knows(recipe, tmp_path, capsys):
+def change_config(tmp_path: Path, **changes) -> None:
     config = tmp_path / "model" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "from_the_future"}))
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+
+
+def test_a_model_without_attention_has_a_plan(recipe, tmp_path, capsys):
+    config = MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4)
+    config.save_pretrained(tmp_path / "model")
+    plan = plan_of([*recipe, "--lora_target_modules", "in_proj", "x_proj"])
+    assert not plan["stages"][2]["memory"]["packed"] and plan["total_cost"] > 0
+    assert "Planned without the fast path" in capsys.readouterr().out
+
+
+def test_weights_that_are_stored_quantised(recipe, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    whole = plan_of(recipe)["stages"][2]["memory"]["weights"]
+    change_config(tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True).to_dict())
+    assert plan_of(recipe)["stages"][2]["memory"]["weights"] < whole
+    change_config(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        cli.main(recipe)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "are stored as 'gptq'" in line and "load_in_4bit" in line
+
+
+def test_a_configuration_that_nobody_knows(recipe, tmp_path, capsys):
+    change_config(tmp_path, model_type="from_the_future")
     with pytest.raises(SystemExit):
         cli.main(recipe)
     line = capsys.readouterr().err.strip().splitlines()[-1]

@@ -412,6 +412,7 @@ def test_32_a_training_step_runs_on_fake_tensors_and_every_storage_is_seen(dpo):
 def test_33_a_quantiser_puts_its_layers_on_the_meta_device():
     pytest.importorskip("bitsandbytes")
     from accelerate import init_empty_weights
+    from peft import get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.quantizers import AutoHfQuantizer
 
@@ -423,9 +424,10 @@ def test_33_a_quantiser_puts_its_layers_on_the_meta_device():
     assert type(layer).__name__ == "Linear4bit" and layer.weight.device.type == "meta"
     assert (layer.in_features, layer.compute_dtype) == (32, torch.bfloat16)
     assert layer.weight.compress_statistics is False and type(model.lm_head) is torch.nn.Linear
-    import peft.tuners.lora.model
-
-    assert 'getattr(model, "is_loaded_in_4bit", False)' in inspect.getsource(peft.tuners.lora.model.LoraModel)
+    model.is_loaded_in_4bit = True
+    wrapped = get_peft_model(model, lora(), low_cpu_mem_usage=True)
+    adapted = [module for module in wrapped.modules() if type(module).__module__ == "peft.tuners.lora.bnb"]
+    assert adapted and {type(module).__name__ for module in adapted} == {"Linear4bit"}
 
 
 def test_34_adapters_on_a_quantised_base_are_trained_in_bf16():

@@ -151,10 +151,20 @@ class _Planner:
 
     @cached_property
     def quantization(self) -> BitsAndBytesConfig | None:
+        stored = getattr(self.config, "quantization_config", None)
         try:
-            return self.settings.quantization_config()
+            asked = self.settings.quantization_config()
+            if asked is not None or stored is None:
+                return asked
+            stored = stored if isinstance(stored, dict) else stored.to_dict()
+            if "bitsandbytes" in str(stored.get("quant_method")):
+                return BitsAndBytesConfig.from_dict(stored)
         except (ImportError, ValueError, TypeError) as error:
             raise AMAError(f"The quantisation cannot be planned: {first_line(error)} Install bitsandbytes.") from error
+        raise AMAError(
+            f"The weights of '{self.settings.model_name}' are stored as '{stored.get('quant_method')}', and a plan knows bitsandbytes "
+            "alone. Plan the model that they were made from, with load_in_4bit or load_in_8bit."
+        )
 
     def memory_settings(self, args: AMAConfig) -> MemorySettings:
         """What of the training arguments decides memory."""

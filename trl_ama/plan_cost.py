@@ -52,8 +52,8 @@ class Products:
                 adapter += share * parameter.numel()
             else:
                 layers += share * parameter.numel()
-        heads = config.num_attention_heads
-        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        heads = getattr(config, "num_attention_heads", 0)  # a state-space model has none
+        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
         return cls(layers, adapter, head.weight.numel(), 2 * width * config.num_hidden_layers, full, device)
 
 

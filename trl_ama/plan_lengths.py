@@ -96,9 +96,14 @@ def count_lengths(settings: RunSettings, max_length: int | None) -> tuple[dict[s
             split: {task: assumed(max_length, count) for task in settings.task_names}
             for split, count in counts.items()
         }
+        unknown = (
+            ""
+            if counts["train"]
+            else " How many pairs there are is unknown, too (max_train_pairs says at most how many)."
+        )
         return parts, [
             f"The data cannot be loaded, so every pair is taken to fill max_length ({max_length} tokens), half of it with the "
-            f"prompt, and steps that depend on the number of pairs are unknown: {error}"
+            f"prompt.{unknown} {error}"
         ]
     lengths: dict[str, dict[str, Lengths]] = {split: {} for split in data}
     sampled = []

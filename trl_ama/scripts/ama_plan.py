@@ -100,38 +100,24 @@ def run_here(launch_args: list[str], script_args: list[str]) -> int:
 
 def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None):
     """Return the parser of `trl ama-plan`."""
-    from trl import ModelConfig, TrlParser
+    from trl import ModelConfig
 
     from trl_ama.ama_config import AMAConfig
     from trl_ama.cli import COMMANDS
     from trl_ama.pipeline_arguments import PipelineArguments
+    from trl_ama.scripts.common import no_device_parser
     from trl_ama.task_config import TaskMixtureConfig
-
-    class Parser(TrlParser):
-        """Reads recipes for a GPU on a machine that has none, where their precision would be refused."""
-
-        def parse_args_and_config(self, args=None, **kwargs):
-            import sys
-
-            from torch import cuda
-
-            from trl_ama.scripts.common import read_config
-
-            args = list(sys.argv[1:] if args is None else args)
-            config = read_config(args)
-            given = any(arg.partition("=")[0] == "--use_cpu" for arg in args)
-            given = given or bool(config is not None and config.values.get("use_cpu"))
-            if given or cuda.is_available():
-                return super().parse_args_and_config(args, **kwargs)
-            parsed = super().parse_args_and_config([*args, "--use_cpu"], **kwargs)
-            plan_args = next(part for part in parsed if isinstance(part, PlanArguments))
-            plan_args.device = plan_args.device or "cuda"
-            return parsed
 
     dataclass_types = (PlanArguments, PipelineArguments, AMAConfig, ModelConfig, TaskMixtureConfig)
     if subparsers is not None:
         return subparsers.add_parser("ama-plan", help=COMMANDS["ama-plan"], dataclass_types=dataclass_types)
-    return Parser(dataclass_types, prog=prog)
+    return no_device_parser(dataclass_types, prog, forced=_planned_for_a_gpu)
+
+
+def _planned_for_a_gpu(parsed) -> None:
+    """The recipe did not ask for the CPU: only this machine did."""
+    plan_args = next(part for part in parsed if isinstance(part, PlanArguments))
+    plan_args.device = plan_args.device or "cuda"
 
 
 if __name__ == "__main__":
