@@ -15,7 +15,7 @@ from conftest import make_model, make_rows
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, LlamaConfig, MambaConfig, MistralConfig, Qwen3Config
 
-from trl_ama import cli, memory_plan
+from trl_ama import cli, memory_plan, optimizer_memory
 from trl_ama.memory_plan import GIB, MemorySettings, empty_model, scoring_memory, training_memory
 from trl_ama.plan_lengths import Lengths, common_beginning, largest_batch, scoring_batch
 
@@ -116,15 +116,15 @@ def test_optimizer_states_are_those_of_the_optimizer(optim, quick_args):
     optimizer.step()
     states = [value for state in optimizer.state.values() for value in state.values()]
     held = sum(value.nbytes for value in states if torch.is_tensor(value) and value.dim())
-    assert memory_plan.optimizer_bytes(model.parameters(), optim) == held
+    assert optimizer_memory.optimizer_bytes(model.parameters(), optim) == held
 
 
 def test_8_bit_and_paged_states():
     parameters = [torch.empty(128, 64, device="meta"), torch.empty(64, device="meta")]
-    assert memory_plan.optimizer_bytes(parameters, "adamw_bnb_8bit") == 2 * (8192 + 4 * 32) + 2 * 64 * 4
-    assert memory_plan.optimizer_bytes(parameters, "lion_32bit") == 4 * (8192 + 64)
-    assert memory_plan.is_paged("paged_adamw_8bit") and not memory_plan.is_paged("adamw_8bit")
-    assert memory_plan.optimizer_family("galore_adamw") is None
+    assert optimizer_memory.optimizer_bytes(parameters, "adamw_bnb_8bit") == 2 * (8192 + 4 * 32) + 2 * 64 * 4
+    assert optimizer_memory.optimizer_bytes(parameters, "lion_32bit") == 4 * (8192 + 64)
+    assert optimizer_memory.is_paged("paged_adamw_8bit") and not optimizer_memory.is_paged("adamw_8bit")
+    assert optimizer_memory.optimizer_family("galore_adamw") is None
 
 
 # ---- A pass ----

@@ -5,30 +5,18 @@ forward and backward and through the reference forward. Cost is counted in produ
 training goes into; see docs/plan.md for what is left out.
 """
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import ceil
 from typing import Any
 
-import torch
-from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig
-from trl import get_peft_config
-
 from .ama_config import AMAConfig
-from .errors import AMAError, first_line
-from .memory_plan import (
-    MemorySettings,
-    StageMemory,
-    empty_model,
-    optimizer_family,
-    scoring_memory,
-    training_memory,
-    why_not_packed,
-)
-from .plan_cost import Products, Work
+from .errors import AMAError
+from .memory_plan import StageMemory
+from .optimizer_memory import optimizer_family
+from .plan_cost import Work
 from .plan_lengths import Lengths, Pair, common_beginning, count_lengths, largest_batch, scoring_batch
-from .prefix_sharing import KNOWN_ATTENTION
-from .prefix_support import broken_rule
+from .plan_model import PlannedModel
 from .run_settings import RunSettings
 
 
@@ -89,9 +77,8 @@ class _Planner:
     def __init__(self, settings: RunSettings, device: str, processes: int, sharding: str | None):
         self.settings, self.device, self.processes, self.sharding = settings, device, processes, sharding
         self.args = settings.training_args
-        self.peft_config = get_peft_config(settings.model_args)
+        self.model = PlannedModel(settings, device, distributed=processes > 1 and sharding is None)
         self.lengths, self.notes = count_lengths(settings, self.args.max_length)
-        self._memories: dict[Any, StageMemory] = {}
 
     def plan(self) -> Plan:
         if not self.parts("train"):
@@ -109,10 +96,10 @@ class _Planner:
         if generalist.activations is None:
             self.notes.append(f"Activations are unknown, and peaks are lower bounds: {generalist.why_plain}.")
         elif not generalist.packed:
-            self.notes.append(f"Planned without the fast path: {self.why_plain or generalist.why_plain}.")
-        if optimizer_family(self.memory_settings(self.args).optim) is None:
+            self.notes.append(f"Planned without the fast path: {self.model.why_plain or generalist.why_plain}.")
+        if optimizer_family(self.model.memory_settings(self.args).optim) is None:
             self.notes.append(
-                f"The states of optim '{self.memory_settings(self.args).optim}' are not known here and taken for AdamW's."
+                f"The states of optim '{self.model.memory_settings(self.args).optim}' are not known here and taken for AdamW's."
             )
         everything = [part for parts in self.lengths.values() for part in parts.values() if not part.assumed]
         dropped = sum(part.count for part in everything) - sum(
@@ -134,102 +121,6 @@ class _Planner:
                 "and optimizer states, and gradients twice (the second time in the buckets that are sent); optimizer steps are "
                 "divided among them."
             )
-
-    # ---- The model ----
-
-    @cached_property
-    def config(self) -> PretrainedConfig:
-        init = self.args.model_init_kwargs
-        try:
-            return AutoConfig.from_pretrained(
-                self.settings.model_name, revision=init.get("revision"), trust_remote_code=self.args.trust_remote_code
-            )
-        except (OSError, ValueError) as error:
-            raise AMAError(
-                f"The configuration of '{self.settings.model_name}' cannot be read: {first_line(error)} Check model_name_or_path."
-            ) from error
-
-    @cached_property
-    def quantization(self) -> BitsAndBytesConfig | None:
-        stored = getattr(self.config, "quantization_config", None)
-        try:
-            asked = self.settings.quantization_config()
-            if asked is not None or stored is None:
-                return asked
-            stored = stored if isinstance(stored, dict) else stored.to_dict()
-            if "bitsandbytes" in str(stored.get("quant_method")):
-                return BitsAndBytesConfig.from_dict(stored)
-        except (ImportError, ValueError, TypeError) as error:
-            raise AMAError(f"The quantisation cannot be planned: {first_line(error)} Install bitsandbytes.") from error
-        raise AMAError(
-            f"The weights of '{self.settings.model_name}' are stored as '{stored.get('quant_method')}', and a plan knows bitsandbytes "
-            "alone. Plan the model that they were made from, with load_in_4bit or load_in_8bit."
-        )
-
-    def memory_settings(self, args: AMAConfig) -> MemorySettings:
-        """What of the training arguments decides memory."""
-        init = args.model_init_kwargs
-        dtype = init.get("dtype", "float32")
-        if dtype == "auto":
-            dtype = getattr(self.config, "dtype", None) or torch.float32
-        return MemorySettings(
-            dtype=dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype),
-            autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
-            quantization=self.quantization,
-            peft_config=self.peft_config,
-            attention=init.get("attn_implementation"),
-            gradient_checkpointing=args.gradient_checkpointing,
-            optim=str(getattr(args.optim, "value", args.optim)),
-            accumulates=args.gradient_accumulation_steps > 1,
-            distributed=self.processes > 1 and self.sharding is None,
-            device=self.device,
-        )
-
-    @cached_property
-    def model(self) -> torch.nn.Module:
-        """The model without weights, to be counted and never run."""
-        return empty_model(self.config, self.memory_settings(self.args))
-
-    @cached_property
-    def products(self) -> Products:
-        return Products.of(self.model, self.peft_config is None, self.device)
-
-    @cached_property
-    def why_plain(self) -> str | None:
-        """Why the fast path is not taken, if it is not: by the rules, and by a look at which layers know packed rows."""
-        settings = self.memory_settings(self.args)
-        if self.args.prefix_sharing is False:
-            return "prefix_sharing is off"
-        if settings.attention not in (None, *KNOWN_ATTENTION):
-            return f"attn_implementation='{settings.attention}' is not one of {list(KNOWN_ATTENTION)}"
-        reason = broken_rule(self.model, self.args)
-        return why_not_packed(self.config, settings) if reason is None else reason
-
-    @property
-    def packs(self) -> bool:
-        """Whether pairs run as packed rows."""
-        return self.why_plain is None
-
-    def memory(
-        self,
-        trains: bool,
-        args: AMAConfig,
-        pairs: list[Pair],
-        common: int,
-        second: bool,
-        packed: bool = True,
-        **changes: Any,
-    ) -> StageMemory:
-        packed = packed and self.packs
-        settings = replace(self.memory_settings(args), **changes)
-        if not trains:  # two sweeps that differ in what only a training knows are the same
-            settings = replace(settings, gradient_checkpointing=False, accumulates=False, distributed=False)
-        common = common if packed and len(pairs) > 1 else 0
-        key = (trains, settings, tuple(pairs), common, second, packed, args.max_length)
-        if key not in self._memories:
-            function = training_memory if trains else scoring_memory
-            self._memories[key] = function(self.config, settings, pairs, packed, second, args.max_length, common)
-        return self._memories[key]
 
     # ---- The pairs ----
 
@@ -253,9 +144,9 @@ class _Planner:
                 self.notes.append(f"No pair of task '{task.task}' is left, so its specialist cannot be trained.")
                 continue
             own = self.steps(args, parts[0].count)
-            pairs = largest_batch(parts, args.per_device_train_batch_size, self.packs)
-            key = (self.memory_settings(args), args.precompute_ref_log_probs)
-            if key not in largest or _rows(pairs, self.packs) > _rows(largest[key][0], self.packs):
+            pairs = largest_batch(parts, args.per_device_train_batch_size, self.model.packs)
+            key = (self.model.memory_settings(args), args.precompute_ref_log_probs)
+            if key not in largest or _rows(pairs, self.model.packs) > _rows(largest[key][0], self.model.packs):
                 largest[key] = (pairs, common_beginning(parts), args)
             drawn = None if own is None else own * self.batch(args)
             passes = self.work(parts, [1.0], args.per_device_train_batch_size)
@@ -265,7 +156,7 @@ class _Planner:
                 _sum(work, drawn, passes.training(args.gradient_checkpointing) + passes.scoring()),
             )
         memories = [
-            self.memory(True, args, pairs, common, self.peft_config is None and not args.precompute_ref_log_probs)
+            self.model.memory(True, args, pairs, common, self.model.is_full and not args.precompute_ref_log_probs)
             for pairs, common, args in largest.values()
         ]
         return self.stage("specialists", len(needed), memories, steps, tokens, work)
@@ -294,8 +185,8 @@ class _Planner:
     def generalist(self, packed: bool = True, **changes: Any) -> StageMemory:
         """Memory of a generalist's training."""
         parts = self.parts("train")
-        pairs = largest_batch(parts, self.args.per_device_train_batch_size, packed and self.packs)
-        return self.memory(True, self.args, pairs, common_beginning(parts), False, packed, **changes)
+        pairs = largest_batch(parts, self.args.per_device_train_batch_size, packed and self.model.packs)
+        return self.model.memory(True, self.args, pairs, common_beginning(parts), False, packed, **changes)
 
     def evaluation(self) -> StagePlan:
         """A sweep of each generalist over all held-out pairs; what base and specialists have is known by then."""
@@ -310,15 +201,15 @@ class _Planner:
         size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
         batches, tokens, work = [], 0, 0.0
         for parts in sweeps:
-            pairs = scoring_batch(parts, size, self.packs)
+            pairs = scoring_batch(parts, size, self.model.packs)
             batches.append((pairs, common_beginning(parts)))
             for part in parts:
                 one = self.work([part], [1.0], len(pairs))
                 tokens = _sum(tokens, part.count, passes * one.tokens)
                 work = _sum(work, part.count, passes * one.scoring())
-        pairs, common = max(batches, key=lambda batch: _rows(batch[0], self.packs))
+        pairs, common = max(batches, key=lambda batch: _rows(batch[0], self.model.packs))
         # Base and specialist, or base and generalist, are two models if they are not adapters
-        memory = self.memory(False, self.args, pairs, common, self.peft_config is None)
+        memory = self.model.memory(False, self.args, pairs, common, self.model.is_full)
         return self.stage(name, runs, [memory], None, tokens, work)
 
     def stage(self, name: str, runs: int, memories: list[StageMemory], steps, tokens, work) -> StagePlan:
@@ -333,7 +224,7 @@ class _Planner:
             f"{'packed' if packed else 'padded'} pairs, {'with' if checkpoints else 'without'} gradient checkpointing": self.generalist(
                 packed, gradient_checkpointing=checkpoints
             )
-            for packed in ((True, False) if self.packs else (False,))
+            for packed in ((True, False) if self.model.packs else (False,))
             for checkpoints in (False, True)
         }
 
@@ -363,7 +254,7 @@ class _Planner:
 
     def work(self, parts: list[Lengths], shares: list[float], batch_size: int) -> Work:
         """What a pair takes on our path, on average, in batches of so many."""
-        return Work.of(self.products, parts, shares, batch_size, self.packs)
+        return Work.of(self.model.products, parts, shares, batch_size, self.model.packs)
 
     @cached_property
     def plain_work(self) -> float | None:
@@ -373,7 +264,9 @@ class _Planner:
         if steps is None:
             return None
         shares = self.shares(self.args.mixing, parts)
-        pair = Work.of(self.products, parts, shares, self.args.per_device_train_batch_size, packed=False, trl=True)
+        pair = Work.of(
+            self.model.products, parts, shares, self.args.per_device_train_batch_size, packed=False, trl=True
+        )
         checkpoints = self.args.gradient_checkpointing
         return steps * self.batch(self.args) * (pair.training(checkpoints) + pair.scoring())
 
