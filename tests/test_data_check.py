@@ -86,6 +86,7 @@ def test_clean_pairs_pass(recipe):
     assert check.trains
     report = render(check)
     assert report.count("## ") == 3 and "| list | OK" in " ".join(report.split())
+    assert report.splitlines()[-1].startswith("Every task will train. `trl ama-plan`")
     json.dumps(check.to_dict())
 
 
@@ -319,7 +320,7 @@ def test_rows_of_any_shape(recipe, chosen, which):
         row["chosen"] = chosen
     check = check_data(recipe(with_list(rows)))
     assert check.tasks[0].verdict == "will not train" and check.tasks[1].verdict == "OK"
-    render(check)
+    assert render(check).splitlines()[-1].startswith("1 of 2 tasks will not train (list): mend")
 
 
 def test_a_row_without_a_prompt(recipe):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -449,3 +450,18 @@ def test_a_configuration_that_nobody_knows(recipe, tmp_path, capsys):
         cli.main(recipe)
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("trl ama-plan: error: ") and "from_the_future" in line
+
+
+def test_the_page_is_true(recipe, tmp_path, monkeypatch):
+    """Its command runs (with this recipe), and the cards are those of the code."""
+    from trl_ama.plan_report import CARDS
+
+    page = (Path(__file__).parents[1] / "docs" / "plan.md").read_text()
+    words = re.search(r"^```bash\ntrl (ama-plan .*)\n```", page, re.MULTILINE)[1].split()
+    words[words.index("--config") + 1] = recipe[2]
+    monkeypatch.chdir(tmp_path)
+    plan = plan_of(words)
+    assert all(stage["memory"]["pairs"] for stage in plan["stages"])
+    text = " ".join(page.split())
+    assert f"for {', '.join(map(str, list(CARDS)[:-1]))} and 80 GB" in text
+    assert all(f"{held:.2f}" in text for held in CARDS.values())

@@ -103,7 +103,7 @@ def count_lengths(settings: RunSettings, max_length: int | None) -> tuple[dict[s
         )
         return parts, [
             f"The data cannot be loaded, so every pair is taken to fill max_length ({max_length} tokens), half of it with the "
-            f"prompt.{unknown} {error}"
+            f"prompt.{unknown} {error} (`trl ama-check` looks at every task's data.)"
         ]
     lengths: dict[str, dict[str, Lengths]] = {split: {} for split in data}
     sampled = []
