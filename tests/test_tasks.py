@@ -155,7 +155,7 @@ def test_no_local_file_for_a_task(files):
 
 def test_a_pair_without_an_answer(tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "q", "chosen": "", "rejected": "b"}))
-    with pytest.raises(AMAError, match="row 0 of the train pairs, is a pair without an answer"):
+    with pytest.raises(AMAError, match=r"a pair without an answer \(row 0"):
         load_tasks(TaskMixtureConfig(tasks=[{"task": "x", "path": "json", "data_files": str(tmp_path / "x.jsonl")}]))
 
 
@@ -204,8 +204,6 @@ PLAIN = {"prompt": "q", "chosen": "a", "rejected": "b"}
             [{"chosen": [{"from": "gpt", "value": "a"}], "rejected": [{"from": "gpt", "value": "b"}]}],
             "chosen is .* ShareGPT",
         ),
-        ([{"chosen": [], "rejected": ANSWERS["rejected"]}], "without an answer"),
-        ([{**PLAIN, "chosen": None}], "row 0 .* is a pair without an answer"),
     ],
     ids=lambda value: None if isinstance(value, list) else value[:40],
 )

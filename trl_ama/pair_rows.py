@@ -15,6 +15,8 @@ _TEXT, _MESSAGES = "plain text", "messages"
 def check_rows(dataset: Dataset, task: str, split: str) -> None:
     """Raise an `AMAError` for the first row that is no pair of its file's kind: all plain text, or all messages.
 
+    Answers may be empty or missing, which is another question.
+
     Args:
         dataset (`Dataset`): `chosen`, `rejected` and, if the task has explicit prompts, `prompt`.
         task, split (`str`): For the message.
@@ -25,16 +27,16 @@ def check_rows(dataset: Dataset, task: str, split: str) -> None:
         for values in zip(*(batch[name] for name in columns), strict=True):
             where = f"Task '{task}', row {row} of the {split} pairs"
             kind = _check(dict(zip(columns, values, strict=True)), where)
-            if first_kind not in (None, kind):
+            if None not in (kind, first_kind) and kind != first_kind:
                 raise AMAError(
                     f"{where} is {kind}, but the rows before it are {first_kind}. Bring all rows into one form: all strings, or all "
                     "lists of {role, content}."
                 )
-            first_kind, row = kind, row + 1
+            first_kind, row = first_kind or kind, row + 1
 
 
-def _check(pair: dict[str, Any], where: str) -> str:
-    """The kind of one pair, `_TEXT` or `_MESSAGES`."""
+def _check(pair: dict[str, Any], where: str) -> str | None:
+    """The kind of one pair, `_TEXT` or `_MESSAGES`; `None` if there is nothing in it."""
     if "prompt" in pair and pair["prompt"] is None:
         raise AMAError(
             f"{where} has no prompt. Drop such rows, or leave the column out of all (`columns: [chosen, rejected]`) if the answers "
@@ -42,20 +44,17 @@ def _check(pair: dict[str, Any], where: str) -> str:
         )
     for column, value in pair.items():
         problem = _no_text(value)
-        if problem is not None and value not in (None, []):
+        if value is not None and problem is not None:
             raise AMAError(f"{where}: {column} is {problem}")
-    if any(not _answer(pair[side]).strip() for side in ("chosen", "rejected")):
-        raise AMAError(
-            f"{where}, is a pair without an answer (chosen={_short(pair['chosen'])}, rejected={_short(pair['rejected'])}). Drop such "
-            "rows."
-        )
-    kinds = {column: _TEXT if isinstance(value, str) else _MESSAGES for column, value in pair.items()}
+    kinds = {
+        column: _TEXT if isinstance(value, str) else _MESSAGES for column, value in pair.items() if value is not None
+    }
     if len(set(kinds.values())) > 1:
         found = ", ".join(f"{column} is {kind}" for column, kind in kinds.items())
         raise AMAError(
             f"{where} mixes two forms: {found}. Give all three as strings, or all three as lists of {{role, content}}."
         )
-    return kinds["chosen"]
+    return next(iter(kinds.values()), None)
 
 
 def _no_text(value: Any) -> str | None:
@@ -78,14 +77,6 @@ def _no_text(value: Any) -> str | None:
         if not isinstance(message.get("role"), str) or "content" not in message:
             return f"a list of messages with the keys {keys}; 'role' and 'content' are needed. {fix}"
     return None
-
-
-def _answer(completion: str | list[dict[str, Any]] | None) -> str:
-    """The text of a completion; of a conversation, its last message's."""
-    if isinstance(completion, list):
-        content = completion[-1]["content"] if completion else ""
-        return content if isinstance(content, str) else str(content or "")
-    return completion or ""
 
 
 def _short(value: Any) -> str:

@@ -178,6 +178,12 @@ def _preference_columns(dataset: Dataset, task: TaskConfig, split: str) -> Datas
                 "with `columns: {chosen: …, rejected: …}`."
             )
     check_rows(dataset, task.task, split)
+    for row, example in enumerate(dataset.select_columns(["chosen", "rejected"])):
+        if any(not _answer(example[side]).strip() for side in ("chosen", "rejected")):
+            raise AMAError(
+                f"Task '{task.task}' has a pair without an answer (row {row}: chosen={example['chosen']!r}, "
+                f"rejected={example['rejected']!r}). Drop such rows."
+            )
     if "prompt" not in dataset.column_names:
         dataset = dataset.map(extract_prompt, desc=f"Extracting the prompts of {task.task}")
     extra = [column for column in EXTRA_COLUMNS if column in dataset.column_names]
@@ -185,6 +191,14 @@ def _preference_columns(dataset: Dataset, task: TaskConfig, split: str) -> Datas
     if isinstance(dataset[0]["prompt"], list) and dataset[0]["prompt"]:
         dataset = _plain_messages(dataset)
     return dataset
+
+
+def _answer(completion: str | list[dict[str, Any]] | None) -> str:
+    """The text of a completion; of a conversation, its last message's."""
+    if isinstance(completion, list):
+        content = completion[-1]["content"] if completion else ""
+        return content if isinstance(content, str) else str(content or "")
+    return completion or ""
 
 
 def _plain_messages(dataset: Dataset) -> Dataset:
