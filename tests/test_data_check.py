@@ -10,11 +10,12 @@ from test_docs import base_and_pairs, run_page  # noqa: F401 - a fixture
 from trl import DPOTrainer, ModelConfig
 
 from trl_ama import AMAConfig, AMAError, TaskMixtureConfig, load_tasks
-from trl_ama.data_check import check_data, tokenise
+from trl_ama.data_check import check_data
 from trl_ama.data_duplicates import duplicates, text_hashes
 from trl_ama.data_formats import mistakes_of
 from trl_ama.data_report import render, safe
 from trl_ama.data_rules import trivial_rules
+from trl_ama.pair_tokens import token_counts, tokenise
 from trl_ama.pipeline_arguments import PipelineArguments
 from trl_ama.run_settings import RunSettings
 from trl_ama.scripts import ama_check
@@ -38,6 +39,8 @@ def unique(rows: list[dict]) -> list[dict]:
     return list({json.dumps(row["prompt"]): row for row in rows}.values())
 
 
+GOOD = pair("Sort these five words for me", "apple bread", "bread apple")
+NIGHT = pair("night", "apple bread", "bread apple")
 # Of two tasks, 60 pairs each to train on and 30 held out, all with prompts of their own
 POOL = {task: unique(make_rows(task, 150, seed=5)) for task in ("list", "sort")}
 CLEAN = {task: (rows[:60], rows[60:90]) for task, rows in POOL.items()}
@@ -83,6 +86,7 @@ def test_clean_pairs_pass(recipe):
     assert check.trains
     report = render(check)
     assert report.count("## ") == 3 and "| list | OK" in " ".join(report.split())
+    assert report.splitlines()[-1].startswith("Every task will train. `trl ama-plan`")
     json.dumps(check.to_dict())
 
 
@@ -93,6 +97,23 @@ def test_tokens_are_those_of_the_trainer(recipe, model_dir, tokenizer, quick_arg
     trainer = DPOTrainer(model_dir, args=quick_args(), train_dataset=rows)
     for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
         assert ours[name][:] == trainer.train_dataset[name][:]
+    assert token_counts(ours)[0].tolist() == [
+        len(ours[0][name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+    ]
+
+
+def test_a_row_that_the_template_refuses_is_named(recipe, tokenizer):
+    """Of many rows, by its number; the other tasks are looked at all the same."""
+    refusing = "{% if 'night' in messages[0]['content'] %}{{ raise_exception('no nights') }}{% endif %}"
+    settings = recipe(with_list([row for row in POOL["list"] if "night" not in str(row)][:50] + [GOOD, NIGHT, GOOD]))
+    settings.tokenizer.chat_template = refusing + tokenizer.chat_template
+    figures = check_data(settings).tasks[0]
+    (problem,) = [
+        problem for problem in figures.problems if problem.kind == "template" and "training" in problem.found
+    ]
+    assert problem.level == "fatal" and "Row 51 cannot be tokenised" in problem.found and "no nights" in problem.found
+    with pytest.raises(AMAError, match="Row 907 cannot be tokenised"):
+        tokenise(Dataset.from_list([GOOD, NIGHT]), settings.tokenizer, settings, rows=[900, 907])
 
 
 @pytest.mark.parametrize("drop", [False, True])
@@ -238,7 +259,6 @@ def test_white_space_makes_no_other_pair():
     assert (counts["repeated_pairs"], counts["repeated_prompts"]) == (1, 2)
 
 
-GOOD = pair("Sort these five words for me", "apple bread", "bread apple")
 PLAIN = {"prompt": "Sort these five words for me:", "chosen": " apple bread", "rejected": " bread apple"}
 
 
@@ -276,7 +296,9 @@ def test_mistakes_are_reported_with_the_row(recipe):
     rows = [*train[:8], {**train[8], "chosen": message("user", "apple")}, *train[9:]]
     figures = check_data(recipe(with_list(rows, test))).tasks[0]
     (problem,) = [problem for problem in figures.problems if problem.kind == "last_not_assistant"]
-    assert problem.level == "look" and "1 of 60 pairs" in problem.found and "row 8 of train" in problem.found
+    assert problem.level == "look" and "1 of 60 pairs" in problem.found
+    start = train[8]["prompt"][0]["content"]
+    assert f"row 8 of train, “{start}…”" in problem.found
 
 
 def test_a_task_that_cannot_be_loaded_does_not_hide_the_others(recipe):
@@ -311,13 +333,14 @@ def test_rows_of_any_shape(recipe, chosen, which):
         row["chosen"] = chosen
     check = check_data(recipe(with_list(rows)))
     assert check.tasks[0].verdict == "will not train" and check.tasks[1].verdict == "OK"
-    render(check)
+    assert render(check).splitlines()[-1].startswith("1 of 2 tasks will not train (list): mend")
 
 
 def test_a_row_without_a_prompt(recipe):
     rows = [*CLEAN["list"][0], {**POOL["list"][-1], "prompt": None}]
-    figures = check_data(recipe(with_list(rows))).tasks[0]
-    assert levels(figures)["mixed_forms"] == "fatal" and "row 60 of train" in str(figures.problems)
+    check = check_data(recipe(with_list(rows)))
+    assert levels(check.tasks[0]) == {"unreadable": "fatal"} and check.tasks[1].verdict == "OK"
+    assert "Task 'list', row 60 of the train pairs has no prompt. Drop such rows" in render(check)
 
 
 def test_plain_and_conversational_tasks_together(recipe):
@@ -410,6 +433,32 @@ def test_command(run, tmp_path):
     code, printed = run(with_list([{**row, "rejected": row["chosen"]} for row in CLEAN["list"][0]]))
     assert code == 1 and "list: will not train" in printed
     assert not (tmp_path / "out").exists()
+
+
+def test_command_looks_at_a_recipe_for_a_gpu(recipe, tmp_path, model_dir, capsys):
+    """As `trl` runs it: nothing is launched, and the precision of a device that is not here is not refused."""
+    from trl_ama import cli
+
+    recipe(CLEAN)
+    argv = [
+        "ama-check",
+        "--model_name_or_path",
+        model_dir,
+        "--tasks_dir",
+        str(tmp_path),
+        "--bf16",
+        "true",
+        "--show",
+        "0",
+    ]
+    argv += ["--output_dir", str(tmp_path / "out"), "--num_processes", "4", "--tasks", "{task: list}", "{task: sort}"]
+    assert cli.main(argv) == 0
+    assert capsys.readouterr().out.count("## list: OK") == 1
+    rows = [{**row, "rejected": row["chosen"]} for row in CLEAN["list"][0]]
+    recipe(with_list(rows))
+    with pytest.raises(SystemExit) as raised:
+        cli.main(argv)
+    assert raised.value.code == 1 and "## sort: OK" in capsys.readouterr().out
 
 
 def test_command_reads_no_weights(run, monkeypatch):

@@ -45,6 +45,11 @@ def test_numbers_by_hand(load):
     assert (best_is_greatest["worst"], best_is_greatest["worst_task"]) == (0.25, "chat")
 
 
+def test_a_worst_task_that_is_not_a_number(load):
+    result = load("worst_task").compute(values=[float("nan"), 1.0], tasks=["a", "b"])
+    assert np.isnan(result["mean"]) and result["worst_task"] in ("a", "b") and result["by_task"]["b"] == 1.0
+
+
 def test_batches_are_added_up(load):
     module = load("worst_task")
     module.add_batch(values=[0.0, 0.5], tasks=["chat", "chat"])

@@ -226,6 +226,76 @@ def test_template_arguments_need_a_template(tmp_path):
         TaskMixtureConfig(tasks=[{**task, "chat_template_kwargs": "enable_thinking"}])
 
 
+SAID = [{"role": "user", "content": "q"}]
+ANSWERS = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+MESSAGES = {"prompt": SAID, **ANSWERS}
+PLAIN = {"prompt": "q", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([MESSAGES, {**MESSAGES, "prompt": None}], "row 1 .* has no prompt. Drop such rows, or leave the column out"),
+        ([PLAIN, {**PLAIN, "prompt": None}], "row 1 .* has no prompt"),
+        (
+            [{**MESSAGES, "chosen": "a"}],
+            "row 0 .* mixes two forms: prompt is messages, chosen is plain text, rejected is mess",
+        ),
+        ([{**PLAIN, "prompt": SAID}], "row 0 .* mixes two forms: prompt is messages, chosen is plain text"),
+        (
+            [{**PLAIN, "chosen": 5, "rejected": 6}],
+            "row 0 .*: chosen is 5, of type int. Give it as a string, or as a list",
+        ),
+        ([{**PLAIN, "chosen": ["a"]}], "row 0 .*: chosen is a list that holds 'a', of type str"),
+        (
+            [{**MESSAGES, "chosen": [{"from": "gpt", "value": "a"}]}],
+            r"chosen is .* keys \['from', 'value'\]. Rename 'from' to 'role'",
+        ),
+        (
+            [{**MESSAGES, "prompt": [{"from": "human", "value": "a"}]}],
+            "prompt is .* ShareGPT's roles 'human' and 'gpt'",
+        ),
+        (
+            [{**MESSAGES, "prompt": [{"role": "user", "text": "a"}]}],
+            r"keys \['role', 'text'\]; 'role' and 'content' are needed",
+        ),
+        (
+            [{"chosen": [{"from": "gpt", "value": "a"}], "rejected": [{"from": "gpt", "value": "b"}]}],
+            "chosen is .* ShareGPT",
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, list) else value[:40],
+)
+def test_rows_that_are_no_pairs_are_named(tmp_path, rows, expected):
+    """By task, row, what was found and what to do, never a KeyError or TypeError of code that expects pairs."""
+    Dataset.from_list(rows).to_json(tmp_path / "x.jsonl")
+    with pytest.raises(AMAError, match=f"(?s)Task 'x',.*{expected}"):
+        load_tasks(TaskMixtureConfig(tasks=[{"task": "x", "path": "json", "data_files": str(tmp_path / "x.jsonl")}]))
+
+
+def test_a_file_of_two_kinds_of_rows_is_refused(tmp_path):
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (MESSAGES, MESSAGES, PLAIN)))
+    with pytest.raises(AMAError, match="(?s)Task 'x'.*(row 2 of the train pairs is plain text, but|cannot be loaded)"):
+        load_tasks(TaskMixtureConfig(tasks=[{"task": "x", "path": "json", "data_files": str(tmp_path / "x.jsonl")}]))
+
+
+@pytest.mark.parametrize(
+    ("format", "row"), [("single_turn", MESSAGES), ("hh_rlhf", MESSAGES), ("single_turn", {**PLAIN, "prompt": None})]
+)
+def test_formats_of_strings_refuse_other_rows(tmp_path, format, row):
+    Dataset.from_list([row]).to_json(tmp_path / "x.jsonl")
+    task = {"task": "x", "path": "json", "data_files": str(tmp_path / "x.jsonl"), "format": format}
+    with pytest.raises(AMAError, match=f"Task 'x', row 0 of the train pairs: .*format '{format}' takes strings"):
+        load_tasks(TaskMixtureConfig(tasks=[task]))
+
+
+def test_held_out_rows_are_named_as_such(tmp_path):
+    for split, row in (("train", PLAIN), ("test", {**PLAIN, "prompt": None})):
+        Dataset.from_list([PLAIN, row]).to_json(tmp_path / f"x_{split}.jsonl")
+    with pytest.raises(AMAError, match="row 1 of the held-out pairs has no prompt"):
+        load_tasks(TaskMixtureConfig(tasks=[{"task": "x", "path": "unused"}], tasks_dir=str(tmp_path)))
+
+
 def test_tasks_of_different_formats_cannot_be_concatenated():
     plain = Dataset.from_list([{"prompt": "q", "chosen": "a", "rejected": "b"}])
     turns = Dataset.from_list(make_rows("list", 1, 0))

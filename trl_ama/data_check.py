@@ -5,27 +5,26 @@ Reads the tokenizer and the base model's configuration, never its weights.
 
 import dataclasses
 from collections import Counter
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
-from trl import DPOTrainer
 
 from .ama_config import AMAConfig
-from .columns import list_lengths
 from .data_duplicates import duplicates, text_hashes
 from .data_formats import mistakes_of, text_of
 from .data_rules import trivial_rules
 from .data_verdict import FATAL, TaskFigures, judge, judge_sizes
 from .errors import AMAError, first_line
+from .pair_tokens import token_counts, tokenise
 from .run_settings import RunSettings
 from .task_loading import read_tasks
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN, concatenate_tasks
 
 
 SAMPLE = 5000  # pairs of each task and split that are tokenised and read
+_EXCERPT = 60  # characters of a prompt by which its pair can be found
 
 
 @dataclasses.dataclass
@@ -75,7 +74,7 @@ def check_data(settings: RunSettings, show: int = 2, sample: int | None = SAMPLE
     if not settings.task_args.tasks:
         raise AMAError("There are no tasks. List at least one under `tasks:` in the recipe, or pass `--tasks`.")
     tokenizer = settings.tokenizer
-    ready = settings._ready_pairs()
+    ready = settings.ready_pairs()
     checked, loaded = [], {}
     for task in settings.task_args.tasks:
         figures = TaskFigures(task.task)
@@ -94,8 +93,7 @@ def check_data(settings: RunSettings, show: int = 2, sample: int | None = SAMPLE
                 "fatal",
                 "unreadable",
                 f"The rows cannot be read ({type(error).__name__}: {first_line(error)}).",
-                "Give prompt, chosen and rejected of every row as strings, or of every row as lists of {role, content}; "
-                "ShareGPT's `from` and `value` are role and content.",
+                "Give prompt, chosen and rejected of every row as strings, or of every row as lists of {role, content}.",
             )
             continue
         pairs = loaded[task.task] = found.pairs
@@ -138,26 +136,23 @@ def _look_at(
         columns = [name for name in (*PAIR_COLUMNS, *EXTRA_COLUMNS) if name in part.column_names]
         read = part.select(rows).select_columns(columns).to_list()
         mistakes: Counter[str] = Counter()
-        first: dict[str, int] = {}
+        first: dict[str, tuple[int, str]] = {}
         for number, row in zip(rows.tolist(), read, strict=True):
             for kind in mistakes_of(row, tokens):
                 mistakes[kind] += 1
-                first.setdefault(kind, number)
+                first.setdefault(kind, (number, " ".join(text_of(row["prompt"]).split())[:_EXCERPT]))
         answers[split] = [(text_of(row["chosen"]), text_of(row["rejected"])) for row in read]
         figures.splits[split] = {
             "pairs": len(part),
             "looked_at": len(read),
-            "mistakes": {kind: (count, first[kind]) for kind, count in mistakes.items()},
+            "mistakes": {kind: (count, *first[kind]) for kind, count in mistakes.items()},
         }
-        # In memory, so that nothing of a sample is left in the cache of `datasets`
-        held = Dataset.from_list(read, features=part.select_columns(columns).features)
         try:
-            tokenised = tokenise(held, tokenizer, settings)
-        except Exception as error:  # a chat template is a program, which fails in its own ways
+            tokenised = tokenise(part.select(rows), tokenizer, settings, rows.tolist())
+        except AMAError as error:
             figures.add(
-                "fatal", "template", f"The {split} pairs cannot be tokenised ({type(error).__name__}: {first_line(error)}).",
-                "Mend the rows, or use a model whose chat template takes them.",
-            )  # fmt: skip
+                "fatal", "template", f"Of the {'training' if split == 'train' else 'held-out'} pairs: {error}", ""
+            )
             continue
         limit = settings.task_args.max_train_pairs if split == "train" else settings.task_args.max_eval_pairs
         figures.splits[split] |= _lengths(tokenised, args.max_length)
@@ -171,14 +166,6 @@ def _look_at(
     figures.rules = trivial_rules(answers["train"], answers["test"])
 
 
-def tokenise(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, settings: RunSettings) -> Dataset:
-    """Pairs as `DPOTrainer` prepares them, none dropped: `prompt_ids`, `chosen_ids` and `rejected_ids`."""
-    # Its own method, of which the trainer itself is only asked for the end-of-sequence token: no model is needed
-    trainer = SimpleNamespace(_tokenizer=tokenizer)
-    args = settings.with_arguments(max_length=None, dataset_num_proc=None)
-    return DPOTrainer._prepare_dataset(trainer, pairs, tokenizer, args, "sampled")
-
-
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     # A tokenizer may use a word or a mark of ordinary text as one of them
@@ -187,13 +174,8 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     )
 
 
-def _ids(tokenised: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens of each pair's prompt, chosen and rejected answer. # (N,) each"""
-    return tuple(list_lengths(tokenised, f"{column}_ids").astype(np.int64) for column in PAIR_COLUMNS)
-
-
 def _lengths(tokenised: Dataset, max_length: int | None) -> dict[str, Any]:
-    prompt, chosen, rejected = _ids(tokenised)
+    prompt, chosen, rejected = token_counts(tokenised).T
     whole = prompt + np.maximum(chosen, rejected)
     return {
         "lengths": {
@@ -213,7 +195,7 @@ def _lengths(tokenised: Dataset, max_length: int | None) -> dict[str, Any]:
 def _left(tokenised: Dataset, total: int, settings: RunSettings, limit: int | None) -> dict[str, Any]:
     """What the pipeline drops, in its order; counted on the sample and scaled if there are more pairs than it holds."""
     args = settings.training_args
-    prompt, chosen, rejected = _ids(tokenised)
+    prompt, chosen, rejected = token_counts(tokenised).T
     rows, scale = np.arange(len(prompt)), total / len(prompt)
     dropped = {"drop_truncated": 0, "max_pairs": 0, "prompt_fills_max_length": 0}
     if settings.task_args.drop_truncated and args.max_length is not None:

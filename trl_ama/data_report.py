@@ -5,7 +5,7 @@ from typing import Any
 
 from .data_check import DataCheck
 from .data_rules import Rule
-from .data_verdict import LEAK, TaskFigures, percent
+from .data_verdict import FATAL, LEAK, LOOK, TaskFigures, percent
 from .markdown import table
 
 
@@ -54,6 +54,8 @@ def _lines(check: DataCheck) -> Iterator[str]:
     yield "## Summary"
     yield ""
     yield from _summary(check.tasks).splitlines()
+    yield ""
+    yield _next(check)
 
 
 def _tables(figures: TaskFigures) -> Iterator[str]:
@@ -146,6 +148,19 @@ def _shortened(text: str) -> str:
         return text
     half = _SHOWN // 2
     return f"{text[:half]} [… {len(text) - 2 * half:,} characters are not shown …] {text[-half:]}"
+
+
+def _next(check: DataCheck) -> str:
+    """What to do after reading all that."""
+    by_verdict = {
+        verdict: [figures.task for figures in check.tasks if figures.verdict == verdict] for verdict in (FATAL, LOOK)
+    }
+    if by_verdict[FATAL]:
+        names = ", ".join(by_verdict[FATAL])
+        return f"{len(by_verdict[FATAL])} of {len(check.tasks)} tasks will not train ({names}): mend them, and run this again."
+    if by_verdict[LOOK]:
+        return f"Every task will train. Look first at what is said above of {', '.join(by_verdict[LOOK])}."
+    return "Every task will train. `trl ama-plan` with the same flags says what the run will need."
 
 
 def _summary(tasks: list[TaskFigures]) -> str:

@@ -84,8 +84,8 @@ class TaskFigures:
         task (`str`):
             Its name.
         splits (`dict`):
-            `train` and, if any, `test` → how many `pairs` were loaded and `looked_at`, token `lengths`, `mistakes` by kind,
-            and what is `left` of them after what the pipeline drops.
+            `train` and, if any, `test` → how many `pairs` were loaded and `looked_at`, token `lengths`, `mistakes` by kind
+            (how many, row and prompt of the first), and what is `left` of them after what the pipeline drops.
         rules (`list[Rule]`):
             Trivial rules, best first.
         duplicates (`dict`):
@@ -167,7 +167,7 @@ def judge(figures: TaskFigures, max_length: int | None, drops_truncated: bool) -
 
 
 def _judge_mistakes(figures: TaskFigures, split: str, found: dict[str, Any], where: str) -> None:
-    for kind, (count, row) in found["mistakes"].items():
+    for kind, (count, row, prompt) in found["mistakes"].items():
         look_from, says, fix = _MISTAKES[kind]
         share = count / found["looked_at"]
         if kind == "prompt_in_answer" and share < look_from:
@@ -176,7 +176,7 @@ def _judge_mistakes(figures: TaskFigures, split: str, found: dict[str, Any], whe
         figures.add(
             level,
             kind,
-            f"{count} of {found['looked_at']} {where}pairs {says} (the first is row {row} of {split}).",
+            f"{count} of {found['looked_at']} {where}pairs {says} (the first is row {row} of {split}, “{prompt}…”).",
             fix,
         )
 

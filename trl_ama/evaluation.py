@@ -8,12 +8,11 @@ import torch
 from datasets import Dataset
 
 from .errors import AMAError
-from .evaluate_modules.excess_loss.formula import excess_losses
 from .fingerprint import model_identity, pairs_identity
 from .metrics import task_metrics, worst_and_mean
 from .pair_scores import save_margins
 from .policies import trained_policy
-from .preference_losses import PairLogProbs, PreferenceLossConfig, pair_losses
+from .preference_losses import PairLogProbs, PreferenceLossConfig, excess_losses, pair_losses
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
 from .reference_losses import joined_data, reference_losses_of
 from .run_settings import RunSettings
@@ -111,7 +110,7 @@ def _figures(
     specialist = PairLogProbs(*(torch.as_tensor(known[name]) for name in SPECIALIST_COLUMNS), *references, *lengths)
     losses = pair_losses(policy, config)
     # Clipped by pair whatever the training used: one definition for every column of the table
-    excess = excess_losses(losses, pair_losses(specialist, config))
+    excess = excess_losses(losses, pair_losses(specialist, config), "pair")
     margins = config.beta * (policy.chosen_logratios - policy.rejected_logratios)
     return task_metrics(
         np.asarray(pairs[TASK_COLUMN]), losses.numpy(), margins.numpy(), excess.numpy(), settings.task_names

@@ -1,8 +1,9 @@
 """What a training step needs of a device's memory, in bytes, from a model's configuration alone: no weights are read.
 
-    peak = weights + reference model + optimizer states + max(gradients and activations of a pass, gradients and the update's own)
-
-or, if that is more, the trial of the fast path before the first step: a plain pass forward over a pair of `max_length`.
+    peak = weights + reference model + max(
+        optimizer states + gradients and activations at the worst moment of a pass,
+        optimizer states + gradients + what the update needs for itself,
+        the trial of the fast path before the first step: a plain pass forward over a pair of `max_length`)
 
 Parameters are counted on the meta device, with the adapter that PEFT puts on; activations come from `memory_trace.py`, which runs
 the very program on tensors without contents. What is said of libraries below was read in their sources: bitsandbytes 0.50,
@@ -11,7 +12,7 @@ PEFT 0.21, transformers 5.23, TRL 1.16, torch 2.13.
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -24,17 +25,13 @@ from transformers.quantizers import AutoHfQuantizer
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from .errors import AMAError, first_line
+from .optimizer_memory import is_paged, optimizer_bytes, update_bytes
+from .prefix_trial import sequence_limit
 
 
 GIB = 2**30
 NF4_BLOCK, ABSMAX_BLOCK = 64, 256  # weights to a scale, and scales to a scale of scales (bitsandbytes' defaults)
-BLOCK_8BIT, MIN_8BIT = (
-    256,
-    4096,
-)  # of bitsandbytes' 8-bit optimizers: elements to a scale; smaller tensors stay in 32 bits
 _HEAD = ("log_probs", "entropy", "mean_logits", "is_top1")  # what DPOTrainer asks of TRL's head, for its metrics
-# States of the size of the parameter, by `optim`; bitsandbytes' 32-bit ones are in 32 bits whatever the parameter's are
-_STATES = {"adamw": 2, "ademamix": 3, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0, "adafactor": 0}
 
 
 @dataclass(frozen=True)
@@ -50,6 +47,7 @@ class MemorySettings:
         gradient_checkpointing (`bool`): Whether a layer is computed again in the backward pass.
         optim (`str`): Name of the optimizer in the training arguments.
         accumulates (`bool`): Whether gradients are there already when a pass begins.
+        distributed (`bool`): Whether gradients are averaged over processes by DistributedDataParallel.
         device (`str`): `"cuda"` or `"cpu"`, which differ in attention, in the LM head and in the update.
     """
 
@@ -61,7 +59,13 @@ class MemorySettings:
     gradient_checkpointing: bool = False
     optim: str = "adamw_torch_fused"
     accumulates: bool = False
+    distributed: bool = False
     device: str = "cuda"
+
+    @property
+    def flash(self) -> bool:
+        """Whether attention is a flash attention, which need not be installed here to be planned for."""
+        return self.attention is not None and "flash" in self.attention
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,22 @@ class StageMemory:
     peak: int
     paged: bool
     packed: bool
-    why_plain: str | None = None
+    pairs: list[tuple[int, int, int]]  # tokens of prompt, chosen and rejected answer, of the batch that is planned
+    common: int  # tokens that these prompts begin with, which are in a packed row once
+    why_plain: str | None = None  # why the batch is not packed, or not run at all, as half a sentence
 
-    def fits(self, gib: int, overhead: float = 0.0) -> bool:
+    def fits(self, gib: float, overhead: float = 0.0) -> bool:
         """Whether a device of so many GiB holds the peak and `overhead` GiB that are not ours."""
         return self.peak + overhead * GIB <= gib * GIB
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the batch as it runs: in one packed row, without the last of each answer, or in padded rows."""
+        if self.packed:
+            return sum(prompt + chosen + rejected - 2 for prompt, chosen, rejected in self.pairs) - self.common * (
+                len(self.pairs) - 1
+            )
+        return 2 * len(self.pairs) * max(prompt + max(chosen, rejected) for prompt, chosen, rejected in self.pairs)
 
 
 # ---- The model without weights ----
@@ -97,12 +112,10 @@ def empty_model(config: PretrainedConfig, settings: MemorySettings) -> torch.nn.
     """
     try:
         with init_empty_weights():
-            # Flash attention need not be installed here to be planned for; `memory_trace.py` puts it in
-            flash = settings.attention is not None and "flash" in settings.attention
             model = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config),
                 dtype=settings.dtype,
-                attn_implementation="sdpa" if flash else settings.attention,
+                attn_implementation="sdpa" if settings.flash else settings.attention,  # see `memory_trace.py`
             )
         model.tie_weights()  # which the meta device has taken apart
         if settings.quantization is not None:
@@ -189,7 +202,7 @@ def saved_bytes(model: torch.nn.Module) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-# ---- Gradients and optimizer ----
+# ---- Gradients ----
 
 
 def _trained(model: torch.nn.Module) -> Iterator[torch.Tensor]:
@@ -199,58 +212,6 @@ def _trained(model: torch.nn.Module) -> Iterator[torch.Tensor]:
 def gradient_bytes(model: torch.nn.Module) -> int:
     """Bytes of the gradients: as their parameters."""
     return sum(parameter.nbytes for parameter in _trained(model))
-
-
-def optimizer_family(optim: str) -> str | None:
-    """The family of an `optim` of which we know the states; `None` for others, which are taken for AdamW."""
-    plain = optim.removeprefix("paged_")
-    if any(plain.startswith(name) for name in ("galore", "apollo", "lomo", "adalomo", "grok", "schedule", "stable")):
-        return None
-    return next((family for family in _STATES if plain.startswith(family)), None)
-
-
-def is_paged(optim: str) -> bool:
-    """Whether bitsandbytes may move the states to the host's memory when the device's runs short."""
-    return optim.startswith("paged_")
-
-
-def optimizer_bytes(parameters: Iterable[torch.Tensor], optim: str) -> int:
-    """Bytes of the optimizer's states.
-
-    - `adamw_torch…`, `adagrad`, `rmsprop`: states like the parameter (`torch.zeros_like`). SGD without momentum has none.
-    - `…_8bit`: a byte an element, and a scale in 32 bits for 256; parameters of fewer than 4,096 elements in 32 bits.
-    - bitsandbytes' other ones, `lion` and `paged_adamw` among them: 32 bits.
-    - `adafactor`: a row and a column for each matrix, like the gradient; other parameters whole.
-    """
-    family = optimizer_family(optim) or "adamw"
-    states = _STATES[family]
-    is_torch = optim.startswith(("adamw_torch", "adamw_apex", "adagrad")) or optim == "rmsprop"
-    total = 0
-    for parameter in parameters:
-        count, size = parameter.numel(), parameter.element_size()
-        if family == "adafactor":
-            shape = parameter.shape
-            rows = count // shape[-1] + count // shape[-2] if len(shape) > 1 else count
-            total += rows * size
-        elif "8bit" in optim and (count >= MIN_8BIT or "torch" in optim):
-            total += states * (count + 4 * math.ceil(count / BLOCK_8BIT))
-        elif is_torch or optim.endswith("anyprecision"):
-            total += states * count * size
-        else:
-            total += states * count * 4
-    return total
-
-
-def update_bytes(parameters: Iterable[torch.Tensor], optim: str, device: str) -> int:
-    """Bytes that an update needs for itself.
-
-    torch's fused AdamW, the default, and bitsandbytes' kernels need none. `adamw_torch` takes all parameters at once on a GPU
-    (`foreach`), with a denominator of their size, and one after the other on a CPU; Adafactor makes an update in 32 bits.
-    """
-    sizes = [parameter.nbytes for parameter in parameters]
-    if optim == "adamw_torch" and device != "cpu":
-        return sum(sizes)
-    return 2 * max(sizes, default=0) if optim in ("adamw_torch", "adafactor") else 0
 
 
 # ---- A stage ----
@@ -263,6 +224,7 @@ def training_memory(
     packed: bool = True,
     reference: bool = False,
     max_length: int | None = None,
+    common: int = 0,
 ) -> StageMemory:
     """Memory of a stage that trains.
 
@@ -272,10 +234,11 @@ def training_memory(
         pairs (`list[tuple[int, int, int]]`): Tokens of prompt, chosen and rejected answer, of the pairs of the largest batch.
         packed (`bool`): Whether the fast path is asked for; it is not taken where the model does not allow it.
         reference (`bool`): Whether a second model is in memory for the reference, as in full fine-tuning by DPOTrainer.
-        max_length (`int`, *optional*): Of the training arguments: what the trial of the fast path goes up to. Defaults to the
-            longest of `pairs`.
+        max_length (`int`, *optional*): Of the training arguments: what the trial of the fast path goes up to. Without, it goes
+            up to twice the longest of `pairs`.
+        common (`int`): Tokens that all prompts begin with, which are in a packed row once.
     """
-    return _memory(config, settings, pairs, packed, reference, max_length, trains=True)
+    return _memory(config, settings, pairs, packed, reference, max_length, common, trains=True)
 
 
 def scoring_memory(
@@ -285,19 +248,36 @@ def scoring_memory(
     packed: bool = True,
     second: bool = False,
     max_length: int | None = None,
+    common: int = 0,
 ) -> StageMemory:
-    """Memory of a stage that only scores; with `second`, another whole model is there beside the base. See [`training_memory`]."""
-    return _memory(
-        config, replace(settings, gradient_checkpointing=False), pairs, packed, second, max_length, trains=False
-    )
+    """Memory of a stage that only scores; with `second`, another whole model is there beside the base. See [`training_memory`].
+
+    Policies that are scored in one sweep run one after the other, so the activations are those of one.
+    """
+    settings = replace(settings, gradient_checkpointing=False)
+    return _memory(config, settings, pairs, packed, second, max_length, common, trains=False)
 
 
-def _memory(config, settings, pairs, packed, second, max_length, trains) -> StageMemory:
+def why_not_packed(config: PretrainedConfig, settings: MemorySettings) -> str | None:
+    """Why a model cannot take packed rows, seen by running one of a few tokens; `None` if it can."""
+    from .memory_trace import CannotTrace, trace_pass
+    from .prefix_sharing import CannotShare
+
+    try:
+        trace_pass(empty_model(config, settings), settings, [(4, 4, 4)], packed=True, trains=False)
+    except (CannotShare, CannotTrace) as reason:
+        return str(reason)
+    return None
+
+
+def _memory(config, settings, pairs, packed, second, max_length, common, trains) -> StageMemory:
     from .memory_trace import CannotTrace, trace_pass
     from .prefix_sharing import CannotShare
 
     model = empty_model(config, settings)
     weights, gradients = weight_bytes(model), gradient_bytes(model) if trains else 0
+    # The buckets in which DistributedDataParallel sends gradients are copies of them, made before the first step
+    buckets = gradients if settings.distributed else 0
     optimizer = optimizer_bytes(_trained(model), settings.optim) if trains else 0
     update = update_bytes(_trained(model), settings.optim, settings.device) if trains else 0
     saved, (parameters, trainable) = saved_bytes(model), count_parameters(model)
@@ -305,7 +285,7 @@ def _memory(config, settings, pairs, packed, second, max_length, trains) -> Stag
     why_plain, traced = None, None
     try:
         try:
-            traced = trace_pass(model, settings, pairs, packed, trains)
+            traced = trace_pass(model, settings, pairs, packed, trains, common)
         except (CannotShare, CannotTrace) as reason:
             if not packed:
                 raise
@@ -318,7 +298,8 @@ def _memory(config, settings, pairs, packed, second, max_length, trains) -> Stag
     if (
         traced is not None and packed
     ):  # before the first step, the fast path is tried on a pair as long as there can be
-        length = max_length or max(prompt + max(chosen, rejected) for prompt, chosen, rejected in pairs)
+        longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in pairs)
+        length = min(max_length or 2 * longest, sequence_limit(config)[0])
         half = max(1, length // 2)
         plain = replace(settings, gradient_checkpointing=False, accumulates=False)
         trial = [(length - half, half, max(1, half - 1))]
@@ -329,11 +310,13 @@ def _memory(config, settings, pairs, packed, second, max_length, trains) -> Stag
         saved=saved if trains else 0,
         weights=weights,
         reference=reference,
-        gradients=gradients,
+        gradients=gradients + buckets,
         optimizer=optimizer,
         activations=None if traced is None else traced.peak - traced.gradients,
-        peak=weights + reference + peak,
+        peak=weights + reference + buckets + peak,
         paged=is_paged(settings.optim),
         packed=packed,
+        pairs=pairs,
+        common=common if packed else 0,
         why_plain=why_plain,
     )

@@ -7,9 +7,8 @@ device), so a model of any size takes seconds and no memory. What it does not se
 What stands in for something else:
 
 - **A GPU's kernels**, on a machine without one. Fused attention keeps its inputs, its output and a number per query and head (flash
-  and memory-efficient attention alike). Where neither serves, with a mask *and* fewer heads of keys than of queries, torch
-  computes and keeps the scores, in 32 bits: the rejected branches of the packed row with `sdpa`; with flash attention they do not.
-  Triton folds the head's tiles in place, so only the tile is there.
+  and memory-efficient attention alike), and of a mask what it adds to the scores, in the queries' type, once for all heads. Triton
+  folds the head's tiles in place, so only the tile is there.
 - **bitsandbytes' layers**: a weight is made in its compute type for each product, forward and backward, and freed after it. 4 bits
   keep nothing of the input, 8 bits keep the input.
 """
@@ -99,45 +98,31 @@ class _FusedAttention(torch.autograd.Function):
     """What flash and memory-efficient attention hold. # (B, heads, Q, D), (B, kv heads, K, D) twice -> (B, heads, Q, D)"""
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
-        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        bias = [] if mask is None else [query.new_empty(mask.shape)]
+        logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, logsumexp, *bias)
         return output
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *_ = ctx.saved_tensors
         total = torch.empty_like(query, dtype=torch.float32)  # the queries' gradient is summed in 32 bits
         wide = [side.new_empty(*query.shape[:2], *side.shape[2:]) for side in (key, value)]  # for each query head
         gradients = (torch.empty_like(query), *(torch.empty_like(side) for side in (key, value)))
         del total, wide
-        return gradients
+        return *gradients, None
 
 
 def _gpu_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """`scaled_dot_product_attention` as a GPU would run it."""
-    if attn_mask is not None and query.shape[1] != key.shape[1]:
-        attention = torch.ops.aten._scaled_dot_product_attention_math
-        return attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True)[0]
-    return _FusedAttention.apply(query, key, value)
+    return _FusedAttention.apply(query, key, value, attn_mask)
 
 
-class _OnGPU(PairAttention):
-    """Attention without the detour of a CPU, and flash attention without its package."""
-
-    def __init__(self, plain: PairAttention, flash: bool):
-        super().__init__("flash_attention_2" if flash else "sdpa", self._flash if flash else plain)
-
-    def packed(self, module, query, key, value, pairs, dropout, scaling, sliding_window=None, **kwargs):
-        if self._name != "sdpa":
-            kwargs["sliding_window"] = sliding_window
-            return super().packed(module, query, key, value, pairs, dropout, scaling, **kwargs)
-        pairs.cache.setdefault("layers", []).append((type(module).__name__, sliding_window))
-        return prefix_sharing._sdpa(query, key, value, pairs, dropout, scaling, sliding_window), None
-
-    @staticmethod
-    def _flash(module, query, key, value, attention_mask, **kwargs):
-        return _FusedAttention.apply(query, key, value).transpose(1, 2), None
+def _flash_attention(module, query, key, value, attention_mask, **kwargs):
+    """Flash attention without its package."""
+    return _FusedAttention.apply(query, key, value, None).transpose(1, 2), None
 
 
 @contextlib.contextmanager
@@ -147,14 +132,13 @@ def _device(settings: MemorySettings, name: str) -> Iterator[None]:
     if settings.device == "cpu":
         yield
         return
-    flash = settings.attention is not None and "flash" in settings.attention
-    before = ALL_ATTENTION_FUNCTIONS.get(name)
     with contextlib.ExitStack() as stack:
-        if name in prefix_sharing.KNOWN_ATTENTION:
-            ALL_ATTENTION_FUNCTIONS.register(name, _OnGPU(before, flash))
-            stack.callback(ALL_ATTENTION_FUNCTIONS.register, name, before)
+        if settings.flash:
+            stack.callback(ALL_ATTENTION_FUNCTIONS.register, name, ALL_ATTENTION_FUNCTIONS[name])
+            ALL_ATTENTION_FUNCTIONS.register(name, PairAttention("flash_attention_2", _flash_attention))
         attention = "scaled_dot_product_attention"
         stack.enter_context(patch.object(torch.nn.functional, attention, _gpu_attention))
+        stack.enter_context(patch.object(prefix_sharing, "on_cpu", lambda states: False))
         stack.enter_context(patch.object(prefix_sharing, "frozen_head", lambda metrics: contextlib.nullcontext()))
         stack.enter_context(patch.object(trl_head, "_forward_tile", lambda *args, **kwargs: None))
         stack.enter_context(patch.object(trl_head, "_backward_tile", lambda *args, **kwargs: None))
@@ -210,10 +194,13 @@ def _fill(model: torch.nn.Module) -> None:
 # ---- The pass ----
 
 
-def packed_row(pairs: list[tuple[int, int, int]]) -> PackedPairs:
-    """The packed row of pairs of these lengths. The last token of an answer is not in it, and all of an answer's are scored."""
-    lengths = [(prompt, max(chosen - 1, 0), max(rejected - 1, 0)) for prompt, chosen, rejected in pairs]
-    tokens, scored = sum(map(sum, lengths)), sum(chosen + rejected for _, chosen, rejected in pairs)
+def packed_row(pairs: list[tuple[int, int, int]], common: int = 0) -> PackedPairs:
+    """The packed row of pairs of these lengths, of which all prompts begin with `common` tokens, which are in it once.
+
+    The last token of an answer is not in the row, and all of an answer's are scored.
+    """
+    lengths = [(prompt - common, max(chosen - 1, 0), max(rejected - 1, 0)) for prompt, chosen, rejected in pairs]
+    tokens, scored = common + sum(map(sum, lengths)), sum(chosen + rejected for _, chosen, rejected in pairs)
     longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in pairs)
     zeros = torch.zeros(1, tokens, dtype=torch.long)
     return PackedPairs(
@@ -223,17 +210,19 @@ def packed_row(pairs: list[tuple[int, int, int]]) -> PackedPairs:
         score_positions=torch.zeros(scored, dtype=torch.long),
         slots=torch.zeros(2 * len(pairs), longest - 1, dtype=torch.long),
         scored=torch.ones(2 * len(pairs), longest - 1, dtype=torch.bool),
-        common=0,
+        common=common,
         lengths=lengths,
     )
 
 
-def _padded_forward(model: torch.nn.Module, pairs: list[tuple[int, int, int]], device: str) -> Any:
+def _padded_forward(model: torch.nn.Module, settings: MemorySettings, pairs: list[tuple[int, int, int]]) -> Any:
     """TRL's batch: 2B rows. Off the GPU its head scores every position, on it only the answers'."""
     longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in pairs)
     ids = torch.zeros(2 * len(pairs), longest, dtype=torch.long)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False, "fused_lm_head": True}
-    if device == "cpu":
+    # The model was made with `sdpa` where it is planned with flash attention, which makes no mask of four dimensions
+    mask = None if settings.flash else torch.ones_like(ids)
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False, "fused_lm_head": True}
+    if settings.device == "cpu":
         return model(**inputs, labels=ids.clone())
     scored = sum(chosen + rejected for _, chosen, rejected in pairs)
 
@@ -250,7 +239,12 @@ def _padded_forward(model: torch.nn.Module, pairs: list[tuple[int, int, int]], d
 
 
 def trace_pass(
-    model: torch.nn.Module, settings: MemorySettings, pairs: list[tuple[int, int, int]], packed: bool, trains: bool
+    model: torch.nn.Module,
+    settings: MemorySettings,
+    pairs: list[tuple[int, int, int]],
+    packed: bool,
+    trains: bool,
+    common: int = 0,
 ) -> Traced:
     """Run one pass over a batch and count.
 
@@ -260,6 +254,7 @@ def trace_pass(
         pairs (`list[tuple[int, int, int]]`): Tokens of prompt, chosen and rejected answer.
         packed (`bool`): One packed row, or TRL's padded rows.
         trains (`bool`): With a backward pass, or without gradients.
+        common (`int`): How many tokens all prompts begin with; they are in a packed row once.
 
     Raises:
         CannotShare: If the model's layers do not all know packed rows.
@@ -272,7 +267,9 @@ def trace_pass(
         model.train(trains)
         if trains and settings.gradient_checkpointing:
             # The state of random numbers would be read, and there is no dropout
-            inner.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            kwargs = {"use_reentrant": False, "preserve_rng_state": False}
+            # Of two names for the same, transformers 5.23 warns about the older one
+            getattr(inner, "activation_checkpointing_enable", inner.gradient_checkpointing_enable)(kwargs)
             if tuner is not inner:
                 tuner.enable_input_require_grads()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -288,7 +285,10 @@ def trace_pass(
         try:
             with live, torch.set_grad_enabled(trains):
                 with autocast:
-                    outputs = _forward(model, settings, pairs, packed)
+                    row = packed_row(pairs, common) if packed else None
+                    outputs = (
+                        _padded_forward(model, settings, pairs) if row is None else _packed_forward(model, row, trains)
+                    )
                 kept = live.now
                 if trains:
                     outputs.log_probs.float().sum().backward()
@@ -306,18 +306,15 @@ def trace_pass(
     return Traced(live.peak, live.gradients_at_peak, kept)
 
 
-def _forward(model: torch.nn.Module, settings: MemorySettings, pairs: list, packed: bool) -> Any:
-    if not packed:
-        return _padded_forward(model, pairs, settings.device)
-    row = packed_row(pairs)
+def _packed_forward(model: torch.nn.Module, row: PackedPairs, trains: bool) -> Any:
+    row.cache["layers"] = 0  # as in a trial: those that know packed rows count themselves
     try:
-        outputs = packed_forward(model, row, use_cache=False)
+        outputs = packed_forward(model, row, metrics=trains, use_cache=False)  # scoring wants log-probs alone
     except TypeError as error:  # a model that does not pass keyword arguments on to its attention
         if PAIRS_KEY not in str(error):
             raise
         raise CannotShare("its layers do not pass on what a packed row needs") from error
-    layers = base_model(model).config.num_hidden_layers
-    known = len(row.cache.get("layers", []))
+    layers, known = base_model(model).config.num_hidden_layers, row.cache["layers"]
     if known != layers:
         raise CannotShare(f"{known} of its {layers} layers compute attention in a way that can be shared")
     return outputs

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from .memory_plan import base_model
-from .plan_lengths import Lengths
+from .plan_lengths import Lengths, common_beginning
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Products:
                 adapter += share * parameter.numel()
             else:
                 layers += share * parameter.numel()
-        heads = config.num_attention_heads
-        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        heads = getattr(config, "num_attention_heads", 0)  # a state-space model has none
+        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
         return cls(layers, adapter, head.weight.numel(), 2 * width * config.num_hidden_layers, full, device)
 
 
@@ -77,12 +77,14 @@ class Work:
         packed: bool,
         trl: bool = False,
     ) -> "Work":
-        """Of tasks that are drawn with these shares; with `trl`, as DPOTrainer runs them."""
+        """Of tasks that are drawn with these shares, in batches of so many pairs; with `trl`, as DPOTrainer runs them."""
         tokens = scored = seen = 0.0
+        # What the pairs of a packed row have in common runs once a row; the last token of an answer does not run
+        saved = 2 + common_beginning(parts) * (1 - 1 / batch_size)
         for part, share in zip(parts, shares, strict=True):
             rows = part.padded_mean(batch_size)
             answers = float(part.pairs[:, 1:].sum(axis=1).mean())
-            tokens += share * (float(part.packed.mean()) - 2 if packed else 2 * rows)
+            tokens += share * (float(part.packed.mean()) - saved if packed else 2 * rows)
             scored += share * (answers if packed or products.device != "cpu" else 2 * (rows - 1))
             seen += share * float(np.mean(part.longest)) / 2  # causal: half of the sequence
         return cls(products, tokens, scored, seen, trl)
@@ -96,7 +98,8 @@ class Work:
         """Operations of a pass forward and backward; gradient checkpointing runs the layers forward once more.
 
         Backward, a weight has one product for its input's gradient and, if it is trained, one for its own; attention has two for
-        each of its own. The head is computed again by TRL's, in place of its input being kept.
+        each of its own. The head is computed again by TRL's, in place of its input being kept; a frozen head on the CPU makes
+        its gradient in the forward pass instead (`frozen_head.py`).
         """
         p = self.products
         attention = p.attention * self.seen

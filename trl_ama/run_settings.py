@@ -184,7 +184,7 @@ class RunSettings:
         """The tasks whose reference losses are ready, and which therefore need no specialist."""
         return [] if self.shared_losses is None else self.shared_losses.tasks
 
-    def _ready_pairs(self) -> dict[str, dict[str, Dataset]]:
+    def ready_pairs(self) -> dict[str, dict[str, Dataset]]:
         """The pairs of tasks that have no `path`, out of the ready reference losses."""
         ready = {}
         for task in self.task_args.tasks:
@@ -254,7 +254,7 @@ class RunSettings:
         args = self.training_args
         drop = self.task_args.drop_truncated and args.max_length is not None
         fits = fits_into(self.tokenizer, args.max_length) if drop else None
-        return read_tasks(self.task_args, args.seed, fits, self._ready_pairs())
+        return read_tasks(self.task_args, args.seed, fits, self.ready_pairs())
 
     @property
     def data(self) -> DatasetDict:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import extract_prompt
 
 from .errors import AMAError, first_line
+from .pair_rows import check_rows
 from .task_config import TaskConfig, TaskMixtureConfig, check_task_names
 from .task_formats import own_format
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, add_pair_ids, concatenate_tasks
@@ -20,6 +21,7 @@ from .template_kwargs import unite_template_kwargs, with_template_kwargs
 
 _LOCAL_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_SPLITS = {"train": "train", "test": "held-out"}  # in messages
 
 
 @dataclass
@@ -57,7 +59,8 @@ def load_tasks(
         `pair_id` and `task` (a ClassLabel in the recipe's order).
 
     Raises:
-        AMAError: If there are no tasks, one cannot be read, has no rows, or lacks the preference columns.
+        AMAError: If there are no tasks, one cannot be read, has no rows, or lacks the preference columns; or if a row is no
+            preference pair.
     """
     return read_tasks(config, seed, fits, ready).pairs
 
@@ -146,7 +149,7 @@ def _read_splits(task: TaskConfig, config: TaskMixtureConfig, loaded: LoadedTask
     commit = _commit(parts["train"])
     if commit:
         loaded.commits[task.task] = commit
-    return {split: own_format(part, task) for split, part in parts.items()}
+    return {split: own_format(part, task, _SPLITS[split]) for split, part in parts.items()}
 
 
 def _at_most(dataset: Dataset, count: int | None, seed: int) -> Dataset:
@@ -198,6 +201,7 @@ def _with_answers(dataset: Dataset, task: TaskConfig, split: str, drop_empty: bo
                 f"Task '{task.task}' has no column '{column}'; found {dataset.column_names}. Name the dataset's own columns "
                 "with `columns: {chosen: …, rejected: …}`."
             )
+    check_rows(dataset, task.task, _SPLITS[split])
     answers = dataset.select_columns(list(sides))
     kept = [row for row, pair in enumerate(answers) if all(_answer(pair[side]).strip() for side in sides)]
     if len(kept) == len(dataset):

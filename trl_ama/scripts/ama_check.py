@@ -11,6 +11,7 @@ trl ama-check --config recipes/quickstart/ama/config_lora.yaml --show 5 --json c
 """
 
 import argparse
+import os
 from dataclasses import dataclass, field
 
 
@@ -47,22 +48,19 @@ def main(check_args: CheckArguments, pipeline_args, training_args, model_args, t
     """Look at the pairs; exit code 1 if a task will not train."""
     import sys
 
-    from accelerate import PartialState
     from datasets import disable_progress_bars
 
     from trl_ama.data_check import check_data
     from trl_ama.data_report import render
     from trl_ama.run_settings import RunSettings
 
-    if training_args.disable_tqdm:
-        disable_progress_bars()
+    disable_progress_bars()  # there would be a dozen for each task, and seconds for all
     settings = RunSettings(pipeline_args, training_args, model_args, task_args)
     check = check_data(settings, check_args.show, check_args.sample or None)
-    if PartialState().is_main_process:
-        encoding = sys.stdout.encoding or "utf-8"
-        print(render(check).encode(encoding, "backslashreplace").decode(encoding), flush=True)
-        if check_args.json is not None:
-            _write(check_args.json, check.to_dict())
+    encoding = sys.stdout.encoding or "utf-8"
+    print(render(check).encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    if check_args.json is not None:
+        _write(check_args.json, check.to_dict())
     if not check.trains:
         raise SystemExit(1)
 
@@ -79,22 +77,33 @@ def _write(path: str, result: dict) -> None:
         raise AMAError(f"The file {path} cannot be written ({error.strerror}); give --json another path.") from error
 
 
+def run_here(launch_args: list[str], script_args: list[str]) -> int:
+    """Run in the process of the command: there is no model to launch, whatever devices the recipe is for."""
+    from trl_ama.scripts.common import parse_arguments
+
+    main(*parse_arguments(make_parser(), script_args))
+    return 0
+
+
 def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None):
     """Return the parser of `trl ama-check`."""
-    from trl import ModelConfig, TrlParser
+    from trl import ModelConfig
 
     from trl_ama.ama_config import AMAConfig
     from trl_ama.cli import COMMANDS
     from trl_ama.pipeline_arguments import PipelineArguments
+    from trl_ama.scripts.common import no_device_parser
     from trl_ama.task_config import TaskMixtureConfig
 
     dataclass_types = (CheckArguments, PipelineArguments, AMAConfig, ModelConfig, TaskMixtureConfig)
     if subparsers is not None:
         return subparsers.add_parser("ama-check", help=COMMANDS["ama-check"], dataclass_types=dataclass_types)
-    return TrlParser(dataclass_types, prog=prog)
+    return no_device_parser(dataclass_types, prog)
 
 
 if __name__ == "__main__":
     from trl_ama.scripts.common import run_script
 
+    if int(os.environ.get("RANK", "0")) > 0:  # launched by hand: one process is enough
+        raise SystemExit(0)
     run_script("ama-check", make_parser, main)

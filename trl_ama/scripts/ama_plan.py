@@ -56,10 +56,10 @@ def main(plan_args: PlanArguments, pipeline_args, training_args, model_args, tas
     from trl_ama.run_settings import RunSettings
 
     disable_progress_bars()
-    processes, notes = _launched(launch_args)
+    processes, sharding = _launched(launch_args)
     settings = RunSettings(pipeline_args, training_args, model_args, task_args)
     device = plan_args.device or ("cpu" if training_args.use_cpu else "cuda")
-    plan = make_plan(settings, device, processes, notes)
+    plan = make_plan(settings, device, processes, sharding)
     encoding = sys.stdout.encoding or "utf-8"
     print(render(plan).encode(encoding, "replace").decode(encoding), flush=True)
     if plan_args.json is not None:
@@ -72,8 +72,8 @@ def main(plan_args: PlanArguments, pipeline_args, training_args, model_args, tas
             ) from error
 
 
-def _launched(launch_args) -> tuple[int, list[str]]:
-    """How many processes `accelerate launch` would start, and what of its configuration is not planned."""
+def _launched(launch_args) -> tuple[int, str | None]:
+    """How many processes `accelerate launch` would start, and what would spread the model over their devices, if anything."""
     import yaml
     from accelerate.commands.launch import launch_command_parser
 
@@ -87,9 +87,7 @@ def _launched(launch_args) -> tuple[int, list[str]]:
             settings = {}
     processes = args.num_processes or settings.get("num_processes") or int(os.environ.get("WORLD_SIZE", "1"))
     kind = "DeepSpeed" if args.use_deepspeed else "FSDP" if args.use_fsdp else settings.get("distributed_type", "NO")
-    if str(kind).upper() not in ("DEEPSPEED", "FSDP"):
-        return processes, []
-    return processes, [f"{kind} is asked for; the memory below is that of a device that holds everything, as in DDP."]
+    return processes, str(kind) if str(kind).upper() in ("DEEPSPEED", "FSDP") else None
 
 
 def run_here(launch_args: list[str], script_args: list[str]) -> int:
@@ -102,38 +100,24 @@ def run_here(launch_args: list[str], script_args: list[str]) -> int:
 
 def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None):
     """Return the parser of `trl ama-plan`."""
-    from trl import ModelConfig, TrlParser
+    from trl import ModelConfig
 
     from trl_ama.ama_config import AMAConfig
     from trl_ama.cli import COMMANDS
     from trl_ama.pipeline_arguments import PipelineArguments
+    from trl_ama.scripts.common import no_device_parser
     from trl_ama.task_config import TaskMixtureConfig
-
-    class Parser(TrlParser):
-        """Reads recipes for a GPU on a machine that has none, where their precision would be refused."""
-
-        def parse_args_and_config(self, args=None, **kwargs):
-            import sys
-
-            from torch import cuda
-
-            from trl_ama.scripts.common import read_config
-
-            args = list(sys.argv[1:] if args is None else args)
-            config = read_config(args)
-            given = any(arg.partition("=")[0] == "--use_cpu" for arg in args)
-            given = given or bool(config is not None and config.values.get("use_cpu"))
-            if given or cuda.is_available():
-                return super().parse_args_and_config(args, **kwargs)
-            parsed = super().parse_args_and_config([*args, "--use_cpu"], **kwargs)
-            plan_args = next(part for part in parsed if isinstance(part, PlanArguments))
-            plan_args.device = plan_args.device or "cuda"
-            return parsed
 
     dataclass_types = (PlanArguments, PipelineArguments, AMAConfig, ModelConfig, TaskMixtureConfig)
     if subparsers is not None:
         return subparsers.add_parser("ama-plan", help=COMMANDS["ama-plan"], dataclass_types=dataclass_types)
-    return Parser(dataclass_types, prog=prog)
+    return no_device_parser(dataclass_types, prog, forced=_planned_for_a_gpu)
+
+
+def _planned_for_a_gpu(parsed) -> None:
+    """The recipe did not ask for the CPU: only this machine did."""
+    plan_args = next(part for part in parsed if isinstance(part, PlanArguments))
+    plan_args.device = plan_args.device or "cuda"
 
 
 if __name__ == "__main__":

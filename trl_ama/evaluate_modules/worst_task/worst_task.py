@@ -54,10 +54,11 @@ class WorstTask(evaluate.Metric):
     def _compute(self, values, tasks, greater_is_better=False, **others):
         # `others`: `evaluate.combine` hands every module the inputs of all
         by_task = task_means(np.asarray(values), np.asarray(tasks))
-        worst = worst_of(by_task.values(), greater_is_better)
+        names, means = list(by_task), list(by_task.values())
+        worst = worst_of(means, greater_is_better)
         return {
             "worst": worst,
-            "worst_task": next(task for task, value in by_task.items() if value == worst),
-            "mean": float(np.mean(list(by_task.values()))),
+            "worst_task": names[means.index(worst)],  # by identity first, so that a NaN is found too
+            "mean": float(np.mean(means)),
             "by_task": by_task,
         }
