@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_policy_sources import KINDS, LINEAR, edit, files_of, save_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from trl_ama import AMAError, cli, merging
+from trl_ama import AMAError, cli, merged_weights
 from trl_ama.fingerprint import write_json
 from trl_ama.merging import merge_adapter
 
@@ -148,8 +148,8 @@ def test_the_command_says_what_it_did(adapter, tmp_path, capsys):
     [
         ([], "--output is missing"),
         (["--output", "x"], "nothing to merge. Name a recipe"),
-        (["--output", "x", "--adapter", "y", "--into", "4bit"], "--into is '4bit'"),
-        (["--output", "x", "--adapter", "y", "--save_dtype", "int8"], "--save_dtype is 'int8'"),
+        (["--output", "x", "--adapter", "y", "--into", "4bit"], "into is '4bit'"),
+        (["--output", "x", "--adapter", "y", "--save_dtype", "int8"], "save_dtype is 'int8'"),
         (["--output", "x", "--adapter", "y"], "('y')"),
         (["--output", "x", "--model_name_or_path", "m", "--output_dir", "nowhere"], "There is no generalist 'ama_s'"),
     ],
@@ -231,7 +231,7 @@ def test_a_merge_that_is_another_model_is_not_saved(adapter, tmp_path, monkeypat
         model.lm_head.weight.data.mul_(-1)
         return model
 
-    monkeypatch.setattr(merging, "_merge_layers", wrong)
+    monkeypatch.setattr(merged_weights, "_merge_layers", wrong)
     refused(adapter, tmp_path / "merged", "gives other log-probs than on its base, by .* nats a token")
     only(tmp_path, "adapter")
     monkeypatch.undo()

@@ -13,16 +13,17 @@ from .policy_files import PolicySource
 from .recipe_text import public_name
 
 
-def write_merged_card(folder: Path, name: str, place: PolicySource, note: dict[str, Any]) -> None:
+def write_merged_card(folder: Path, name: str, place: PolicySource, base: str, note: dict[str, Any]) -> None:
     """Write the card of a merged checkpoint into its folder.
 
     Args:
         folder (`Path`): The checkpoint's.
         name (`str`): What it is called.
         place ([`PolicySource`]): The adapter.
+        base (`str`): Path or Hub id of the base model.
         note (`dict`): What [`merge_adapter`] returns.
     """
-    base, title = note["base_model"], " ".join(name.split())
+    title = " ".join(name.split())
     base_id = base if is_hub_id(base) and not os.path.isdir(base) else None
     quantized = note["trained_on"] != "not quantised"
     card_data = ModelCardData(

@@ -6,70 +6,34 @@ lost. What gives the trained model is the dequantised base: the weights that the
 """
 
 import gc
-import math
 import os
-import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.pytorch_utils import Conv1D
 
 from .adapter_keys import saved_shapes
 from .errors import AMAError, first_line
 from .fingerprint import package_versions, write_json
 from .merged_card import write_merged_card
 from .merged_folder import NOTE_FILE, whole_or_not
-from .policies import load_adapter
+from .merged_weights import Training, difference_from, log_probs, merged_model
 from .policy_files import ADAPTER_WEIGHTS, PolicySource, capital, policy_source
 from .policy_sources import check_policy_source
-from .quantized import dequantized_weight, keep_weights, quantized_layers
+from .recipe_text import public_name
 
 
 INTO = ("base", "dequantized")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 _WHO = "the adapter to merge"
-# What adapter and merged model are compared on; a little of several kinds
-_PROBE = (
-    "The river was quiet that night. She asked: how many apples are in three baskets of seven? Twenty-one, he said, and lit "
-    "the lamp.\n\ndef mean(values):\n    return sum(values) / len(values)\n\nDie Antwort ist nicht immer einfach."
-)
-_TOO_DIFFERENT = 0.5  # nats a token, mean: far above what rounding does
-
-
-@dataclass(frozen=True)
-class Training:
-    """What an adapter was trained on, as far as it is known.
-
-    Args:
-        quantization (`BitsAndBytesConfig`, *optional*): Of the base; `None` if it was not quantised.
-        dtype (`str`, *optional*): The base's `dtype`: what its other weights were rounded to.
-    """
-
-    quantization: BitsAndBytesConfig | None = None
-    dtype: str | None = None
-
-    @property
-    def words(self) -> str:
-        """For cards and the screen: `NF4 with double quantisation`."""
-        config = self.quantization
-        if config is None:
-            return "not quantised"
-        if config.load_in_8bit:
-            return "8 bits"
-        double = " with double quantisation" if config.bnb_4bit_use_double_quant else ""
-        return f"{config.bnb_4bit_quant_type.upper()}{double}"
+_NOTED = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "dtype")
 
 
 def merge_adapter(
@@ -94,7 +58,7 @@ def merge_adapter(
         output (`str` or `Path`): The new folder.
         base_model (`str`, *optional*): Path or Hub id of the base; the adapter's own by default.
         base_revision (`str`, *optional*): Its revision.
-        training ([`Training`], *optional*): What the adapter was trained on, where its folder does not say (`stage.json`).
+        training ([`Training`], *optional*): What the adapter was trained on, unless its folder says (`stage.json`).
         into (`str`, *optional*): `"base"`, or `"dequantized"`: the weights of the quantised base. The latter is the default for
             an adapter that is known to be trained on one.
         save_dtype (`str`): `"auto"` is the base checkpoint's.
@@ -108,6 +72,9 @@ def merge_adapter(
         AMAError: If the adapter cannot be read, does not fit the base or cannot be merged, or `output` is in use. Nothing is
             written then.
     """
+    for name, value, known in (("into", into or INTO[0], INTO), ("save_dtype", save_dtype, DTYPES)):
+        if value not in known:
+            raise AMAError(f"{name} is '{value}', but must be one of {list(known)}.")
     place = policy_source(_WHO, adapter, check_again=True)
     if place.adapter_config is None:
         raise AMAError(
@@ -120,8 +87,7 @@ def merge_adapter(
         )
     if base_revision is None and base_model == place.adapter_config.get("base_model_name_or_path"):
         base_revision = place.adapter_config.get("revision")
-    if training is None or training.quantization is None:
-        training = training_of(place) or training or Training()
+    training = training_of(place) or training or Training()
     into = into or ("dequantized" if training.quantization is not None else "base")
     if into == "dequantized" and training.quantization is None:
         raise AMAError(
@@ -136,12 +102,17 @@ def merge_adapter(
     with whole_or_not(Path(output), overwrite, keep_off=[place.name, base_model]) as folder:
         tokenizer = _tokenizer(place, base_model, loading)
         dtype = config.dtype or torch.float32 if save_dtype == "auto" else getattr(torch, save_dtype)
-        model, before = _merged(
+        model, before = merged_model(
             place, base_model, loading, training if into == "dequantized" else None, dtype, tokenizer
         )
         if tokenizer.pad_token_id is not None and model.generation_config.pad_token_id is None:
             model.generation_config.pad_token_id = tokenizer.pad_token_id
-        model.save_pretrained(folder)
+        try:
+            model.save_pretrained(folder)
+        except ValueError as error:  # a generation configuration that contradicts itself, for one
+            raise AMAError(
+                f"The merged model cannot be saved: {first_line(error)} Mend that in '{base_model}'."
+            ) from error
         tokenizer.save_pretrained(folder)
         del model
         gc.collect()
@@ -150,21 +121,21 @@ def merge_adapter(
         )
         note = {
             "version": 1,
-            "adapter": adapter,
+            "adapter": adapter if place.commit else public_name(adapter),
             "adapter_commit": place.commit,
-            "base_model": base_model,
+            "base_model": public_name(base_model) if os.path.isdir(base_model) else base_model,
             "base_revision": base_revision,
             "into": into,
             "trained_on": training.words,
             "dtype": str(dtype).removeprefix("torch."),
             "parameters": saved.num_parameters(),
-            **_difference(place, before, _log_probs(saved, tokenizer)),
+            **difference_from(place, before, log_probs(saved, tokenizer)),
             "versions": package_versions(),
         }
         del saved
         gc.collect()
         write_json(folder / NOTE_FILE, note)
-        write_merged_card(folder, Path(output).name, place, note)
+        write_merged_card(folder, Path(os.path.abspath(output)).name, place, base_model, note)
     return note
 
 
@@ -179,10 +150,7 @@ def training_of(place: PolicySource) -> Training | None:
             f"{capital(place.who)} ('{place.given}') is not trained to its end yet. Run its `trl ama` command again, which goes on from "
             "the last checkpoint."
         )
-    return training_from({name: noted.get(name) for name in _NOTED})
-
-
-_NOTED = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "dtype")
+    return training_from(noted)
 
 
 def training_from(arguments: dict[str, Any]) -> Training:
@@ -190,8 +158,13 @@ def training_from(arguments: dict[str, Any]) -> Training:
     from trl import ModelConfig, get_quantization_config
 
     try:
-        model_args = ModelConfig(**{name: value for name, value in arguments.items() if value is not None})
-        return Training(get_quantization_config(model_args), model_args.dtype or "float32")
+        model_args = ModelConfig(**{name: arguments[name] for name in _NOTED if arguments.get(name) is not None})
+        training = Training(get_quantization_config(model_args), model_args.dtype or "float32")
+        if training.quantization is not None and training.dtype not in DTYPES[1:]:
+            raise ValueError(f"dtype is '{training.dtype}', but must be one of {list(DTYPES[1:])}.")
+        if model_args.bnb_4bit_quant_type not in ("nf4", "fp4"):
+            raise ValueError(f"bnb_4bit_quant_type is '{model_args.bnb_4bit_quant_type}', but must be nf4 or fp4.")
+        return training
     except (AttributeError, ImportError, TypeError, ValueError) as error:
         raise AMAError(f"These settings of the quantisation do not go together: {first_line(error)}") from error
 
@@ -217,7 +190,10 @@ def _base_config(base_model: str, loading: dict[str, Any]) -> Any:
 def _check_embeddings(place: PolicySource, config: Any) -> None:
     """Name the reason where an adapter brings embeddings for another vocabulary, which otherwise reads as a wrong base."""
     size = config.get_text_config().vocab_size
-    shapes = saved_shapes(os.path.join(place.adapter_folder(), ADAPTER_WEIGHTS))
+    try:
+        shapes = saved_shapes(os.path.join(place.adapter_folder(), ADAPTER_WEIGHTS))
+    except SafetensorError:  # `check_policy_source` says what is wrong
+        return
     for name, shape in shapes.items():
         whole = name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight"))
         if whole and shape[0] != size:
@@ -236,135 +212,3 @@ def _tokenizer(place: PolicySource, base_model: str, loading: dict[str, Any]) ->
         return AutoTokenizer.from_pretrained(base_model, **loading)
     except (OSError, ValueError, KeyError) as error:
         raise AMAError(f"The tokenizer of '{place.given}' cannot be read: {first_line(error)}") from error
-
-
-# ---- The merge ----
-
-
-def _merged(
-    place: PolicySource,
-    base_model: str,
-    loading: dict[str, Any],
-    training: Training | None,
-    dtype: torch.dtype,
-    tokenizer: PreTrainedTokenizerBase,
-) -> tuple[PreTrainedModel, torch.Tensor | None]:
-    """The merged model on the CPU, and the log-probs of what it is merged from."""
-    before = None
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="peft")
-        model = _load(base_model, dtype=dtype, device_map={"": "cpu"}, **loading)
-        if training is not None:
-            quantized = _load(
-                base_model, dtype=getattr(torch, training.dtype), quantization_config=training.quantization, **loading
-            )
-            keep_weights(quantized)
-            _copy_weights(quantized, model)
-            wrapped = load_adapter(quantized, place.peft_config(), place, place.adapter_folder())
-            before = _log_probs(wrapped, tokenizer)
-            del quantized, wrapped
-            gc.collect()
-        _untie(model, place)
-        wrapped = load_adapter(model, place.peft_config(), place, place.adapter_folder())
-        if before is None:
-            before = _log_probs(wrapped, tokenizer)
-        return _merge_layers(wrapped, place), before
-
-
-def _load(base_model: str, **kwargs: Any) -> PreTrainedModel:
-    try:
-        return AutoModelForCausalLM.from_pretrained(base_model, use_safetensors=True, **kwargs)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise AMAError(f"The base model '{base_model}' cannot be loaded: {first_line(error)}") from error
-
-
-@torch.no_grad()
-def _copy_weights(quantized: PreTrainedModel, model: PreTrainedModel) -> None:
-    """Give a model the weights that a quantised one computes with: a layer at a time, from any device."""
-    layers = dict(quantized_layers(quantized))
-    for name, layer in layers.items():
-        target = model.get_submodule(name)
-        weight = dequantized_weight(layer)
-        target.weight.copy_(weight.t() if isinstance(target, Conv1D) and not isinstance(layer, Conv1D) else weight)
-    weights = {f"{name}.weight" for name in layers}
-    for name, parameter in quantized.named_parameters():
-        if name not in weights:  # rounded to the type of the training, all the same
-            model.get_parameter(name).copy_(parameter)
-
-
-def _untie(model: PreTrainedModel, place: PolicySource) -> None:
-    """Give the head weights of its own if the adapter changes the embeddings or the head, and not both alike.
-
-    A layer of LoRA changes what one of the two computes; merged into the weights that both share, it would change the other
-    one too.
-    """
-    if any(place.adapter_config.get(name) for name in ("ensure_weight_tying", "trainable_token_indices")):
-        return  # PEFT then changes both
-    shapes = saved_shapes(os.path.join(place.adapter_folder(), ADAPTER_WEIGHTS))
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or head.weight is not embeddings.weight:
-        return
-    names = {id(module): name for name, module in model.named_modules()}
-    changed = {names[id(head)], names[id(embeddings)]}
-    if not any(f"{name}." in key for key in shapes for name in changed):
-        return
-    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    for config in {
-        id(model.config): model.config,
-        id(model.config.get_text_config()): model.config.get_text_config(),
-    }.values():
-        config.tie_word_embeddings = False
-
-
-@torch.no_grad()
-def _merge_layers(wrapped: PeftModel, place: PolicySource) -> PreTrainedModel:
-    """Merge by PEFT, each layer in 32 bits: in 16, adding what an adapter learned rounds much of it away twice."""
-    try:
-        for layer in [module for module in wrapped.modules() if isinstance(module, BaseTunerLayer)]:
-            base = layer.get_base_layer()
-            types = {name: parameter.dtype for name, parameter in base.named_parameters()}
-            base.float()
-            layer.merge(safe_merge=True)
-            for name, parameter in base.named_parameters():
-                parameter.data = parameter.data.to(types[name])
-        return wrapped.merge_and_unload(safe_merge=True)
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        kind = place.adapter_config.get("peft_type")
-        raise AMAError(
-            f"PEFT cannot merge {place.who} ('{place.given}'), an adapter of the kind {kind}: {first_line(error)} Use it as an adapter."
-        ) from error
-
-
-# ---- After ----
-
-
-@torch.no_grad()
-def _log_probs(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor | None:
-    """Log-probs of the tokens of a short text; `None` if it has none in this vocabulary. # (T,)"""
-    ids = tokenizer(_PROBE, return_tensors="pt", add_special_tokens=False)["input_ids"][:, :128]  # (1, T+1)
-    if ids.shape[1] < 2:
-        return None
-    device = next(model.parameters()).device
-    model.eval()
-    logits = model(input_ids=ids.to(device), use_cache=False).logits[0, :-1].float()  # (T, V)
-    return logits.log_softmax(-1).gather(1, ids[0, 1:, None].to(device)).squeeze(1).cpu()
-
-
-def _difference(
-    place: PolicySource, before: torch.Tensor | None, after: torch.Tensor | None
-) -> dict[str, float | int | None]:
-    """How far the checkpoint is from the adapter on its base. # nats a token
-
-    Raises:
-        AMAError: If it is another model.
-    """
-    if before is None or after is None:
-        return {"mean_difference": None, "largest_difference": None, "compared_tokens": 0}
-    distance = (after - before).abs()
-    mean, largest = distance.mean().item(), distance.max().item()
-    if not math.isfinite(mean) or mean > _TOO_DIFFERENT:
-        raise AMAError(
-            f"Merged, {place.who} ('{place.given}') gives other log-probs than on its base, by {mean:.2g} nats a token: PEFT merges this "
-            f"adapter ({place.adapter_config.get('peft_type')}) into something else. Use it as an adapter."
-        )
-    return {"mean_difference": mean, "largest_difference": largest, "compared_tokens": len(distance)}

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import PartialState
 from accelerate.logging import get_logger
 from peft import PeftModel
 from peft.utils.integrations import dequantize_bnb_weight
@@ -102,7 +101,7 @@ def check_optimizer(args: TrainingArguments) -> None:
     name = str(getattr(args.optim, "value", args.optim))
     if not any(part in name for part in _OF_BITSANDBYTES) or "torch" in name or "galore" in name:
         return
-    device = PartialState().device
+    device = args.device
     if importlib.util.find_spec("bitsandbytes") is None:
         raise AMAError(f"optim is '{name}', which needs bitsandbytes. {_INSTALL}, or set optim: adamw_torch.")
     layer = torch.nn.Linear(_TRIED // 64, 64, bias=False, device=device)

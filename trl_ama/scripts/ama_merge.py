@@ -61,14 +61,6 @@ class MergeArguments:
 
         if not self.output:
             raise AMAError("--output is missing: the folder to write the checkpoint to.")
-        for name, known in (
-            ("into", (None, "base", "dequantized")),
-            ("save_dtype", ("auto", "bfloat16", "float16", "float32")),
-        ):
-            if getattr(self, name) not in known:
-                raise AMAError(
-                    f"--{name} is '{getattr(self, name)}', but must be one of {[one for one in known if one]}."
-                )
 
 
 def main(merge_args: MergeArguments, pipeline_args, training_args, model_args, task_args) -> None:
