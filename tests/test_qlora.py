@@ -294,8 +294,9 @@ def test_every_stage_prepares_the_base_alike(finished):
 
 def test_checkpointing_lets_gradients_through_to_the_first_layer(finished):
     settings, _, _ = finished
-    trainer = generalist_trainer(settings)
+    trainer = generalist_trainer(settings, DPOTrainer)
     assert trainer.args.gradient_checkpointing
+    trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)  # as its `train` does
     inputs = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[row] for row in range(4)]))
     trainer.model.train()
     trainer.compute_loss(trainer.model, inputs).backward()
@@ -390,7 +391,7 @@ def test_a_generalist_is_read_again(finished, bits):
         on = model(torch.arange(5, 25)[None]).logits.float()
         with model.disable_adapter():
             off = model(torch.arange(5, 25)[None]).logits.float()
-    assert (on - off).abs().mean() > 0.01
+    assert (on - off).abs().mean() > 1e-3
 
 
 def test_cards_say_how_to_load_what_was_trained(finished):

@@ -42,7 +42,7 @@ def whole_or_not(output: Path, overwrite: bool, keep_off: Sequence[str] = ()) ->
         _put_in_place(folder, output)
     except OSError as error:
         raise AMAError(
-            f"The merged model cannot be written to '{output}' ({error.strerror or error}). Nothing is there now; make room, or give "
+            f"The merged model cannot be written to '{output}' ({error.strerror or error}). What was there is untouched; make room, or give "
             "--output another place."
         ) from error
     finally:
