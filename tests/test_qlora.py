@@ -42,9 +42,9 @@ NF4 = BitsAndBytesConfig(
 )
 SIZES = {"list": 64, "brief": 64}
 LAYERS = 14  # of the tiny model that are quantised: seven in each of two
-# Between two ways to compute the same 4-bit model in bf16 (packed or padded, with gradient or without), nats a token;
-# measured: 0.003 to 0.03 in the mean. Other weights (scales rounded to bf16, the 16-bit base) differ by more than the same
-TOKEN = 0.06
+# Mean difference, nats a token, between two ways to compute the same 4-bit model in bf16 (packed or padded, in other batches).
+# Measured: 0.006 to 0.009, and 0.03 at most; other weights (the 16-bit base) are 0.5 away
+TOKEN = 0.015
 
 
 @pytest.fixture(scope="module")
@@ -166,12 +166,16 @@ def test_adapters_are_switched_on_the_one_base(finished):
 
 
 def test_it_learned(finished):
+    """A random model of two layers mostly remembers its pairs, but of `brief` it learns enough for held-out ones."""
     settings, results, _ = finished
+    note = read_json(settings.specialist_dir("brief") / "stage.json")["result"]
+    assert note["train_loss"] < 0.2 and note["eval_loss"] < note["base_loss"] - 0.05 and note["eval_margin"] > 0.3
     by_task = {name: policy["by_task"]["brief"] for name, policy in results["policies"].items()}
-    assert by_task["specialists"]["accuracy"] > 0.7 and by_task["specialists"]["margin"] > 0.3
-    assert by_task["ama_s"]["margin"] > 0.02
+    assert by_task["specialists"]["margin"] == pytest.approx(note["eval_margin"], abs=0.1)
     history = read_json(settings.generalist_dir("ama_s") / "trainer_state.json")["log_history"]
     assert len([entry for entry in history if "eval_worst_excess" in entry]) == 3
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert np.mean(losses[-2:]) < np.mean(losses[:2])
 
 
 # ---- The same numbers everywhere ----
@@ -239,7 +243,7 @@ def test_reference_losses_are_the_trainers_own_at_the_start(finished, training):
     policy = per_token(trainer, trainer.model, data, ("ref_chosen_logps", "ref_rejected_logps"))
     print(f"training={training}: mean {reference.mean():.4f}, largest {reference.max():.4f} nats a token")
     assert np.array_equal(reference, policy)  # B is zero
-    assert reference.mean() < TOKEN / 2 and reference.max() < 3 * TOKEN
+    assert reference.mean() < TOKEN and reference.max() < 6 * TOKEN
 
 
 @pytest.mark.parametrize("task", SIZES)
@@ -257,7 +261,7 @@ def test_a_specialist_scores_as_it_was_trained(finished, task):
     columns = ("specialist_chosen_logps", "specialist_rejected_logps")
     distance = per_token(trainer, trainer.model, joined.select(rows), columns)
     print(f"{task}: mean {distance.mean():.4f}, largest {distance.max():.4f} nats a token")
-    assert distance.mean() < TOKEN / 2 and distance.max() < 3 * TOKEN
+    assert distance.mean() < TOKEN and distance.max() < 6 * TOKEN
 
 
 def test_the_adapter_computes_in_the_type_of_its_training(finished):

@@ -38,7 +38,10 @@ def is_quantized(model: torch.nn.Module) -> bool:
 def quantized_layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     """The layers that bitsandbytes holds in 4 or 8 bits, by name."""
     for name, module in model.named_modules():
-        if type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params"):
+        if type(module._parameters.get("weight")).__name__ in (
+            "Params4bit",
+            "Int8Params",
+        ):  # not PEFT's layers around them
             yield name, module
 
 
