@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_policy_sources import KINDS, LINEAR, edit, files_of, save_adapter
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from trl_ama import AMAError, cli, merged_weights
 from trl_ama.fingerprint import write_json
@@ -252,6 +252,21 @@ def test_an_adapter_of_8_bits(tokenizer, tmp_path):
     merged, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "plain"))
     rounded = (merged["model.layers.0.mlp.up_proj.weight"] - plain["model.layers.0.mlp.up_proj.weight"]).abs()
     assert 0 < rounded.max() < 0.01 and torch.equal(merged["model.norm.weight"], plain["model.norm.weight"])
+
+
+def test_weights_of_gpt_2_lie_the_other_way_round(tokenizer, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=64, n_layer=1, n_head=4)).save_pretrained(tmp_path)
+    training = training_from({"load_in_4bit": True, "dtype": "float32"})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    plain = {name: value.clone() for name, value in model.named_parameters()}
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=training.quantization)
+    merged_weights._copy_weights(quantized, model)
+    for name, value in model.named_parameters():
+        rounded = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        assert torch.equal(value, plain[name]) != rounded
+        assert (value - plain[name]).abs().max() <= 0.16 * plain[name].abs().max()  # half of NF4's widest step
 
 
 def test_a_merge_that_is_another_model_is_not_saved(adapter, tmp_path, monkeypatch):

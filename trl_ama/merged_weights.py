@@ -96,7 +96,9 @@ def _copy_weights(quantized: PreTrainedModel, model: PreTrainedModel) -> None:
     for name, layer in layers.items():
         target = model.get_submodule(name)
         weight = dequantized_weight(layer)
-        target.weight.copy_(weight.t() if isinstance(target, Conv1D) and not isinstance(layer, Conv1D) else weight)
+        target.weight.copy_(
+            weight.t() if isinstance(target, Conv1D) else weight
+        )  # GPT-2 holds them the other way round
     weights = {f"{name}.weight" for name in layers}
     for name, parameter in quantized.named_parameters():
         if name not in weights:  # rounded to the type of the training, all the same

@@ -13,8 +13,6 @@ from accelerate.logging import get_logger
 from peft import PeftModel
 from peft.utils.integrations import dequantize_bnb_weight
 from transformers import Trainer, TrainingArguments
-from transformers.integrations import validate_bnb_backend_availability
-from transformers.pytorch_utils import Conv1D
 
 from .errors import AMAError, first_line
 
@@ -67,8 +65,7 @@ def keep_weights(model: torch.nn.Module) -> None:
 
 def dequantized_weight(layer: torch.nn.Module) -> torch.Tensor:
     """The weight that a layer of 4 or 8 bits multiplies with, as `torch.nn.Linear` holds it. # (out, in)"""
-    weight = dequantize_bnb_weight(layer.weight, getattr(layer, "state", None))
-    return weight.t() if getattr(layer, "source_cls", None) is Conv1D else weight
+    return dequantize_bnb_weight(layer.weight, getattr(layer, "state", None))
 
 
 def check_quantization(settings: "RunSettings") -> None:
@@ -82,6 +79,8 @@ def check_quantization(settings: "RunSettings") -> None:
     asked = "load_in_4bit" if settings.model_args.load_in_4bit else "load_in_8bit"
     if importlib.util.find_spec("bitsandbytes") is None:
         raise AMAError(f"{asked} needs bitsandbytes, which is not installed. {_INSTALL}, or set {asked}: false.")
+    from transformers.integrations import validate_bnb_backend_availability
+
     try:
         validate_bnb_backend_availability(raise_exception=True)
     except (RuntimeError, ImportError) as error:
