@@ -22,6 +22,7 @@ COMMANDS = {
     "ama-eval": "Evaluate the generalists on held-out pairs",
     "ama-check": "Look at the pairs of every task: as the model sees them, what is dropped, leaks, duplicates",
     "ama-plan": "Say what a run will need, without reading any weights: memory by stage, steps, tokens, cost",
+    "ama-merge": "Merge a generalist, or any adapter, into a full checkpoint",
     "ama-report": "Write the page of a run, or one that compares several; needs no model",
 }
 

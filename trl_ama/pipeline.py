@@ -21,6 +21,7 @@ from .loss_scoring import compute_reference_losses
 from .pipeline_arguments import PipelineArguments
 from .policy_sources import check_policy_source
 from .publishing import Publisher
+from .quantized import check_optimizer, check_quantization
 from .reference_losses import reference_losses_done, reference_losses_of
 from .report import plot_mixture, result_table
 from .run_note import leave_page
@@ -110,6 +111,8 @@ def check_recipe(settings: RunSettings, stages: Sequence[str] = STAGES) -> None:
             UserWarning,
             stacklevel=2,
         )
+    check_quantization(settings)
+    _check_optimizers(settings, stages)
     # One task is no mixture, but its specialist and losses can be made, to be added to those of others
     mixes = len(settings.task_names) > 1 or bool({"train", "eval"} & set(stages))
     for strategy in settings.strategies if mixes else ():
@@ -145,6 +148,18 @@ def check_recipe(settings: RunSettings, stages: Sequence[str] = STAGES) -> None:
             f"eval_strategy is '{args.eval_strategy.value}', but no task has held-out pairs. Set `eval_split` of the tasks "
             'or `test_split_size`, or eval_strategy: "no".'
         )
+
+
+def _check_optimizers(settings: RunSettings, stages: Sequence[str]) -> None:
+    """Every optimizer that a stage of this run is going to use, once."""
+    used = []
+    if "specialists" in stages:
+        tasks = [task for task in settings.task_args.tasks if settings.needs_specialist(task.task)]
+        used += [settings.specialist_arguments(task) for task in tasks]
+    if "train" in stages:
+        used.append(settings.training_args)
+    for args in {(str(args.optim), str(args.optim_args)): args for args in used}.values():
+        check_optimizer(args)
 
 
 def describe_plan(settings: RunSettings, stages: Sequence[str]) -> list[str]:

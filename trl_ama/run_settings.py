@@ -147,8 +147,18 @@ class RunSettings:
         return config
 
     def quantization_config(self) -> BitsAndBytesConfig | None:
-        """The quantisation of the base model, if any."""
-        return get_quantization_config(self.model_args)
+        """The quantisation of the base model, if any.
+
+        Raises:
+            AMAError: If its settings contradict each other.
+        """
+        try:
+            return get_quantization_config(self.model_args)
+        except (AttributeError, ImportError, TypeError, ValueError) as error:
+            raise AMAError(
+                f"These settings of the quantisation do not go together: {first_line(error)} (dtype is '{self.model_args.dtype}'). "
+                "With load_in_4bit, set dtype to bfloat16, float16 or float32."
+            ) from error
 
     @property
     def model_name(self) -> str:
