@@ -67,12 +67,13 @@ def public_name(name: str, module: str) -> str:
     if head in trl_ama.__all__:
         lookup(f"trl_ama.{name}")
         return f"trl_ama.{name}"
-    package = Path(trl_ama.__file__).parent
-    for candidate in [module, *sorted(f"trl_ama.{path.stem}" for path in package.glob("[a-z]*.py"))]:
-        # Where it is defined, not where it is used
-        if re.search(rf"^(class|def) {head}\b", inspect.getsource(importlib.import_module(candidate)), re.MULTILINE):
-            lookup(f"{candidate}.{name}")
-            return f"{candidate}.{name}"
+    folder = Path(trl_ama.__file__).parent
+    own = Path(importlib.import_module(module).__file__)
+    for path in [own, *sorted(folder.glob("[a-z]*.py"))]:  # where it is defined, not where it is used
+        if re.search(rf"^(class|def) {head}\b", path.read_text(encoding="utf-8"), re.MULTILINE):
+            found = f"{module if path == own else f'trl_ama.{path.stem}'}.{name}"
+            lookup(found)
+            return found
     raise LookupError(f"there is no '{name}' in trl_ama")
 
 
@@ -175,7 +176,7 @@ class Keys(_Generated):
     def run(self) -> list[nodes.Node]:
         return self.parse("\n".join(self.describe(lookup(self.arguments[0]))))
 
-    def describe(self, found: type) -> list[str]:
+    def describe(self, found: type, dashes: str = "") -> list[str]:
         ours = found.__module__.startswith("trl_ama")
         texts = hf_docstrings.parameters(found.__doc__) if ours else {}
         lines = []
@@ -186,14 +187,17 @@ class Keys(_Generated):
             if not ours:
                 help_text = plain(help_text)
             text = hf_docstrings._text(" ".join(help_text.split()), self.linker(found.__module__))
-            lines += ["", f"`{field.name}`", f": {text or 'Without a description.'} *{kind_of(field)}*", ""]
+            lines += ["", f"`{dashes}{field.name}`", f": {text or 'Without a description.'} *{kind_of(field)}*", ""]
         return lines
 
 
 def own_fields(found: type) -> list[dataclasses.Field]:
     """The fields that a dataclass adds to those it extends."""
     theirs = {
-        field.name for base in found.__mro__[1:] if dataclasses.is_dataclass(base) for field in dataclasses.fields(base)
+        field.name
+        for base in found.__mro__[1:]
+        if dataclasses.is_dataclass(base)
+        for field in dataclasses.fields(base)
     }
     return [field for field in dataclasses.fields(found) if field.init and field.name not in theirs]
 
@@ -245,7 +249,7 @@ class Commands(_Generated):
         if hasattr(parser, "dataclass_types"):
             for found in parser.dataclass_types:
                 if found not in common:
-                    lines += Keys.describe(self, found)
+                    lines += Keys.describe(self, found, dashes="--")
         else:
             for action in parser._actions:
                 if not isinstance(action, argparse._HelpAction):
