@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import inspect
 import re
+import typing
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -171,23 +172,35 @@ def call_signature(found: Any, skip_first: bool = False) -> str:
 
 
 class Keys(_Generated):
-    """The fields of a dataclass as keys of a recipe and flags of the command, with their help."""
+    """The fields of a dataclass as keys of a recipe and flags of the command, with their help.
+
+    A second argument names the class that recipes make, where its defaults are others.
+    """
+
+    optional_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        return self.parse("\n".join(self.describe(lookup(self.arguments[0]))))
+        found, *made = map(lookup, self.arguments)
+        return self.parse("\n".join(self.describe(found, made=made[0] if made else found)))
 
-    def describe(self, found: type, dashes: str = "") -> list[str]:
+    def describe(self, found: type, dashes: str = "", made: type | None = None) -> list[str]:
         ours = found.__module__.startswith("trl_ama")
         texts = hf_docstrings.parameters(found.__doc__) if ours else {}
         lines = []
         for field in own_fields(found):
+            field = (made or found).__dataclass_fields__[field.name]
             help_text = field.metadata.get("help") or texts.get(field.name, ("", ""))[1]
             if ours and not help_text:
                 logger.warning("%s.%s has no help", found.__name__, field.name, location=self.get_location())
             if not ours:
                 help_text = plain(help_text)
             text = hf_docstrings._text(" ".join(help_text.split()), self.linker(found.__module__))
-            lines += ["", f"`{dashes}{field.name}`", f": {text or 'Without a description.'} *{kind_of(field)}*", ""]
+            lines += [
+                "",
+                f"`{dashes}{field.name}`",
+                f": {text or 'Without a description.'} *{kind_of(made or found, field)}*",
+                "",
+            ]
         return lines
 
 
@@ -202,16 +215,14 @@ def own_fields(found: type) -> list[dataclasses.Field]:
     return [field for field in dataclasses.fields(found) if field.init and field.name not in theirs]
 
 
-def kind_of(field: dataclasses.Field) -> str:
+def kind_of(found: type, field: dataclasses.Field) -> str:
     """Type and default of a field, in a few words."""
-    kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
-    if not isinstance(field.type, type) or getattr(field.type, "__args__", None):
-        kind = str(field.type).replace("typing.", "").replace("NoneType", "None")
-    kind = re.sub(r"Optional\[(.*)\]", r"\1 | None", kind)
+    annotation = typing.get_type_hints(found)[field.name]  # `field.type` is changed by parsers that were made before
+    kind = annotation.__name__ if type(annotation) is type else str(annotation)
+    kind = re.sub(r"Optional\[(.*)\]", r"\1 | None", kind.replace("NoneType", "None"))
     kind = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", kind)
     if field.default is not dataclasses.MISSING:
-        default = getattr(field.default, "value", field.default)
-        return f"(`{kind}`, default `{default!r}`)"
+        return f"(`{kind}`, default `{getattr(field.default, 'value', field.default)!r}`)"
     if field.default_factory is not dataclasses.MISSING:
         return f"(`{kind}`, default `{field.default_factory()!r}`)"
     return f"(`{kind}`)"
