@@ -86,7 +86,7 @@ def test_keys_and_flags_in_the_text_exist():
                 for key in yaml.safe_load(code):
                     assert key in known or key == "fraction", f"{page}: `{code}`"
                     seen += 1
-            for flag in re.findall(r"(?<!\S)--(\w+)", code):
+            for flag in [] if code.startswith("hf ") else re.findall(r"(?<!\S)--(\w+)", code):
                 assert flag in known | {"help", "config", "accelerate_config"}, f"{page}: `{code}`"
                 seen += 1
     assert seen > 50
@@ -187,9 +187,10 @@ def finished(model_dir, tmp_path_factory):
     return folder
 
 
-def run_python(page: str, namespace: dict) -> dict:
+def run_python(page: str, namespace: dict, quick: str = IN_PYTHON) -> dict:
+    """Run a page's blocks one after the other; `quick` stands for `max_steps=300`. Returns their variables."""
     for block in blocks(page, "python"):
-        exec(compile(block.text.replace("max_steps=300", IN_PYTHON), page, "exec"), namespace)
+        exec(compile(block.text.replace("max_steps=300", quick), page, "exec"), namespace)
     return namespace
 
 
@@ -215,7 +216,7 @@ def test_python_about_a_finished_run(finished, monkeypatch):
 
 def test_python_of_the_trainer_and_the_installation(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run_python("docs/trainer.md", {})["args"].metric_for_best_model == "eval_worst_excess"
+    assert run_python("docs/trainer.md", {}, "use_cpu=True, bf16=False")["args"].load_best_model_at_end
     assert run_python("docs/install.md", {})["AMATrainer"] is AMATrainer
 
 
@@ -231,7 +232,8 @@ def test_python_of_the_readme(base_and_pairs, tmp_path):  # noqa: F811
         for sizes in ({"list": 24, "sort": 12}, {"list": 6, "sort": 6})
     )
     result = run_python("README.md", {"dataset": pairs, "held_out": held_out})
-    assert "ama/excess/helpful" in result["trainer"].state.log_history[-2] or result["trainer"].state.global_step == 2
+    assert result["trainer"].state.global_step == 2
+    assert {"eval_worst_excess", "eval_ama/excess/harmless"} <= set(result["trainer"].evaluate())
 
 
 def test_python_of_the_page_on_strategies(base_and_pairs):  # noqa: F811
@@ -279,7 +281,7 @@ def test_messages_on_the_page_are_those_of_the_code():
     """A quoted message has `…` where it varies; what is between stands in the source."""
     source = "\n".join(path.read_text() for path in sorted((ROOT / "trl_ama").rglob("*.py")))
     source = re.sub(r'"\n\s*f?"', "", source)
-    source = source.replace("{self.what} in", "The specialist of task '…' in")
+    source = source.replace("{what} made with", "was made with")  # of which the caller has the first word
     quotes = re.findall(r"^> (.*)$", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
     assert len(quotes) > 5
     for quote in quotes:

@@ -271,8 +271,8 @@ class Commands(_Generated):
 
 
 def examples(docstring: str) -> str:
-    """The examples at the head of a script, whose captions are written as comments."""
-    return re.sub(r"^# (.*)$", r"\1", docstring.strip(), flags=re.MULTILINE)
+    """The examples at the head of a script: their captions are written as comments, and continued lines are joined."""
+    return re.sub(r" {2,}", " ", re.sub(r"^# (.*)$", r"\1", docstring.strip(), flags=re.MULTILINE))
 
 
 def write_index(app, error) -> None:
