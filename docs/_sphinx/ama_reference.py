@@ -109,7 +109,11 @@ class Api(_Generated):
 
     def run(self) -> list[nodes.Node]:
         name = self.arguments[0]
-        return self.parse("\n".join(self.describe(name, lookup(name), 6)))
+        try:
+            return self.parse("\n".join(self.describe(name, lookup(name), 6)))
+        except LookupError as error:
+            logger.warning("%s", error, location=self.get_location())
+            return []
 
     def describe(self, name: str, found: Any, fence: int) -> list[str]:
         module, _, short = name.rpartition(".")
