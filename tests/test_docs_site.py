@@ -63,7 +63,11 @@ def test_menu_and_landing_page_list_every_page(site):
     landing = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     menu = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index", "README"}
-    assert set(re.findall(r"\]\((\w+)\.md\)", landing)) == pages == set(re.findall(r"^(?:[\w ]+ <)?(\w+)>?$", menu, re.MULTILINE))
+    assert (
+        set(re.findall(r"\]\((\w+)\.md\)", landing))
+        == pages
+        == set(re.findall(r"^(?:[\w ]+ <)?(\w+)>?$", menu, re.MULTILINE))
+    )
 
 
 def test_reference_has_every_export_with_its_docstring(site):
