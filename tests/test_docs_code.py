@@ -151,11 +151,10 @@ def test_commands_parse(page, folder):
 
 
 def test_commands_in_the_text_exist():
-    to_come = {"ama-merge"}
     for page in PAGES:
         for code in inline_code(page):
             for command in re.findall(r"\btrl (ama[\w-]*)", code):
-                assert command in {*COMMANDS, *to_come}, f"{page}: `{code}`"
+                assert command in COMMANDS, f"{page}: `{code}`"
 
 
 # ---- Python ----
