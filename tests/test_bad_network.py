@@ -93,7 +93,7 @@ def nothing_computed(monkeypatch):
         pytest.fail("something was computed again")
 
     monkeypatch.setattr(DPOTrainer, "train", fail)
-    for name in ("loss_scoring.score_policies", "evaluation.score_pairs", "specialists.score_pairs"):
+    for name in ("loss_scoring.score_reference_and_specialist", "evaluation.score_pairs", "specialists.score_pairs"):
         monkeypatch.setattr(f"trl_ama.{name}", fail)
 
 

@@ -164,7 +164,9 @@ def test_only_the_mixing_changed(copy, recipe, no_training):
 
 
 def test_another_beta_needs_no_scoring(copy, recipe, monkeypatch):
-    monkeypatch.setattr("trl_ama.loss_scoring.score_policies", lambda *args: pytest.fail("pairs were scored again"))
+    monkeypatch.setattr(
+        "trl_ama.loss_scoring.score_reference_and_specialist", lambda *args: pytest.fail("pairs were scored again")
+    )
     shutil.rmtree(copy / "generalists")
     flags = ["--beta", "0.2", "--specialist_args", "{max_steps: 12, beta: 0.5}"]
     results = run_pipeline(*recipe(copy, *flags), stages=("losses", "train", "eval"))
@@ -230,7 +232,9 @@ def test_evaluating_with_other_settings_is_refused(copy, recipe, flags, text):
 
 def test_a_specialist_trained_again_is_the_same(copy, recipe, monkeypatch):
     """Same settings, same weights: the reference losses still hold, whatever was printed or logged meanwhile."""
-    monkeypatch.setattr("trl_ama.loss_scoring.score_policies", lambda *args: pytest.fail("pairs were scored again"))
+    monkeypatch.setattr(
+        "trl_ama.loss_scoring.score_reference_and_specialist", lambda *args: pytest.fail("pairs were scored again")
+    )
     shutil.rmtree(copy / "specialists" / "sort")
     run_pipeline(
         *recipe(copy, "--logging_steps", "5", "--run_name", "again"), stages=("specialists", "losses", "train")

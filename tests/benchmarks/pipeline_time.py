@@ -62,21 +62,32 @@ def run_trl(options: argparse.Namespace, pairs: Path, output: Path, dtype: str, 
 
 
 def run_ours(options: argparse.Namespace, pairs: Path, output: Path, dtype: str, checkpointing: bool) -> None:
-    """Specialists, reference losses and generalist by the recipe, an epoch each."""
+    """Specialists, reference losses and generalist by the recipe, an epoch each, nothing held out."""
+    import yaml
+
     from trl_ama.pipeline import run_pipeline
     from trl_ama.scripts.common import make_parser, parse_arguments
 
-    values = {
-        "config": RECIPE, "model_name_or_path": options.model, "tasks_dir": pairs, "output_dir": output, "dtype": dtype,
+    values = yaml.safe_load(RECIPE.read_text(encoding="utf-8")) | {
+        "model_name_or_path": options.model, "tasks_dir": str(pairs), "output_dir": str(output), "dtype": dtype,
         "bf16": dtype == "bfloat16", "max_length": options.max_length, "gradient_checkpointing": checkpointing,
         "per_device_train_batch_size": options.batch_size, "per_device_eval_batch_size": options.batch_size,
-        "num_train_epochs": 1, "max_steps": -1, "specialist_args": "{}", "save_strategy": "no", "use_cpu": options.use_cpu,
-        "compare": "ama_s", "logging_steps": 10,
+        "num_train_epochs": 1, "max_steps": -1, "specialist_args": {}, "save_strategy": "no", "use_cpu": options.use_cpu,
+        "compare": [], "logging_steps": 10,
     }  # fmt: skip
-    argv = [part for key, value in values.items() for part in (f"--{key}", str(value))]
-    run_pipeline(
-        *parse_arguments(make_parser("ama", prog="pipeline_time"), argv), stages=("specialists", "losses", "train")
-    )
+    del values["test_split_size"]  # DPOTrainer trains on all pairs, too
+    config = output / "config.yaml"
+    config.write_text(yaml.safe_dump(values), encoding="utf-8")
+    settings = parse_arguments(make_parser("ama", prog="pipeline_time"), ["--config", str(config)])
+    run_pipeline(*settings, stages=("specialists", "losses", "train"))
+    for stage in ("specialists", "generalists"):
+        found = [json.loads(file.read_text())["result"]["steps"] for file in (output / stage).glob("*/stage.json")]
+        each = -(-options.pairs // options.batch_size)
+        expected = (
+            [each] * len(TASKS) if stage == "specialists" else [-(-options.pairs * len(TASKS) // options.batch_size)]
+        )
+        if found != expected:
+            raise SystemExit(f"The {stage} took {found} steps instead of {expected}: not the same pairs.")
 
 
 def timed(kind: str, pairs: Path, dtype: str, checkpointing: bool) -> float:
@@ -94,7 +105,7 @@ def timed(kind: str, pairs: Path, dtype: str, checkpointing: bool) -> float:
             str(int(checkpointing)),
         ]
         start = time.perf_counter()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         return time.perf_counter() - start
 
 
