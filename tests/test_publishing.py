@@ -57,9 +57,10 @@ def nothing_computed(monkeypatch):
     monkeypatch.setattr(DPOTrainer, "train", lambda *args, **kwargs: pytest.fail("something was trained"))
     for name in ("evaluation.score_pairs", "specialists.score_pairs", "reference_columns.score_pairs"):
         monkeypatch.setattr(f"trl_ama.{name}", lambda *args: pytest.fail("pairs were scored"))
-    monkeypatch.setattr(
-        "trl_ama.loss_scoring.score_reference_and_specialist", lambda *args: pytest.fail("pairs were scored")
-    )
+    for name in ("loss_scoring", "reference_columns"):
+        monkeypatch.setattr(
+            f"trl_ama.{name}.score_reference_and_specialist", lambda *args: pytest.fail("pairs were scored")
+        )
 
 
 def test_specialists(published, world):
