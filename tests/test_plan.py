@@ -19,6 +19,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, MambaConfig, MistralCo
 from trl_ama import cli, memory_plan, optimizer_memory
 from trl_ama.memory_plan import GIB, MemorySettings, empty_model, scoring_memory, training_memory
 from trl_ama.plan_lengths import Lengths, common_beginning, largest_batch, scoring_batch
+from trl_ama.quantized import quantized_layers
 
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -93,7 +94,7 @@ def test_a_quantised_model_is_planned_as_it_is_loaded():
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     settings = MemorySettings(dtype=torch.bfloat16, quantization=quantization, peft_config=LORA)
     model = empty_model(TINY, settings)
-    linear = list(memory_plan.quantised_modules(model).values())
+    linear = [layer for _, layer in quantized_layers(model)]
     assert len(linear) == 14 and type(memory_plan.base_model(model).lm_head) is torch.nn.Linear
     assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.bfloat16}
     plain = replace(settings, quantization=None)

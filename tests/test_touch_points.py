@@ -435,6 +435,16 @@ def test_34_adapters_on_a_quantised_base_are_trained_in_bf16():
     assert "if _is_quantized_model:" in source and "param.data = param.data.to(torch.bfloat16)" in source
 
 
+def test_35_a_4_bit_layer_packs_its_weight_only_where_its_flag_says_so(monkeypatch):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    source = inspect.getsource(bitsandbytes.nn.Linear4bit)
+    assert "self.support_avx512bf16_for_cpu" in source and "packing_format_for_cpu" in source
+    layer = bitsandbytes.nn.Linear4bit(64, 64, compute_dtype=torch.bfloat16).to("cpu").eval()
+    layer.support_avx512bf16_for_cpu = False
+    layer(torch.zeros(2, 64, dtype=torch.bfloat16))
+    assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+
+
 def test_every_touch_point_is_documented():
     numbered = {int(number) for number in re.findall(r"^\| (\d+) \|", DOC.read_text(), flags=re.MULTILINE)}
     tested = {int(match) for match in re.findall(r"def test_(\d+)_", Path(__file__).read_text())}

@@ -27,6 +27,7 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 from .errors import AMAError, first_line
 from .optimizer_memory import is_paged, optimizer_bytes, update_bytes
 from .prefix_trial import sequence_limit
+from .quantized import quantized_layers
 
 
 GIB = 2**30
@@ -138,16 +139,6 @@ def empty_model(config: PretrainedConfig, settings: MemorySettings) -> torch.nn.
     return model
 
 
-def quantised_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The layers that bitsandbytes holds in 4 or 8 bits, by name."""
-    kinds = ("Linear4bit", "Linear8bitLt")
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if type(module).__name__ in kinds and type(module).__module__.startswith("bitsandbytes")
-    }
-
-
 def base_model(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model inside of PEFT's."""
     return model.get_base_model() if is_peft_model(model) else model
@@ -174,7 +165,7 @@ def int8_bytes(rows: int, columns: int) -> int:
 
 def weight_bytes(model: torch.nn.Module) -> int:
     """Bytes of all parameters and buffers as they are held in training; what is tied counts once."""
-    quantised = {module.weight: module for module in quantised_modules(model).values()}
+    quantised = {module.weight: module for _, module in quantized_layers(model)}
     total = sum(buffer.nbytes for buffer in model.buffers())
     for parameter in model.parameters():
         module = quantised.get(parameter)

@@ -34,8 +34,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import prefix_sharing
 from .errors import first_line
-from .memory_plan import MemorySettings, base_model, quantised_modules
+from .memory_plan import MemorySettings, base_model
 from .prefix_sharing import PAIRS_KEY, CannotShare, PackedPairs, PairAttention, packed_forward
+from .quantized import quantized_layers
 
 
 class CannotTrace(ValueError):
@@ -176,7 +177,7 @@ def _stand_in(module: torch.nn.Module) -> None:
 def _fill(model: torch.nn.Module) -> None:
     """Put fake tensors in place of a model's parameters, which are on the meta device; what is tied stays so."""
     weights = set()
-    for module in quantised_modules(model).values():
+    for _, module in quantized_layers(model):
         weights.add(module.weight)
         _stand_in(module)
     made: dict[Tensor, torch.nn.Parameter] = {}

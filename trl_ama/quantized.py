@@ -24,6 +24,7 @@ logger = get_logger(__name__)
 
 _INSTALL = 'Install it with `pip install "trl-ama[quantization]"`'
 _OF_BITSANDBYTES = ("8bit", "paged", "bnb", "ademamix")  # in the names of `optim`
+_LAYERS = ("Linear4bit", "Linear8bitLt")
 _TRIED = 2**14  # parameters of a trial: bitsandbytes holds smaller ones in 32 bits
 
 
@@ -34,12 +35,9 @@ def is_quantized(model: torch.nn.Module) -> bool:
 
 
 def quantized_layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The layers that bitsandbytes holds in 4 or 8 bits, by name."""
+    """The layers that bitsandbytes holds in 4 or 8 bits, by name; not PEFT's around them, whose classes have the same names."""
     for name, module in model.named_modules():
-        if type(module._parameters.get("weight")).__name__ in (
-            "Params4bit",
-            "Int8Params",
-        ):  # not PEFT's layers around them
+        if type(module).__name__ in _LAYERS and type(module).__module__.startswith("bitsandbytes"):
             yield name, module
 
 
