@@ -17,7 +17,7 @@ from transformers import Trainer
 from trl import DPOConfig, DPOTrainer
 
 from trl_ama import AMATrainer
-from trl_ama.step_recorder import RecordedForward
+from trl_ama.recorded_forward import RecordedForward
 
 
 DOC = Path(__file__).parent.parent / "docs" / "touch_points.md"
