@@ -26,7 +26,7 @@ from .mixing import MixingStrategy
 from .mixture import Mixture
 from .policy_sources import check_policy_source
 from .preference_losses import PairLogProbs, PreferenceLossConfig, excess_losses, pair_losses, untrained_loss
-from .processes import sum_of_all
+from .processes import is_sharded, sum_of_all
 from .recorded_forward import RecordedForward
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS, add_logp_columns
 from .step_recorder import TaskCollator
@@ -177,6 +177,11 @@ peft_config:
         self._reference_unchecked = has_reference
         self.add_callback(_BeginMixing(self))
         if specialists is not None and not has_specialist:
+            if is_sharded(self.accelerator):  # no process has the whole model, and some have nothing yet
+                raise AMAError(
+                    "AMATrainer cannot score specialists in a run that shares the model out among processes (FSDP, DeepSpeed). "
+                    f"Compute {list(LOGP_COLUMNS)} first, with `trl ama-losses`, and leave `specialists` out."
+                )
             self._score_specialists(specialists)
         elif not self.has_reference_losses and self.strategy.objective == "excess":
             logger.warning(

@@ -4,6 +4,7 @@ An error in what one process does for all is raised on every process, so that no
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
+from transformers.integrations import deepspeed
 
 from .errors import AMAError, first_line
 
@@ -61,6 +63,22 @@ def main_first() -> Iterator[None]:
         _tell(_as_text(error), None)
         raise
     _tell(None, None)
+
+
+@contextlib.contextmanager
+def whole_models() -> Iterator[None]:
+    """A model that is loaded inside is whole on every process, also in a run that shares models out (FSDP, ZeRO-3)."""
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # by which all processes but one load nothing
+    before, config = os.environ.get(name), deepspeed._hf_deepspeed_config_weak_ref
+    if before is not None:
+        os.environ[name] = "false"
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
+        if before is not None:
+            os.environ[name] = before
 
 
 def _as_text(error: Exception) -> str:

@@ -21,7 +21,7 @@ from .preference_losses import sequence_logps
 from .prefix_sharing import causal_lm, packed_forward
 from .prefix_support import PrefixSharing
 from .prefix_trainer import PrefixSharingTrainer
-from .processes import from_main, is_sharded
+from .processes import from_main, is_sharded, whole_models
 
 
 _INPUTS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -31,8 +31,15 @@ _NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps
 class ScoringTrainer(PrefixSharingTrainer):
     """A `DPOTrainer` that only scores: everything but training (loading, tokenisation, device, precision) is TRL's.
 
-    Its whole difference: no second model is loaded and nothing is computed for the reference.
+    Its whole difference: no second model is loaded, nothing is computed for the reference, and every process has the whole
+    model, so that each scores pairs of its own.
     """
+
+    def __init__(self, *args, **kwargs):
+        with whole_models():
+            super().__init__(*args, **kwargs)
+        if is_sharded(self.accelerator):  # where the Trainer leaves it to be placed when it is shared out
+            self.model.to(self.accelerator.device)
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
         return dataset
@@ -108,7 +115,7 @@ def score_policies(
                 sweep.score(rows)
                 if shards is not None:
                     shards.add(rows, sweep.scores)
-            elif is_sharded(accelerator):
+            elif sweep.in_step:
                 sweep.score(batches[0], keep=False)  # the others cannot do without this process
             rows = np.concatenate(batches)
             pairs += len(rows)
@@ -167,7 +174,8 @@ class _Sweep:
         self._rows = dataset.select_columns(list(_INPUTS))
         self._collator = getattr(trainer.data_collator, "inner", trainer.data_collator)
         self._sharing = getattr(trainer, "prefix_sharing", None) or PrefixSharing(trainer, "auto")
-        self._in_step = is_sharded(trainer.accelerator)  # every process has to run a model as often as the others
+        # Whether every process has to run a model as often as the others: it was shared out for training
+        self.in_step = is_sharded(trainer.accelerator) and not isinstance(trainer, ScoringTrainer)
         self._longest, self._packed = _lengths(dataset, trainer.args.max_length)
         batch_size = trainer.args.precompute_ref_batch_size or trainer.args.per_device_eval_batch_size
         self._budget = int(2 * batch_size * self._longest.max(initial=0))
@@ -208,7 +216,7 @@ class _Sweep:
         """
         count = self._trainer.accelerator.num_processes
         batches = self._remaining(done)
-        if count > 1 and batches and not self._all_packed(batches[0]) and self._in_step:
+        if count > 1 and batches and not self._all_packed(batches[0]) and self.in_step:
             batches = self._remaining(done, padded=True)  # `score` could not split them as long as the others wait
         for first in range(0, len(batches), count):
             yield batches[first : first + count]
@@ -290,7 +298,7 @@ class _Sweep:
                 pairs = packed[inner]
                 # So many rows were meant for the fast path
                 is_too_large = len(rows) > 1 and kwargs["input_ids"].numel() > self._budget
-                if pairs is None and is_too_large and not self._in_step:
+                if pairs is None and is_too_large and not self.in_step:
                     too_many.append(prefix)
                     continue
                 outputs = (
