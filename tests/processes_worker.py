@@ -36,29 +36,36 @@ def main(folder: Path, counts: list[int]) -> int:
         if not run_group(folder, count):
             return 1
         print(f"{count} processes: {time.monotonic() - began:.1f} s", flush=True)
+    if "jobs" in json.loads((folder / "spec.json").read_text()):
+        return 0 if run_jobs(folder) else 1
     return 0
 
 
 def run_group(folder: Path, count: int) -> bool:
+    """Run the cases in `count` processes that know of each other; whether all went well."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
+
+    def process(rank):
+        if count > 1:
+            names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+            os.environ |= dict(zip(names, map(str, (rank, rank, count, count)), strict=True))
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        work(folder, count, rank)
+
+    return together([lambda rank=rank: process(rank) for rank in range(count)])
+
+
+def together(functions) -> bool:
+    """Call each function in a process of its own, at the same time; whether all went well."""
     children = []
-    for rank in range(count):
+    for function in functions:
         child = os.fork()
         if child == 0:
             code = 1
             try:
-                if count > 1:
-                    os.environ |= {
-                        "RANK": str(rank),
-                        "LOCAL_RANK": str(rank),
-                        "WORLD_SIZE": str(count),
-                        "LOCAL_WORLD_SIZE": str(count),
-                        "MASTER_ADDR": "127.0.0.1",
-                        "MASTER_PORT": str(port),
-                    }
-                work(folder, count, rank)
+                function()
                 code = 0
             except BaseException:
                 traceback.print_exc()
@@ -94,6 +101,37 @@ def work(folder: Path, count: int, rank: int) -> None:
                 print(f"  {name}: {time.monotonic() - began:.1f} s", flush=True)
     if rank == 0:
         (folder / f"{count}.json").write_text(json.dumps(results))
+
+
+# ---- Jobs side by side ----
+
+
+def run_jobs(folder: Path) -> bool:
+    """One job for each task, all at once in one output folder, then one for the rest; beside a run that does all by itself."""
+    spec = json.loads((folder / "spec.json").read_text())
+    jobs = [["--only_tasks", task] for task in spec["jobs"]]
+    return (
+        together([lambda flags=flags: pipeline(spec, folder / "jobs", *flags) for flags in jobs])
+        and together([lambda: pipeline(spec, folder / "jobs", "--compare", "proportional", said=folder / "said.txt")])
+        and together([lambda: pipeline(spec, folder / "alone", "--compare", "proportional")])
+    )
+
+
+def pipeline(spec, output_dir, *flags, said=None):
+    import contextlib
+
+    from trl import ModelConfig, TrlParser
+
+    from trl_ama import AMAConfig, TaskMixtureConfig
+    from trl_ama.pipeline import run_pipeline
+    from trl_ama.pipeline_arguments import PipelineArguments
+
+    parser = TrlParser((PipelineArguments, AMAConfig, ModelConfig, TaskMixtureConfig))
+    arguments = parser.parse_args_and_config(["--config", spec["recipe"], "--output_dir", str(output_dir), *flags])
+    with contextlib.ExitStack() as stack:
+        if said is not None:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(said, "w"))))
+        run_pipeline(*arguments)
 
 
 # ---- What the cases share ----
@@ -270,7 +308,45 @@ def scoring(world, name):
             assert forwards
         if world.rank == 0:
             np.savez(world.folder / f"{world.count}-{name}-{path}.npz", **ours)
-    return "done"
+    return shards(world, trainer, ours)
+
+
+def shards(world, trainer, expected):
+    """A sweep that is saved as it goes, and one that finds a part of it; the batches of each process in both."""
+    import contextlib
+    import functools
+
+    import numpy as np
+    from accelerate.utils import gather_object
+
+    from trl_ama import scoring
+    from trl_ama.loss_shards import LossShards
+    from trl_ama.processes import from_main
+
+    folder, ids = world.folder / f"{world.count}-shards", [str(row) for row in range(len(trainer.train_dataset))]
+    plain, batches, counts = scoring._Sweep.score, [], []
+    policies = {"": functools.partial(contextlib.nullcontext, trainer.model)}
+
+    def counted(self, rows, *args, **kwargs):
+        batches.append(len(rows))
+        return plain(self, rows, *args, **kwargs)
+
+    scoring._Sweep.score = counted
+    try:
+        for lost in (0, 1):
+            if lost:
+                from_main(lambda: [path.unlink() for path in sorted(folder.glob("*.parquet"))[:1]])
+            batches.clear()
+            own = LossShards(folder, {"run": 1}, ids, trainer.accelerator.process_index)
+            ours = scoring.score_policies(trainer, policies, trainer.train_dataset, "", own)
+            for key, values in expected.items():
+                np.testing.assert_array_equal(ours[key], values)
+            counts.append(gather_object([list(batches)]))
+            names = from_main(lambda: sorted(path.name[:9] for path in folder.glob("*.parquet")))
+            counts[-1] = {"batches": counts[-1], "files": names}
+    finally:
+        scoring._Sweep.score = plain
+    return counts
 
 
 def errors(world, name):

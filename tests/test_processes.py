@@ -2,19 +2,25 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from conftest import QUICK, make_dataset
+from conftest import QUICK, make_dataset, make_rows
 from processes_worker import BATCH, CASES
 from test_invariants import with_reference_columns
 
+from trl_ama.loss_shards import LossShards
 
+
+pytestmark = pytest.mark.xdist_group("processes")
 ROOT = Path(__file__).parent.parent
 SIZES = {"list": 21, "sort": 9, "brief": 13}  # 43 pairs: an epoch of batches of 8 ends with 3
+TASKS = ["list", "sort"]  # of the pipeline
 COUNTS = (1, 2, 4)
 
 
@@ -24,16 +30,34 @@ def world(model_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     with_reference_columns(make_dataset(SIZES)).save_to_disk(str(folder / "pairs"))
     quick = {**QUICK, "learning_rate": 1e-3, "lr_scheduler_type": "constant", "logging_steps": 1, "seed": 7}
-    (folder / "spec.json").write_text(json.dumps({"model": model_dir, "quick": quick}))
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, ROOT / "tests" / "processes_worker.py", folder, *map(str, COUNTS)],
-        env=environ,
-        capture_output=True,
-        text=True,
-    )
+    for task in TASKS:
+        for split, size, seed in (("train", 19, 0), ("test", 7, 1)):
+            with open(folder / f"{task}_{split}.jsonl", "w") as file:
+                file.writelines(json.dumps(row) + "\n" for row in make_rows(task, size, seed))
+    recipe = {
+        **quick,
+        "model_name_or_path": model_dir,
+        "tasks": [{"task": task} for task in TASKS],
+        "tasks_dir": str(folder),
+        "use_peft": True,
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "lora_target_modules": "all-linear",
+        "per_device_train_batch_size": BATCH,
+        "per_device_eval_batch_size": 2,
+        "num_train_epochs": 1,
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    spec = {"model": model_dir, "quick": quick, "recipe": str(folder / "recipe.yaml"), "jobs": TASKS}
+    (folder / "spec.json").write_text(json.dumps(spec))
+    run = python(ROOT / "tests" / "processes_worker.py", folder, *COUNTS)
     assert run.returncode == 0, run.stdout + run.stderr
     return folder, {count: json.loads((folder / f"{count}.json").read_text()) for count in COUNTS}
+
+
+def python(*arguments):
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *map(str, arguments)], env=environ, capture_output=True, text=True)
 
 
 def several(names):
@@ -123,6 +147,30 @@ def test_scores_do_not_depend_on_the_number_of_processes(world, path):
             np.testing.assert_array_equal(ours[key], values)
 
 
+def test_batches_are_shared_out(world):
+    results = {count: result["scoring"] for count, result in world[1].items()}
+    (whole,) = results[1][0]["batches"]
+    assert len(whole) > 8
+    for count in (2, 4):
+        first, second = results[count]
+        # In turn, in the order of one process; and what a lost file held is shared out again
+        assert first["batches"] == [whole[rank::count] for rank in range(count)]
+        assert first["files"] == [f"{rank:03d}-00000" for rank in range(count)]
+        lost = whole[0::count]
+        assert second["batches"] == [lost[rank::count] for rank in range(count)]
+        assert len(second["files"]) == 2 * count - 1
+
+
+def test_shards_of_several_processes_are_read_by_one(world):
+    folder = world[0]
+    one = np.load(folder / "1-scoring-False.npz")
+    scores = {key: np.zeros_like(values) for key, values in one.items()}
+    ids = [str(row) for row in range(sum(SIZES.values()))]
+    assert LossShards(folder / "4-shards", {"run": 1}, ids).load(scores).all()
+    for key, values in one.items():
+        np.testing.assert_array_equal(scores[key], values)
+
+
 def test_an_error_of_the_main_process_is_everybodys(world):
     main, other = world[1][2]["errors"]
     sentence = "AMAError: The folder 'x' is not there. Make it."
@@ -132,3 +180,88 @@ def test_an_error_of_the_main_process_is_everybodys(world):
     assert main[4:6] == other[4:6] == [0, 1]
     for said in (main, other):
         assert "accelerator_config sets split_batches=True" in said[6] and "2 processes" in said[6]
+
+
+# ---- The commands ----
+
+
+def adapter(folder, *names):
+    from safetensors.numpy import load_file
+
+    return load_file(folder.joinpath(*names, "adapter_model.safetensors"))
+
+
+def losses(folder, task, split="train"):
+    table = pq.read_table(folder / "reference_losses" / task / f"{split}.parquet")
+    return {name: table[name].to_numpy() for name in table.column_names if "logps" in name or "tokens" in name}
+
+
+def test_jobs_side_by_side_make_what_one_run_makes(world):
+    """`--only_tasks`, one job for each task and all at once, then a job that finds their work done."""
+    folder = world[0]
+    for task in TASKS:
+        ours, theirs = (adapter(folder / run, "specialists", task) for run in ("jobs", "alone"))
+        assert all(np.array_equal(ours[name], value) for name, value in theirs.items())
+        ours, theirs = (losses(folder / run, task) for run in ("jobs", "alone"))
+        assert all(np.array_equal(ours[name], value) for name, value in theirs.items())
+    ours, theirs = (adapter(folder / run, "generalists", "ama_s") for run in ("jobs", "alone"))
+    assert all(np.array_equal(ours[name], value) for name, value in theirs.items())
+    said = (folder / "said.txt").read_text()
+    assert said.count(" done\n") == 2 * len(TASKS) and "specialist of task" not in said.lower()
+    results = [json.loads((folder / run / "results.json").read_text()) for run in ("jobs", "alone")]
+    assert results[0]["policies"] == results[1]["policies"]
+
+
+def test_the_command_in_two_processes(world, tmp_path):
+    """`trl ama --num_processes 2` goes on from a run of one process: a specialist, all losses, the generalist, the results."""
+    folder = world[0]
+    shutil.copytree(folder / "alone", tmp_path / "run")
+    for name in ("specialists/sort", "reference_losses", "generalists", "results.json", "report"):
+        path = tmp_path / "run" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    run = python(
+        *("-m", "trl_ama", "ama", "--config", folder / "recipe.yaml", "--output_dir", tmp_path / "run"),
+        *("--accelerate_config", ROOT / "recipes" / "accelerate_configs" / "ddp.yaml", "--num_processes", 2),
+        *("--mixed_precision", "no", "--per_device_train_batch_size", BATCH // 2, "--compare", "proportional"),
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    lines = [line.split() for line in run.stdout.splitlines()]
+    assert lines.count(["specialist", "list", "done"]) == 1 and lines.count(["specialist", "sort", "to", "do"]) == 1
+    for split in ("train", "test"):
+        ours, theirs = (losses(path, "list", split) for path in (tmp_path / "run", folder / "alone"))
+        assert all(np.array_equal(ours[name], value) for name, value in theirs.items())
+        ours, theirs = (losses(path, "sort", split) for path in (tmp_path / "run", folder / "alone"))
+        assert np.array_equal(ours["ref_chosen_logps"], theirs["ref_chosen_logps"])
+        for name, value in theirs.items():
+            np.testing.assert_allclose(ours[name], value, atol=1e-3, err_msg=name)
+    for names in (("specialists", "sort"), ("generalists", "ama_s"), ("generalists", "proportional")):
+        ours, theirs = (adapter(path, *names) for path in (tmp_path / "run", folder / "alone"))
+        for name, value in theirs.items():
+            np.testing.assert_allclose(ours[name], value, atol=1e-4, err_msg=f"{names}: {name}")
+    ours, theirs = (json.loads((path / "results.json").read_text()) for path in (tmp_path / "run", folder / "alone"))
+    for name, policy in theirs["policies"].items():
+        for task, figures in policy["by_task"].items():
+            for figure in ("loss", "margin", "pairs"):
+                assert ours["policies"][name]["by_task"][task][figure] == pytest.approx(figures[figure], abs=1e-3)
+    assert (tmp_path / "run" / "report" / "index.html").is_file()
+
+
+FAILS = """
+import sys, time
+from accelerate import PartialState
+from trl_ama.errors import AMAError
+from trl_ama.scripts.common import report_errors
+state = PartialState(cpu=True)
+with report_errors("ama"):
+    if state.process_index == int(sys.argv[1]):
+        raise AMAError("The disk of this process is full.")
+    state.wait_for_everyone()
+"""
+
+
+def test_an_error_of_any_process_ends_the_run(tmp_path):
+    (tmp_path / "fails.py").write_text(FAILS)
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, tmp_path / "fails.py")
+    run = python(*launch, 1)
+    assert run.returncode != 0
+    assert run.stderr.count("trl ama: error: The disk of this process is full.") == 1

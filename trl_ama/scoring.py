@@ -237,7 +237,7 @@ class _Sweep:
     def share(self) -> None:
         """Give all processes what each has scored: every value is of one process and zero on the others, so sums are exact."""
         accelerator = self._trainer.accelerator
-        if accelerator.num_processes == 1:
+        if accelerator.num_processes == 1 or len(self._rows) == 0:
             return
         values = torch.from_numpy(np.stack([value.astype(np.float32) for value in self.scores.values()]))
         values = accelerator.reduce(values.to(accelerator.device), reduction="sum").cpu().numpy()
