@@ -258,9 +258,8 @@ peft_config:
             return
         distance = (pairs.chosen_logratios.abs() + pairs.rejected_logratios.abs()).sum().item()
         tokens = float(pairs.chosen_tokens.sum() + pairs.rejected_tokens.sum())
-        distance, tokens = sum_of_all(
-            self.accelerator, np.array([distance, tokens])
-        ).tolist()  # all are of one opinion
+        # Of all processes, so that all are of one opinion
+        distance, tokens = sum_of_all(self.accelerator, np.array([distance, tokens])).tolist()
         distance /= max(1.0, tokens)
         if not distance <= _REFERENCE_TOLERANCE:
             self._report_foreign_reference(

@@ -1,4 +1,4 @@
-"""DPOTrainer with the faster forward pass of `prefix_sharing.py`, and nothing else."""
+"""DPOTrainer with the faster forward pass of `prefix_sharing.py`, and on several processes with the numbers of one."""
 
 import atexit
 import contextlib
@@ -83,9 +83,7 @@ class PrefixSharingTrainer(DPOTrainer):
             outputs: The model's.
         """
         own, of_all = counted
-        share = (
-            self.accelerator.num_processes / of_all
-        )  # the mean over processes is then that over the pairs that count
+        share = self.accelerator.num_processes / of_all  # gradients are averaged over processes
         loss = losses[:own].sum() * share
         return loss + self.router_aux_loss_coef * outputs.aux_loss * own * share if self.aux_loss_enabled else loss
 
