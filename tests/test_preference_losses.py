@@ -22,7 +22,7 @@ from trl_ama.preference_losses import (
     sequence_logps,
     untrained_loss,
 )
-from trl_ama.step_recorder import RecordedForward
+from trl_ama.recorded_forward import RecordedForward
 
 
 F_DIVERGENCES = ["forward_kl", "js_divergence", "alpha_divergence"]

@@ -367,7 +367,8 @@ def test_slurm_job_says_what_is_wrong(sbatch):
         (["--model", "zephyr-7b", "--config", "lora", "--max_steps", "5"], "after '--'"),
     ):
         assert text in sbatch(*flags, code=2)
-    assert "not for 'ama'" in sbatch("--model", "zephyr-7b", "--config", "lora", code=2, ARRAY_TASK_ID=0)
+    flags = ("--model", "zephyr-7b", "--config", "lora", "--stage", "ama-eval")
+    assert "not an evaluation" in sbatch(*flags, code=2, ARRAY_TASK_ID=0)
 
 
 @pytest.mark.parametrize("name", FIRST)
@@ -377,10 +378,8 @@ def test_array_job_has_one_task_each(sbatch, name):
     tasks = recipe_tasks(path)
     for number in (0, len(tasks) - 1):
         words = sbatch(*flags, "--stage", "ama-specialists", ARRAY_TASK_ID=number)
-        assert words[0] == "ama-specialists" and words[5] == "--tasks" and len(words) == 7
-        (task,) = parse(path, "--tasks", words[6])[3].tasks
-        (expected,) = TaskMixtureConfig(tasks=[tasks[number]]).tasks
-        assert task == expected
+        assert words[0] == "ama-specialists" and words[5:] == ["--only_tasks", tasks[number]["task"]]
+        assert parse(path, *words[5:])[0].only_tasks == [tasks[number]["task"]]
     assert "nothing to do" in sbatch(*flags, "--stage", "ama-specialists", ARRAY_TASK_ID=len(tasks))
 
 
@@ -390,12 +389,14 @@ def test_array_tasks_make_what_the_whole_run_finds_done(sbatch, model_dir, pairs
     tasks = [task["task"] for task in recipe_tasks(path)]
     flags = ["--model_name_or_path", model_dir, "--tasks_dir", pairs_dir, "--output_dir", tmp_path / "out"]
     flags += ["--max_steps", 1, "--save_strategy", "no", "--disable_tqdm", "true"]
-    for stage in ("specialists", "losses"):
-        for number in range(len(tasks)):
-            slurm = ("--model", "zephyr-7b", "--config", "lora", "--stage", f"ama-{stage}")
-            words = sbatch(*slurm, ARRAY_TASK_ID=number)
-            run_pipeline(*parse(path, *flags, *words[5:]), stages=(stage,))
-    capsys.readouterr()
+    for number in range(len(tasks)):
+        words = sbatch("--model", "zephyr-7b", "--config", "lora", ARRAY_TASK_ID=number)
+        assert words[0] == "ama"
+        assert run_pipeline(*parse(path, *flags, *words[5:])) is None
+        left = [task for task in tasks if task not in tasks[: number + 1]]
+        text = f"still missing of {left}" if left else "all reference losses are there"
+        assert text in capsys.readouterr().out
+    assert not (tmp_path / "out" / "generalists").exists() and not (tmp_path / "out" / "report").exists()
     run_pipeline(*parse(path, *flags), stages=("specialists", "losses"))
     plan = capsys.readouterr().out
     assert "training\n" not in plan

@@ -17,7 +17,7 @@ from transformers import Trainer
 from trl import DPOConfig, DPOTrainer
 
 from trl_ama import AMATrainer
-from trl_ama.step_recorder import RecordedForward
+from trl_ama.recorded_forward import RecordedForward
 
 
 DOC = Path(__file__).parent.parent / "docs" / "touch_points.md"
@@ -443,6 +443,62 @@ def test_35_a_4_bit_layer_packs_its_weight_only_where_its_flag_says_so(monkeypat
     layer.support_avx512bf16_for_cpu = False
     layer(torch.zeros(2, 64, dtype=torch.bfloat16))
     assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+
+
+def test_50_micro_batches_are_dealt_out_in_turn_and_repeats_come_last():
+    from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
+    from accelerate.state import GradientState
+    from torch.utils.data import BatchSampler, SequentialSampler
+
+    batches = BatchSampler(SequentialSampler(range(11)), batch_size=2, drop_last=False)
+    shards = [list(BatchSamplerShard(batches, num_processes=4, process_index=rank)) for rank in range(4)]
+    assert shards == [[[0, 1], [8, 9]], [[2, 3], [10, 0]], [[4, 5], [1, 2]], [[6, 7], [3, 4]]]
+    loader = DataLoaderShard(list(range(11)), batch_sampler=BatchSamplerShard(batches, 4, 1))
+    assert [GradientState().end_of_dataloader for _ in loader] == [False, True]
+
+
+def test_51_the_loader_that_skips_nothing_reaches_the_sampler():
+    from accelerate import skip_first_batches
+    from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
+    from torch.utils.data import DataLoader
+    from transformers.trainer_callback import CallbackHandler
+
+    loader = DataLoader(list(range(64)), batch_size=4, shuffle=True)
+    loader = prepare_data_loader(loader, num_processes=2, process_index=1, use_seedable_sampler=True, data_seed=3)
+    skipping = skip_first_batches(loader, 5)
+    sampler = loader.batch_sampler.batch_sampler.sampler
+    assert isinstance(sampler, SeedableRandomSampler)
+    loader.set_epoch(2)
+    assert sampler.epoch == 2 and skipping.batch_sampler.batch_sampler.batch_sampler.sampler is sampler
+    assert "train_dataloader=self.train_dataloader" in inspect.getsource(CallbackHandler.call_event)
+
+
+def test_52_precomputed_log_probs_go_where_the_dataset_says():
+    source = inspect.getsource(DPOTrainer._precompute_ref_logps)
+    assert "dataset._get_cache_file_path(fingerprint)" in source and "Dataset.from_file(cache_file)" in source
+    assert Dataset.from_dict({"a": [1]}).cache_files == []
+
+
+def test_53_what_decides_whether_a_process_loads_a_whole_model(monkeypatch):
+    from transformers.distributed import fsdp
+    from transformers.integrations import deepspeed
+
+    from trl_ama.processes import whole_models
+
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    monkeypatch.setattr(fsdp, "_is_torch_distributed_initialized", lambda: True)
+
+    class Zero3:
+        def is_zero3(self):
+            return True
+
+    config = Zero3()
+    monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", lambda: config)
+    assert fsdp.is_fsdp_enabled() and deepspeed.is_deepspeed_zero3_enabled()
+    with whole_models():
+        assert not fsdp.is_fsdp_enabled() and not deepspeed.is_deepspeed_zero3_enabled()
+    assert fsdp.is_fsdp_enabled() and deepspeed.is_deepspeed_zero3_enabled()
 
 
 def test_every_touch_point_is_documented():

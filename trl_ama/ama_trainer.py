@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,16 +25,11 @@ from .errors import AMAError
 from .mixing import MixingStrategy
 from .mixture import Mixture
 from .policy_sources import check_policy_source
-from .preference_losses import (
-    PairLogProbs,
-    PreferenceLossConfig,
-    excess_losses,
-    pair_losses,
-    sequence_logps,
-    untrained_loss,
-)
+from .preference_losses import PairLogProbs, PreferenceLossConfig, excess_losses, pair_losses, untrained_loss
+from .processes import is_sharded, sum_of_all
+from .recorded_forward import RecordedForward
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS, add_logp_columns
-from .step_recorder import RecordedForward, TaskCollator
+from .step_recorder import TaskCollator
 from .task_evaluation import TaskEvaluationTrainer
 from .tasks import TASK_COLUMN, task_names_of, with_task_labels
 from .trainer_checks import (
@@ -50,6 +46,7 @@ from .trainer_checks import (
     label_eval,
     strategy_for,
 )
+from .uneven_batches import COUNTED
 
 
 logger = get_logger(__name__)
@@ -177,10 +174,14 @@ peft_config:
         self.mixture = Mixture(strategy, self.task_names, untrained_loss(self._loss_config), self._has_excess)
         self.data_collator = TaskCollator(self.data_collator)
         self._eval_pairs = []
-        self._mean_micro_batch = 1.0
         self._reference_unchecked = has_reference
         self.add_callback(_BeginMixing(self))
         if specialists is not None and not has_specialist:
+            if is_sharded(self.accelerator):  # no process has the whole model, and some have nothing yet
+                raise AMAError(
+                    "AMATrainer cannot score specialists in a run that shares the model out among processes (FSDP, DeepSpeed). "
+                    f"Compute {list(LOGP_COLUMNS)} first, with `trl ama-losses`, and leave `specialists` out."
+                )
             self._score_specialists(specialists)
         elif not self.has_reference_losses and self.strategy.objective == "excess":
             logger.warning(
@@ -238,12 +239,6 @@ peft_config:
         self.state.stateful_callbacks[_STATE_KEY] = self.mixture.state_dict()
         super()._save_checkpoint(model, trial)
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if batches and TASK_COLUMN in batches[0]:
-            self._mean_micro_batch = float(np.mean([len(batch[TASK_COLUMN]) for batch in batches]))
-        return batches, num_items
-
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:  # the last micro-batch of an optimizer step
@@ -262,7 +257,10 @@ peft_config:
         if self.state.global_step > 0:
             return
         distance = (pairs.chosen_logratios.abs() + pairs.rejected_logratios.abs()).sum().item()
-        distance /= max(1.0, float(pairs.chosen_tokens.sum() + pairs.rejected_tokens.sum()))
+        tokens = float(pairs.chosen_tokens.sum() + pairs.rejected_tokens.sum())
+        # Of all processes, so that all are of one opinion
+        distance, tokens = sum_of_all(self.accelerator, np.array([distance, tokens])).tolist()
+        distance /= max(1.0, tokens)
         if not distance <= _REFERENCE_TOLERANCE:
             self._report_foreign_reference(
                 f"The reference log-probs in train_dataset differ from those of the untrained policy by {distance:.2f} nats a token "
@@ -276,6 +274,7 @@ peft_config:
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
         task_ids = inputs.pop(TASK_COLUMN, None)
+        counted = inputs.pop(COUNTED, None)
         specialist = [inputs.pop(column, None) for column in SPECIALIST_COLUMNS]
         if REFERENCE_COLUMNS[0] not in inputs:
             if self.ref_model is None and not is_peft_model(self.model):
@@ -291,11 +290,7 @@ peft_config:
             return result
         loss = result[0] if return_outputs else result
 
-        mask = inputs["completion_mask"]
-        references = [inputs[column] for column in REFERENCE_COLUMNS]
-        tokens = mask.sum(dim=1).chunk(2)
-        policy = sequence_logps(forward.outputs.log_probs, mask, self.ld_alpha)
-        pairs = PairLogProbs(*policy, *references, *tokens)
+        pairs = forward.log_probs(inputs, self.ld_alpha)
         if self._reference_unchecked and self.model.training:
             self._check_reference(pairs)
         losses = pair_losses(pairs, self._loss_config)  # (B,)
@@ -303,7 +298,7 @@ peft_config:
             baseline = torch.zeros_like(losses)
         else:
             with torch.no_grad():
-                baseline = pair_losses(PairLogProbs(*specialist, *references, *tokens), self._loss_config)  # (B,)
+                baseline = pair_losses(replace(pairs, chosen=specialist[0], rejected=specialist[1]), self._loss_config)
         excess = excess_losses(losses, baseline, self.args.excess_clip)  # (B,)
 
         if not self.model.training:
@@ -313,16 +308,24 @@ peft_config:
                 task_ids, losses, margins, excess if knows_excess else torch.full_like(excess, torch.nan)
             )
             return result
+        whole, own = losses, len(losses) if counted is None else counted[0]
+        if own < len(losses):
+            task_ids, losses, excess, baseline = (values[:own] for values in (task_ids, losses, excess, baseline))
         self.mixture.recorder.add(task_ids, losses, excess, losses.detach() - baseline)
         if descends_trl_loss(self.strategy):
-            return result
-        # The Trainer divides by the number of micro-batches; dividing by their mean size here makes it (1/|B|) Σ over the
-        # step's pairs, also where the last micro-batch of an epoch is smaller
+            if counted is None or self.use_weighting:
+                return result
+            loss = self.loss_without_repeats(whole, counted, forward.outputs)
+            return (loss, result[1]) if return_outputs else loss
+        # The Trainer divides by the number of micro-batches, and gradients are averaged over processes; dividing by a
+        # micro-batch's mean size here makes it (1/|B|) Σ over the step's pairs, also where an epoch ends with smaller ones
+        mean_micro_batch = float(np.mean(self._pairs_of_rounds)) / self.accelerator.num_processes
         weights = torch.as_tensor(self.strategy.loss_weights(), dtype=losses.dtype, device=losses.device)[task_ids]
         objective = excess if self.strategy.objective == "excess" else losses
-        loss = (weights * objective).sum() / self._mean_micro_batch
+        loss = (weights * objective).sum() / mean_micro_batch
         if self.aux_loss_enabled:
-            loss = loss + self.router_aux_loss_coef * forward.outputs.aux_loss
+            share = 1 if counted is None else own * self.accelerator.num_processes / counted[1]
+            loss = loss + self.router_aux_loss_coef * forward.outputs.aux_loss * share
         return (loss, result[1]) if return_outputs else loss
 
     def compute_ref_log_probs(

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import tempfile
 from enum import Enum
@@ -45,6 +46,9 @@ _IRRELEVANT = {
     "per_device_eval_batch_size", "precompute_ref_batch_size", "precompute_ref_log_probs",
     "restore_callback_states_from_checkpoint", "overwrite_output_dir", "skip_memory_metrics", "prediction_loss_only", "prefix_sharing",
 }  # fmt: skip
+
+_SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps")
+_PAIRS_PER_STEP = "pairs_per_step"
 
 
 def _digest(*parts: str | bytes) -> str:
@@ -110,13 +114,22 @@ def package_versions() -> dict[str, str]:
 
 
 def relevant_arguments(*configs: Any) -> dict[str, Any]:
-    """The fields of argument dataclasses that can change a trained number, as JSON types."""
+    """The fields of argument dataclasses that can change a trained number, as JSON types.
+
+    How the pairs of an optimizer step are split into processes and micro-batches does not count, but how many there are does.
+    """
     result = {}
     for config in configs:
+        if hasattr(config, _SPLIT[0]):
+            result[_PAIRS_PER_STEP] = math.prod(getattr(config, name) for name in _SPLIT) * config.world_size
         for field in dataclasses.fields(config):
             name = field.name
             decides = name in _BEST_MODEL and config.load_best_model_at_end
-            if not field.init or (not decides and (name in _IRRELEVANT or name.startswith(_IRRELEVANT_PREFIXES))):
+            if (
+                not field.init
+                or name in _SPLIT
+                or (not decides and (name in _IRRELEVANT or name.startswith(_IRRELEVANT_PREFIXES)))
+            ):
                 continue
             value = getattr(config, name)
             if name == "model_init_kwargs":  # the base model's identity says its revision; a token is a secret
@@ -156,6 +169,9 @@ def _weights(value: Any) -> Any:
 
 def check_fingerprint(ours: dict[str, Any], theirs: dict[str, Any], what: str, fix: str) -> None:
     """Raise an `AMAError` that names the first field that differs, both values and the fix."""
+    if _PAIRS_PER_STEP in ours and set(_SPLIT) <= set(theirs):  # as trl-ama 0.1 noted it, which knew one process
+        theirs = {_PAIRS_PER_STEP: math.prod(theirs[name] for name in _SPLIT), **theirs}
+        theirs = {name: value for name, value in theirs.items() if name not in _SPLIT}
     difference = first_difference(ours, theirs)
     if difference is not None:
         field, our_value, their_value = difference

@@ -12,6 +12,7 @@ from .columns import numpy_column
 from .loss_dataset import save_task
 from .loss_shards import LossShards, remove_shards
 from .loss_sharing import ReferenceLosses
+from .processes import from_main
 from .reference_columns import LOGP_COLUMNS, TOKEN_COLUMNS, has_columns
 from .reference_losses import reference_fingerprint, reference_losses_done, reference_losses_of, shards_folder
 from .run_settings import RunSettings
@@ -20,20 +21,20 @@ from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN
 
 
 def compute_reference_losses(settings: RunSettings) -> ReferenceLosses:
-    """Score every pair with the base and its task's specialist, and save each task when it is complete.
+    """Score every pair of the chosen tasks with the base and its task's specialist, and save each task when it is complete.
 
     One base model is in memory; specialists are adapters switched on it. What is there already, tasks or pairs of an
     unfinished one, is not scored again.
 
     Returns:
-        [`ReferenceLosses`] with `train` and, if there are held-out pairs, `test`.
+        [`ReferenceLosses`] of these tasks with `train` and, if there are held-out pairs, `test`.
 
     Raises:
         AMAError: If a specialist is missing or of another base model, or losses that are there were made by other settings.
     """
-    remaining = [task for task in settings.task_names if not reference_losses_done(settings, task)]
+    remaining = [task for task in settings.chosen_tasks if not reference_losses_done(settings, task)]
     if PartialState().is_main_process:
-        for task in set(settings.task_names) - set(remaining):  # a run may have been stopped between the two
+        for task in set(settings.chosen_tasks) - set(remaining):  # a run may have been stopped between the two
             remove_shards(shards_folder(settings, task))
     if remaining:
         numbers = [settings.task_names.index(task) for task in remaining]
@@ -64,7 +65,7 @@ def compute_reference_losses(settings: RunSettings) -> ReferenceLosses:
                 _score_task(settings, trainer, task, prepared, overall)
         del trainer
         gc.collect()
-    return ReferenceLosses(reference_losses_of(settings))
+    return ReferenceLosses(reference_losses_of(settings, settings.chosen_tasks))
 
 
 def _score_task(
@@ -93,10 +94,13 @@ def _score_task(
         settings.specialist_source(task),
         pairs,
         f"Reference losses, {task}",
-        LossShards(shards_folder(settings, task), fingerprint, pairs[PAIR_ID_COLUMN][:]),
+        LossShards(
+            shards_folder(settings, task), fingerprint, pairs[PAIR_ID_COLUMN][:], trainer.accelerator.process_index
+        ),
         overall,
     )
-    if trainer.accelerator.is_main_process:
+
+    def save() -> None:
         tables, start = {}, 0
         for split, part in splits.items():
             columns = {name: values[start : start + len(part)] for name, values in scores.items()}
@@ -104,7 +108,8 @@ def _score_task(
             start += len(part)
         save_task(settings.losses_dir, task, tables, fingerprint, dropped, number)
         remove_shards(shards_folder(settings, task))
-    trainer.accelerator.wait_for_everyone()
+
+    from_main(save)
 
 
 def _table(settings: RunSettings, task: str, split: str, pairs: Dataset, scores: dict[str, np.ndarray]) -> Dataset:

@@ -76,7 +76,7 @@ class LossShards:
                 for name, values in scores.items():
                     values[rows] = columns[name]
                 done[rows] = True
-        for path in self.folder.glob(f".{self._rank:03d}-*.tmp"):
+        for path in self.folder.glob(".[0-9][0-9][0-9]*-*.tmp"):  # no process writes before all know what is loaded
             path.unlink(missing_ok=True)
         return done
 

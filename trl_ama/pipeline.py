@@ -17,9 +17,11 @@ from .fingerprint import read_json, write_json
 from .generalist_card import write_card
 from .generalists import generalist_stage, train_generalist
 from .hub import check_login, time_limit
+from .loss_dataset import tasks_in
 from .loss_scoring import compute_reference_losses
 from .pipeline_arguments import PipelineArguments
 from .policy_sources import check_policy_source
+from .processes import from_main, main_first
 from .publishing import Publisher
 from .quantized import check_optimizer, check_quantization
 from .reference_losses import reference_losses_done, reference_losses_of
@@ -62,44 +64,83 @@ def run_pipeline(
     if training_args.disable_tqdm:
         disable_dataset_bars()
         disable_transformers_bars()
-    pushes = training_args.push_to_hub and PartialState().is_main_process
-    user = check_login(training_args.hub_token) if pushes else None  # a wrong token would fail every download too
-    settings = RunSettings(pipeline_args, training_args, model_args, task_args)
-    check_recipe(settings, stages)
-    plan = describe_plan(settings, stages)
-    if PartialState().is_main_process:
-        print("\n".join(plan), flush=True)
+    user = None
+    if training_args.push_to_hub:  # a wrong token would fail every download too
+        user = from_main(lambda: check_login(training_args.hub_token))
+    with main_first():  # which downloads, tokenises and caches; the others find it
+        settings = RunSettings(pipeline_args, training_args, model_args, task_args)
+        given, stages = stages, _stages_of(settings, stages)
+        check_recipe(settings, stages)
+        plan = describe_plan(settings, stages)
+    _say("\n".join(plan))
     with time_limit():
         publisher = Publisher(settings, stages, user)
         results = _run_stages(settings, publisher, stages)
+    if pipeline_args.only_tasks:
+        _say(_what_is_left(settings, given))
     publisher.finish()
     return results
+
+
+def _say(text: str) -> None:
+    if PartialState().is_main_process:
+        print(text, flush=True)
+
+
+def _stages_of(settings: RunSettings, stages: Sequence[str]) -> Sequence[str]:
+    """The stages that a run with `only_tasks` can do, of those that it was asked for."""
+    if not settings.pipeline_args.only_tasks:
+        return stages
+    own = [stage for stage in stages if stage in ("specialists", "losses")]
+    if not own:
+        raise AMAError(
+            f"only_tasks {settings.pipeline_args.only_tasks} chooses specialists and reference losses, but this command makes "
+            "neither: generalist and evaluation are of all tasks. Leave it out."
+        )
+    return own
+
+
+def _what_is_left(settings: RunSettings, stages: Sequence[str]) -> str:
+    there = {*tasks_in(settings.losses_dir), *settings.shared_tasks}
+    missing = [task for task in settings.task_names if task not in there]
+    left = f"reference losses are still missing of {missing}" if missing else "all reference losses are there"
+    ended = ", so there is no generalist" if "train" in stages else ""
+    return (
+        f"only_tasks was {settings.chosen_tasks}{ended}; {left}. `trl ama --config …` without only_tasks makes what is missing, "
+        "the generalist and the page."
+    )
 
 
 def _run_stages(settings: RunSettings, publisher: Publisher, stages: Sequence[str]) -> dict[str, Any] | None:
     if "specialists" in stages:
         train_specialists(settings, publisher.specialist)
-        leave_page(settings, publisher.published)
+        _leave_page(settings, publisher)
     if "losses" in stages:
         require_specialists(settings)
         compute_reference_losses(settings)
         publisher.losses()
-        leave_page(settings, publisher.published)
+        _leave_page(settings, publisher)
     if "train" in stages:
         for strategy in settings.strategies:
             train_generalist(settings, strategy, publisher.generalist_id)
-            leave_page(settings, publisher.published)
+            _leave_page(settings, publisher)
     results = None
     if "eval" in stages:
         if "test" in settings.data:
             results = evaluate(settings, publisher.published)
         else:
-            print("No task has held-out pairs (`eval_split`, `test_split_size`), so there is nothing to evaluate on.")
+            _say("No task has held-out pairs (`eval_split`, `test_split_size`), so there is nothing to evaluate on.")
     if set(stages) & {"train", "eval"}:
         if results is None and PartialState().is_main_process:
             report(settings, None, publisher.published)
         publisher.generalist()
     return results
+
+
+def _leave_page(settings: RunSettings, publisher: Publisher) -> None:
+    # Jobs side by side leave the page, which is of the whole run, to the one that does the rest
+    if not settings.pipeline_args.only_tasks:
+        leave_page(settings, publisher.published)
 
 
 def check_recipe(settings: RunSettings, stages: Sequence[str] = STAGES) -> None:
@@ -154,7 +195,8 @@ def _check_optimizers(settings: RunSettings, stages: Sequence[str]) -> None:
     """Every optimizer that a stage of this run is going to use, once."""
     used = []
     if "specialists" in stages:
-        tasks = [task for task in settings.task_args.tasks if settings.needs_specialist(task.task)]
+        chosen = [task for task in settings.task_args.tasks if task.task in settings.chosen_tasks]
+        tasks = [task for task in chosen if settings.needs_specialist(task.task)]
         used += [settings.specialist_arguments(task) for task in tasks]
     if "train" in stages:
         used.append(settings.training_args)
@@ -177,7 +219,7 @@ def describe_plan(settings: RunSettings, stages: Sequence[str]) -> list[str]:
         found = " and ".join(f"{count} of {split}" for split, count in dropped.items())
         lines.append(f"  without an answer {task:<14} {found} dropped")
     if "specialists" in stages or "losses" in stages:
-        for task in settings.task_names:
+        for task in settings.chosen_tasks:
             if task in settings.external_specialists:
                 state = f"from {settings.external_specialists[task]}"
             elif task in settings.shared_tasks:
@@ -189,7 +231,7 @@ def describe_plan(settings: RunSettings, stages: Sequence[str]) -> list[str]:
             lines.append(f"  specialist        {task:<14} {state}")
     losses_there = False
     if set(stages) & {"losses", "train", "eval"}:
-        done = {task: reference_losses_done(settings, task) for task in settings.task_names}
+        done = {task: reference_losses_done(settings, task) for task in settings.chosen_tasks}
         losses_there = all(done.values())
         if not losses_there and "losses" not in stages:  # these stages cannot do without, and say what is missing
             require_specialists(settings)
@@ -237,7 +279,7 @@ def evaluate(settings: RunSettings, published: dict[str, str] | None = None) -> 
     policies = {strategy: str(settings.generalist_dir(strategy)) for strategy in settings.strategies}
     made_from = evaluation_fingerprint(settings, policies)
     path = settings.output_dir / "results.json"
-    results = read_json(path)
+    results = from_main(lambda: read_json(path))
     if results is None or results.get("made_from") != made_from:
         results = {**evaluate_policies(settings, policies), "made_from": made_from}
     if not PartialState().is_main_process:

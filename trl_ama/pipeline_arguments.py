@@ -31,6 +31,10 @@ class PipelineArguments:
         losses_config (`str`, *optional*):
             Config (run) within a dataset of reference losses, to pull from and to push to. Defaults to `"default"`, or the
             only one that there is to pull from.
+        only_tasks (`list[str]`, *optional*):
+            Tasks whose specialists and reference losses this command makes, leaving the others to other commands: for jobs
+            side by side, which share an output folder. `trl ama` then ends after these reference losses; without it,
+            it goes on when those of all tasks are there, and makes those that are missing.
         hub_specialist_id (`str`, *optional*):
             With `push_to_hub`: repositories of the specialists, with `{task}` for the task's name. Defaults to
             `<hub_model_id>-{task}`.
@@ -62,6 +66,12 @@ class PipelineArguments:
         default=None,
         metadata={"help": "Config (run) within a dataset of reference losses, to pull from and to push to."},
     )
+    only_tasks: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Tasks whose specialists and reference losses this command makes, leaving the others to other commands."
+        },
+    )
     hub_specialist_id: str | None = field(
         default=None,
         metadata={
@@ -89,6 +99,8 @@ class PipelineArguments:
             self.compare = [self.compare]
         for name in self.compare:
             check_strategy_name(name)
+        if isinstance(self.only_tasks, str):
+            self.only_tasks = [self.only_tasks]
         if self.hub_specialist_id is not None and "{task}" not in self.hub_specialist_id:
             raise AMAError(
                 f"hub_specialist_id is '{self.hub_specialist_id}', and every specialist would go to that one repository. Put "

@@ -23,6 +23,7 @@ from .adapter_keys import ADAPTER, changes_base, loading_problem, result_problem
 from .errors import AMAError, first_line
 from .policy_files import ADAPTER_WEIGHTS, PolicySource, capital, policy_source
 from .policy_sources import check_kind, damaged, misfit
+from .processes import whole_models
 from .quantized import is_quantized, keep_weights
 
 
@@ -222,7 +223,8 @@ def _full_model(trainer: DPOTrainer, place: PolicySource) -> Iterator[tuple[torc
     )
     # By TRL from the main branch's configuration otherwise
     architecture = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
-    model = create_model_from_path(place.name, architecture, **kwargs)
+    with whole_models():
+        model = create_model_from_path(place.name, architecture, **kwargs)
     _check_vocabulary(trainer, place.who, model)
     keep_weights(model)
     add_fused_lm_head(model)

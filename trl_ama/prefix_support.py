@@ -16,13 +16,13 @@ from trl import DPOConfig, DPOTrainer
 from .errors import AMAError
 from .prefix_sharing import KNOWN_ATTENTION, CannotShare, PackedPairs, causal_lm, pack_pairs, packed_forward, unwrapped
 from .prefix_trial import Tried, try_model
+from .processes import is_sharded
 
 
 logger = get_logger(__name__)
 
 _CALL = {"input_ids", "attention_mask", "labels", "use_cache", "fused_lm_head"}  # what DPOTrainer gives a text model
 _SHARED_LAYERS = {"full_attention", "sliding_attention"}
-_SHARDED = {"FSDP", "DEEPSPEED", "MEGATRON_LM", "TP", "XLA"}  # a forward pass needs all processes
 
 
 class PrefixSharing:
@@ -76,8 +76,7 @@ class PrefixSharing:
             raise CannotShare(f"for sequences of more than {result.length} tokens, {result.beyond}")
 
     def _try(self, model: torch.nn.Module, kwargs: dict[str, Any], length: int, first: bool) -> Tried:
-        sharded = str(getattr(self._trainer.accelerator, "distributed_type", "NO")).split(".")[-1] in _SHARDED
-        if sharded and not first:
+        if is_sharded(self._trainer.accelerator) and not first:
             # Every process would have to run the layers at the same time, and another one may have shorter sequences
             raise CannotShare(
                 "it was not tried, and a sharded model is tried only once: set max_length, and it is tried with that"

@@ -1,15 +1,36 @@
-"""DPOTrainer with the faster forward pass of `prefix_sharing.py`, and nothing else."""
+"""DPOTrainer with the faster forward pass of `prefix_sharing.py`, and on several processes with the numbers of one."""
 
+import atexit
 import contextlib
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
 import torch
+from datasets import Dataset
+from transformers import TrainerCallback
 from trl import DPOTrainer
 
+from .preference_losses import PreferenceLossConfig, pair_losses
 from .prefix_support import PrefixSharing
+from .processes import from_main
 from .quantized import keep_weights
+from .recorded_forward import RecordedForward
+from .uneven_batches import COUNTED, mark_repeats
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells the Trainer's own sampler which epoch it is when a run of several processes is resumed in the middle of one.
+
+    The loader that skips what was trained on hides the sampler behind one wrapper too many, so that nobody else does.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        if args.world_size > 1 and hasattr(train_dataloader, "set_epoch"):
+            train_dataloader.set_epoch(int(state.epoch))
 
 
 class PrefixSharingTrainer(DPOTrainer):
@@ -25,6 +46,8 @@ class PrefixSharingTrainer(DPOTrainer):
         for model in (self.model, self.ref_model):
             if model is not None:
                 keep_weights(model)
+        self._pairs_of_rounds = [self.accelerator.num_processes]  # of a batch outside of training, its sum
+        self.add_callback(_SetEpoch())
 
     @cached_property
     def prefix_sharing(self) -> PrefixSharing:
@@ -44,6 +67,38 @@ class PrefixSharingTrainer(DPOTrainer):
         chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)  # (B,) each
         return {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        known = isinstance(self.train_dataset, Dataset) and not self.args.dataloader_drop_last
+        # How many pairs each round of micro-batches has over all processes # (M,)
+        self._pairs_of_rounds = mark_repeats(batches, self.accelerator, len(self.train_dataset) if known else None)
+        return batches, num_items
+
+    def loss_without_repeats(self, losses: torch.Tensor, counted: tuple[int, int], outputs: Any) -> torch.Tensor:
+        """DPOTrainer's loss of a batch with repeats that do not count, of which its own is the mean; see `mark_repeats`.
+
+        Args:
+            losses (`torch.Tensor`): Of the batch's pairs. # (B,)
+            counted (`tuple[int, int]`): What it was marked with.
+            outputs: The model's.
+        """
+        own, of_all = counted
+        share = self.accelerator.num_processes / of_all  # gradients are averaged over processes
+        loss = losses[:own].sum() * share
+        return loss + self.router_aux_loss_coef * outputs.aux_loss * own * share if self.aux_loss_enabled else loss
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        if self.accelerator.num_processes == 1 or not isinstance(dataset, Dataset) or dataset.cache_files:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        # Of a dataset in memory TRL keeps the result in the temporary folder of each process, where the others look for it
+        # in vain. Here all use one, which is gone when the run is
+        folder = from_main(lambda: _temporary_folder(self.args.output_dir))
+        dataset._get_cache_file_path = lambda fingerprint: os.path.join(folder, f"cache-{fingerprint}.arrow")
+        try:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        finally:
+            del dataset._get_cache_file_path
+
     @contextlib.contextmanager
     def reference_from_inputs(self) -> Iterator[None]:
         """While open, DPOTrainer reads the reference log-probs from the batch."""
@@ -62,6 +117,19 @@ class SpecialistTrainer(PrefixSharingTrainer):
     """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = self.with_reference(inputs)
+        counted = inputs.get(COUNTED)
+        inputs = self.with_reference({name: value for name, value in inputs.items() if name != COUNTED})
+        forward = RecordedForward(self.prefix_sharing.forward(model))
         with self.reference_from_inputs():
-            return super().compute_loss(self.prefix_sharing.forward(model), inputs, return_outputs, num_items_in_batch)
+            result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
+        if counted is None or self.use_weighting:
+            return result
+        losses = pair_losses(forward.log_probs(inputs, self.ld_alpha), PreferenceLossConfig.from_args(self.args))
+        return self.loss_without_repeats(losses, counted, forward.outputs)
+
+
+def _temporary_folder(parent: str) -> str:
+    os.makedirs(parent, exist_ok=True)  # which all processes see, on whatever machine they are
+    folder = os.path.abspath(tempfile.mkdtemp(prefix="_reference_logps-", dir=parent))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint
 
 from .cards import write_specialist_card
 from .errors import AMAError
 from .hub import HUB_ERRORS, HubTarget, check_login, full_id, persistently, prepare, say
 from .loss_sharing import DEFAULT_CONFIG, ReferenceLosses
+from .processes import from_main
 from .reference_losses import reference_losses_of
 from .run_settings import RunSettings
 
@@ -47,13 +47,15 @@ class Publisher:
         self.published: dict[str, str] = {}
         if not settings.training_args.push_to_hub:
             return
-        if PartialState().is_main_process:
-            self._prepare(set(repository_ids(settings, stages)), user or check_login(settings.training_args.hub_token))
-        self.targets, self.published = broadcast_object_list([self.targets, self.published])
+        pushed = set(repository_ids(settings, stages))
+        if settings.pipeline_args.only_tasks:  # the losses are one dataset of all tasks
+            pushed &= set(settings.chosen_tasks)
+        self.targets, self.published = from_main(lambda: self._prepare(pushed, user))
 
-    def _prepare(self, pushed: set[str], user: dict[str, Any]) -> None:
-        """Create the repositories of the keys in `pushed`."""
+    def _prepare(self, pushed: set[str], user: dict[str, Any] | None) -> tuple[dict[str, HubTarget], dict[str, str]]:
+        """Create the repositories of the keys in `pushed`; return targets and places of what is published."""
         settings, args = self.settings, self.settings.training_args
+        user = user or check_login(args.hub_token)
         seen: dict[tuple[str, str], str] = {}
         for key, (name, field) in repository_ids(settings, ("specialists", "losses", "train")).items():
             repo_type = "dataset" if key == "/losses" else "model"
@@ -73,6 +75,7 @@ class Publisher:
             self.published[key] = f"{target.repo_id}@{target.revision}" if target.revision else target.repo_id
         for target in self.targets.values():
             prepare(target)
+        return self.targets, self.published
 
     @property
     def generalist_id(self) -> str | None:

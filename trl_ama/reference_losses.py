@@ -95,12 +95,14 @@ def reference_losses_of(settings: RunSettings, tasks: list[str] | None = None) -
         AMAError: If a task has none, or they cannot be read or used.
     """
     found = sorted({*tasks_in(settings.losses_dir), *settings.shared_tasks})
+    missing = [task for task in tasks or settings.task_names if task not in found]
+    if missing:
+        also = f" (nor have {missing[1:]})" if len(missing) > 1 else ""
+        raise AMAError(
+            f"Task '{missing[0]}' has no reference losses{also}; found {found}. Run `trl ama-losses --config …` first."
+        )
     parts = []
     for task in tasks or settings.task_names:
-        if task not in found:
-            raise AMAError(
-                f"Task '{task}' has no reference losses; found {found}. Run `trl ama-losses --config …` first."
-            )
         if task in settings.shared_tasks:
             parts.append(settings.shared_losses.parts[task])
             continue

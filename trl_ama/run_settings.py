@@ -79,6 +79,11 @@ class RunSettings:
             raise AMAError(
                 f"There is a specialist for '{unknown[0]}', but the recipe's tasks are {names}.{nearest(unknown[0], names)}"
             )
+        unknown = [task for task in self.pipeline_args.only_tasks if task not in names]
+        if unknown:
+            raise AMAError(
+                f"only_tasks names '{unknown[0]}', but the recipe's tasks are {names}.{nearest(str(unknown[0]), names)}"
+            )
 
     # ---- Arguments ----
 
@@ -294,6 +299,12 @@ class RunSettings:
     def task_names(self) -> list[str]:
         """Names of the tasks, in the recipe's order."""
         return [task.task for task in self.task_args.tasks]
+
+    @property
+    def chosen_tasks(self) -> list[str]:
+        """The tasks whose specialists and reference losses this run makes: all, or the recipe's `only_tasks`."""
+        chosen = self.pipeline_args.only_tasks
+        return [task for task in self.task_names if not chosen or task in chosen]
 
     def pairs_of(self, task: str, split: str) -> Dataset | None:
         """One task's pairs of a split; `None` if it has none."""

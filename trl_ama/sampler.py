@@ -8,7 +8,7 @@ drawn until the trainer says that it was trained on, and those blocks are part o
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import chain, islice, repeat
 from typing import Any
 
 import numpy as np
@@ -119,6 +119,9 @@ class TaskMixtureSampler(Sampler[int]):
         self._ahead: deque[Block] = deque()  # drawn and not yet trained on
         self._trained_draws = 0  # of this epoch
         self._resume_at: int | None = None
+        self._epoch_start: list[
+            int
+        ] = []  # its first block, which several processes repeat where the epoch's end is uneven
         self._forget_passes()
 
     def _forget_passes(self) -> None:
@@ -137,15 +140,21 @@ class TaskMixtureSampler(Sampler[int]):
         else:
             # `skip_first_batches` throws these away unread: row 0 stands in for the rows that were trained on
             position, self._resume_at = self._resume_at, None
-            yield from repeat(0, position)
+            yield from islice(chain(self._epoch_start, repeat(0)), position)
             for block in list(self._ahead):
-                position += len(block.indices)
+                position = self._begin_block(block, position)
                 yield from block.indices
         while position < self._length:
             block = self._draw(min(self._block_size, self._length - position))
             self._ahead.append(block)
-            position += len(block.indices)
+            position = self._begin_block(block, position)
             yield from block.indices
+
+    def _begin_block(self, block: Block, position: int) -> int:
+        """Where in the epoch a block that begins at `position` ends."""
+        if position == 0:
+            self._epoch_start = list(block.indices)
+        return position + len(block.indices)
 
     def pop_trained(self) -> np.ndarray:
         """Forget the oldest block, because its step is done, and return the p that it was drawn with. # (k,)"""
@@ -189,6 +198,7 @@ class TaskMixtureSampler(Sampler[int]):
             "blocks_drawn": self._blocks_drawn,
             "cursors": list(self._cursors),
             "trained_draws": self._trained_draws,
+            "epoch_start": list(self._epoch_start),
             "ahead": [dict(vars(block)) for block in self._ahead],
         }
 
@@ -214,6 +224,7 @@ class TaskMixtureSampler(Sampler[int]):
         self._blocks_drawn = state["blocks_drawn"]
         self._cursors = list(state["cursors"])
         self._trained_draws = state["trained_draws"]
+        self._epoch_start = list(state.get("epoch_start", ()))  # not in the states of trl-ama 0.1
         self._ahead = deque(Block(**block) for block in state["ahead"])
         self._forget_passes()
         if self._trained_draws >= self._epoch_draws:  # the checkpoint was written at an epoch's end

@@ -3,10 +3,11 @@
 import contextlib
 import functools
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, tqdm
+from accelerate.utils import tqdm
 from datasets import Dataset
 from peft import PeftModel
 from tqdm.std import tqdm as ProgressBar
@@ -20,6 +21,7 @@ from .preference_losses import sequence_logps
 from .prefix_sharing import causal_lm, packed_forward
 from .prefix_support import PrefixSharing
 from .prefix_trainer import PrefixSharingTrainer
+from .processes import from_main, is_sharded, whole_models
 
 
 _INPUTS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -29,8 +31,15 @@ _NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps
 class ScoringTrainer(PrefixSharingTrainer):
     """A `DPOTrainer` that only scores: everything but training (loading, tokenisation, device, precision) is TRL's.
 
-    Its whole difference: no second model is loaded and nothing is computed for the reference.
+    Its whole difference: no second model is loaded, nothing is computed for the reference, and every process has the whole
+    model, so that each scores pairs of its own.
     """
+
+    def __init__(self, *args, **kwargs):
+        with whole_models():
+            super().__init__(*args, **kwargs)
+        if is_sharded(self.accelerator):  # where the Trainer leaves it to be placed when it is shared out
+            self.model.to(self.accelerator.device)
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
         return dataset
@@ -57,7 +66,8 @@ def score_policies(
 ) -> dict[str, np.ndarray]:
     """Summed completion log-probs of every pair under each policy, in the dataset's order.
 
-    One sweep: a batch is collated and packed once and run under one policy after the other.
+    One sweep: a batch is collated and packed once and run under one policy after the other. Several processes share the
+    batches, which are the same for any number of them, and so are the results, which every process gets.
 
     Args:
         trainer (`DPOTrainer`): Gives the collator, device, precision and `ld_alpha`.
@@ -74,18 +84,14 @@ def score_policies(
         # (N,) each
     """
     sweep = _Sweep(trainer, policies, dataset)
+    accelerator = trainer.accelerator
     done = np.zeros(len(dataset), dtype=bool)
     if shards is not None:
-        if trainer.accelerator.is_main_process:
-            done = shards.load(sweep.scores)
-        # Every process skips the same batches, whenever it looked: some models (FSDP) run on all processes or on none
-        done, sweep.scores = broadcast_object_list([done, sweep.scores])
+        done = from_main(lambda: shards.load(sweep.scores))  # all skip the same pairs, whenever they look
         if done.any():
-            trainer.accelerator.print(
-                f"{description}: {done.sum()} of {len(done)} pairs were scored before.", flush=True
-            )
+            accelerator.print(f"{description}: {done.sum()} of {len(done)} pairs were scored before.", flush=True)
     with sweep.evaluating(), contextlib.ExitStack() as stack:
-        if shards is not None and trainer.accelerator.is_main_process:
+        if shards is not None:
             stack.enter_context(shards)
         found = sweep.tokens(np.flatnonzero(done))
         if overall is not None and not overall.disable:
@@ -103,14 +109,15 @@ def score_policies(
             )
         )
         pairs, before = int(done.sum()), int(done.sum())
-        for rows in sweep.batches():
-            # The batches do not depend on what is done, so the numbers do not depend on where a run was stopped
-            rows = rows[~done[rows]]
-            if len(rows) == 0:
-                continue
-            sweep.score(rows)
-            if shards is not None and trainer.accelerator.is_main_process:
-                shards.add(rows, sweep.scores)
+        for batches in sweep.rounds(done):
+            if accelerator.process_index < len(batches):
+                rows = batches[accelerator.process_index]
+                sweep.score(rows)
+                if shards is not None:
+                    shards.add(rows, sweep.scores)
+            elif sweep.in_step:
+                sweep.score(batches[0], keep=False)  # the others cannot do without this process
+            rows = np.concatenate(batches)
             pairs += len(rows)
             if not progress.disable:
                 rate = (pairs - before) / max(progress.format_dict["elapsed"], 1e-9)
@@ -118,6 +125,7 @@ def score_policies(
             for bar in (progress, overall):
                 if bar is not None:
                     bar.update(sweep.tokens(rows))
+    sweep.share()
     return sweep.scores
 
 
@@ -166,6 +174,8 @@ class _Sweep:
         self._rows = dataset.select_columns(list(_INPUTS))
         self._collator = getattr(trainer.data_collator, "inner", trainer.data_collator)
         self._sharing = getattr(trainer, "prefix_sharing", None) or PrefixSharing(trainer, "auto")
+        # Whether every process has to run a model as often as the others: it was shared out for training
+        self.in_step = is_sharded(trainer.accelerator) and not isinstance(trainer, ScoringTrainer)
         self._longest, self._packed = _lengths(dataset, trainer.args.max_length)
         batch_size = trainer.args.precompute_ref_batch_size or trainer.args.per_device_eval_batch_size
         self._budget = int(2 * batch_size * self._longest.max(initial=0))
@@ -196,13 +206,53 @@ class _Sweep:
             for model, training in reversed(before):
                 model.train(training)
 
-    def batches(self) -> Iterator[np.ndarray]:
+    def rounds(self, done: np.ndarray) -> Iterator[list[np.ndarray]]:
+        """What the processes score at the same time: a batch for each, or at the end for the first of them.
+
+        The batches depend on neither what is done nor how many processes there are, so neither do the numbers.
+
+        Args:
+            done (`np.ndarray`): Pairs that are scored already. # (N,) bool
+        """
+        count = self._trainer.accelerator.num_processes
+        batches = self._remaining(done)
+        if count > 1 and batches and not self._all_packed(batches[0]) and self.in_step:
+            batches = self._remaining(done, padded=True)  # `score` could not split them as long as the others wait
+        for first in range(0, len(batches), count):
+            yield batches[first : first + count]
+
+    def _remaining(self, done: np.ndarray, padded: bool = False) -> list[np.ndarray]:
+        batches = (rows[~done[rows]] for rows in self.batches(padded))
+        return [rows for rows in batches if len(rows)]
+
+    def _all_packed(self, rows: np.ndarray) -> bool:
+        """Whether rows take the fast path under every policy. The same rows everywhere, so all processes take the same."""
+        _, kwargs = self._inputs(rows)
+        packed = []
+        for policy in self._policies.values():
+            with torch.no_grad(), policy() as model, self._trainer.accelerator.autocast():
+                packed.append(self._sharing.pack(model, kwargs) is not None)
+        return all(packed)
+
+    def share(self) -> None:
+        """Give all processes what each has scored: every value is of one process and zero on the others, so sums are exact."""
+        accelerator = self._trainer.accelerator
+        if accelerator.num_processes == 1 or len(self._rows) == 0:
+            return
+        values = torch.from_numpy(np.stack([value.astype(np.float32) for value in self.scores.values()]))
+        values = accelerator.reduce(values.to(accelerator.device), reduction="sum").cpu().numpy()
+        self.scores = {
+            name: own.astype(value.dtype) for (name, value), own in zip(self.scores.items(), values, strict=True)
+        }
+
+    def batches(self, padded: bool = False) -> Iterator[np.ndarray]:
         """Rows that are scored together: longest first, so that an out-of-memory shows at once, and like with like.
 
-        As many as hold no more tokens in one packed row than the padded batch of the longest `batch_size` pairs has.
+        As many as hold no more tokens in one packed row, or `padded`, than the padded batch of the longest `batch_size` pairs
+        has.
         """
         order = np.lexsort((self._packed, self._longest))[::-1]
-        if self._sharing.mode is False:
+        if padded or self._sharing.mode is False:
             yield from self._padded_batches(order)
             return
         totals = self._packed[order].cumsum()
@@ -221,10 +271,9 @@ class _Sweep:
             yield rows[start : start + count]
             start += count
 
-    def score(self, rows: np.ndarray, prefixes: Iterable[str] | None = None) -> None:
-        """Fill in the scores of rows that come longest first, under some policies or all."""
-        trainer, scores = self._trainer, self.scores
-        inputs = trainer._prepare_inputs(self._collator([self._rows[int(row)] for row in rows]))
+    def _inputs(self, rows: np.ndarray) -> tuple[torch.Tensor, dict[str, Any]]:
+        """The completion mask (2B, L) of rows, and what the model is called with."""
+        inputs = self._trainer._prepare_inputs(self._collator([self._rows[int(row)] for row in rows]))
         mask = inputs["completion_mask"]
         kwargs = {key: value for key, value in inputs.items() if key not in _NOT_FOR_THE_MODEL}
         kwargs |= {
@@ -232,6 +281,12 @@ class _Sweep:
             "use_cache": False,
             "fused_lm_head": True,
         }
+        return mask, kwargs
+
+    def score(self, rows: np.ndarray, prefixes: Iterable[str] | None = None, keep: bool = True) -> None:
+        """Fill in the scores of rows that come longest first, under some policies or all; or only run them."""
+        trainer, scores = self._trainer, self.scores
+        mask, kwargs = self._inputs(rows)
         packed, too_many = {}, []
         for prefix in self._policies if prefixes is None else prefixes:
             # Not inference_mode: on a model of 135M parameters it is no faster, and what a model keeps between calls
@@ -242,18 +297,22 @@ class _Sweep:
                     packed[inner] = self._sharing.pack(model, kwargs)
                 pairs = packed[inner]
                 # So many rows were meant for the fast path
-                if pairs is None and len(rows) > 1 and inputs["input_ids"].numel() > self._budget:
+                is_too_large = len(rows) > 1 and kwargs["input_ids"].numel() > self._budget
+                if pairs is None and is_too_large and not self.in_step:
                     too_many.append(prefix)
                     continue
                 outputs = (
                     model(**kwargs) if pairs is None else packed_forward(model, pairs, metrics=False, use_cache=False)
                 )
+            if not keep:
+                continue
             for side, logps in zip(
                 ("chosen", "rejected"), sequence_logps(outputs.log_probs, mask, trainer.args.ld_alpha), strict=True
             ):
                 scores[f"{prefix}{side}_logps"][rows] = logps.cpu().numpy()
-        tokens = mask.sum(dim=1).cpu().numpy()  # (2B,)
-        scores["chosen_tokens"][rows], scores["rejected_tokens"][rows] = np.split(tokens, 2)
+        if keep:
+            tokens = mask.sum(dim=1).cpu().numpy()  # (2B,)
+            scores["chosen_tokens"][rows], scores["rejected_tokens"][rows] = np.split(tokens, 2)
         if too_many:
             for part in self._padded_batches(rows):
                 self.score(part, too_many)

@@ -131,7 +131,7 @@ def quality_warning(task: str, result: dict[str, float]) -> str | None:
 def train_specialists(
     settings: RunSettings, done: Callable[[str, dict[str, float]], None] | None = None
 ) -> dict[str, dict[str, float]]:
-    """Train the specialists of all tasks that need one.
+    """Train the specialists of the chosen tasks that need one.
 
     Args:
         settings ([`RunSettings`]): The run.
@@ -141,7 +141,7 @@ def train_specialists(
         Task → the specialist's figures.
     """
     results = {}
-    for task in settings.task_names:
+    for task in settings.chosen_tasks:
         if not settings.needs_specialist(task):
             continue
         results[task] = train_specialist(settings, task)
@@ -154,15 +154,16 @@ def train_specialists(
 
 
 def require_specialists(settings: RunSettings) -> None:
-    """Raise an `AMAError` that names the first task whose specialist is missing."""
+    """Raise an `AMAError` that names the chosen tasks whose specialist is missing."""
     there = [
         task
-        for task in settings.task_names
+        for task in settings.chosen_tasks
         if not settings.needs_specialist(task) or specialist_stage(settings, task).result is not None
     ]
-    for task in settings.task_names:
-        if task not in there:
-            raise AMAError(
-                f"Task '{task}' has no specialist in '{settings.specialist_dir(task)}'; found {there}. Run "
-                "`trl ama-specialists --config …` first, or name one with `specialist:` in the task."
-            )
+    missing = [task for task in settings.chosen_tasks if task not in there]
+    if missing:
+        also = f" (nor have {missing[1:]})" if len(missing) > 1 else ""
+        raise AMAError(
+            f"Task '{missing[0]}' has no specialist in '{settings.specialist_dir(missing[0])}'{also}; found {there}. Run "
+            "`trl ama-specialists --config …` first, or name one with `specialist:` in the task."
+        )

@@ -1,4 +1,4 @@
-"""What the trainer needs to see of each batch: the task columns, the policy's outputs, and per-task sums of a step."""
+"""What the trainer needs to see of each batch: the task columns, and per-task sums of a step."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from .mixing import StepStatistics
+from .processes import sum_of_all
 from .reference_columns import SPECIALIST_COLUMNS
 from .tasks import TASK_COLUMN
 
@@ -27,23 +28,6 @@ class TaskCollator:
             if column in examples[0]:
                 batch[column] = torch.tensor([example[column] for example in examples], dtype=torch.float32)
         return batch
-
-
-class RecordedForward:
-    """Forwards calls to the model and keeps the outputs of the first, with their graph.
-
-    `DPOTrainer` only ever calls the model that its loss is given, so this stands in for it.
-    """
-
-    def __init__(self, model: torch.nn.Module):
-        self._model = model
-        self.outputs = None
-
-    def __call__(self, *args, **kwargs):
-        outputs = self._model(*args, **kwargs)
-        if self.outputs is None:
-            self.outputs = outputs
-        return outputs
 
 
 class StepRecorder:
@@ -86,11 +70,7 @@ class StepRecorder:
 
     def finish(self, probabilities: np.ndarray, accelerator) -> StepStatistics:
         """Sum over processes, once per step, and begin the next step."""
-        sums = self._sums()
-        if accelerator.num_processes > 1:
-            # float32 is what every backend reduces; the sums of one step are far from its limits
-            tensor = torch.tensor(sums, dtype=torch.float32, device=accelerator.device)
-            sums = accelerator.reduce(tensor, reduction="sum").double().cpu().numpy()
+        sums = sum_of_all(accelerator, self._sums())
         self.reset()
         counts, losses, excess, clipped = sums
         return StepStatistics(counts, losses, excess, probabilities, clipped)

@@ -147,6 +147,7 @@ def check_arguments(args: AMAConfig, strategy: MixingStrategy, has_reference_los
             f"train_sampling_strategy='{args.train_sampling_strategy}' and mixing='{args.mixing}' both decide which pairs "
             "come next. Leave train_sampling_strategy at 'random', or use mixing='proportional'."
         )
+    check_processes(args)
     if args.use_weighting and not descends_trl_loss(strategy):
         raise AMAError(
             "use_weighting (WPO) weighs pairs by the policy's own probabilities, and excess losses over a specialist cannot "
@@ -156,6 +157,25 @@ def check_arguments(args: AMAConfig, strategy: MixingStrategy, has_reference_los
         raise AMAError(
             "sync_ref_model moves the reference policy during training, and reference losses hold for a fixed one. Turn it "
             "off, or train without specialists."
+        )
+
+
+def check_processes(args: AMAConfig) -> None:
+    """Raise an `AMAError` for ways to share batches among processes that are not one micro-batch for each."""
+    if args.world_size == 1:
+        return
+    for name, needed in (("split_batches", (False,)), ("dispatch_batches", (None, False)), ("even_batches", (True,))):
+        value = getattr(args.accelerator_config, name)
+        if value not in needed:
+            raise AMAError(
+                f"accelerator_config sets {name}={value}, but the mixture counts on micro-batches of "
+                f"per_device_train_batch_size for each of the {args.world_size} processes. Leave it at {needed[-1]}."
+            )
+    parallelism = args.parallelism_config
+    if parallelism is not None and parallelism.non_data_parallel_size > 1:
+        raise AMAError(
+            "parallelism_config gives several processes the same pairs (tensor, context or sequence parallelism), and the "
+            "mixture would count them more than once. Share the model by FSDP or DeepSpeed ZeRO instead."
         )
 
 

@@ -9,6 +9,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOTrainer
 
 from .fingerprint import check_fingerprint, read_json, write_json
+from .processes import from_main
 from .tracking import begin_runs, finish_runs
 
 
@@ -61,13 +62,13 @@ class TrainingStage:
 
     def train(self, trainer: DPOTrainer) -> None:
         """Train from the start or from the last checkpoint, and save the model and the trainer's state."""
-        checkpoint = self._last_checkpoint()
+        checkpoint = from_main(self._last_checkpoint)
         trainer.accelerator.print(
             f"\n{self.what}: {'resuming from ' + checkpoint if checkpoint else 'training'}", flush=True
         )
         if trainer.args.disable_tqdm:
             trainer.remove_callback(PrinterCallback)  # asked for no progress bars, so spare them the log lines too
-        write_json(self.folder / _STAGE_FILE, {"fingerprint": self.fingerprint, "result": None})
+        from_main(lambda: self._note(None))
         try:
             begin_runs(trainer, self.folder)
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -77,9 +78,12 @@ class TrainingStage:
             finish_runs(exit_code=1)
             raise
 
+    def _note(self, result: dict[str, Any] | None) -> None:
+        write_json(self.folder / _STAGE_FILE, {"fingerprint": self.fingerprint, "result": result})
+
     def finish(self, result: dict[str, Any]) -> None:
         """Note the result: from now on the stage is done, and so are its runs in trackers."""
-        write_json(self.folder / _STAGE_FILE, {"fingerprint": self.fingerprint, "result": result})
+        from_main(lambda: self._note(result))  # on no process earlier than all files of the stage are there
         finish_runs()
         figures = (
             f"{key.replace('_', ' ')} {value:.4g}" for key, value in result.items() if isinstance(value, (int, float))

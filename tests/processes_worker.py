@@ -1,0 +1,410 @@
+"""Runs the same cases in 1, 2 and 4 real processes (gloo, CPU) and writes what came out; `test_processes.py` compares.
+
+    python tests/processes_worker.py FOLDER [PROCESSES …]
+
+FOLDER has what the tests' fixture put there. Everything is imported once, and the processes are forked from that one.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+
+
+# Global batch of every case, and rows whose last step of an epoch has 3: two of four processes then have no pair of it
+BATCH, EPOCHS, SECONDS = 8, 2, 240
+
+
+def main(folder: Path, counts: list[int]) -> int:
+    import accelerate  # noqa: F401
+    import datasets  # noqa: F401
+    import peft  # noqa: F401
+    import torch
+    import transformers.trainer  # noqa: F401
+
+    import trl_ama.ama_trainer
+    import trl_ama.pipeline  # noqa: F401
+
+    torch.set_num_threads(1)
+    for count in counts:
+        began = time.monotonic()
+        if not run_group(folder, count):
+            return 1
+        print(f"{count} processes: {time.monotonic() - began:.1f} s", flush=True)
+    if "jobs" in json.loads((folder / "spec.json").read_text()):
+        return 0 if run_jobs(folder) else 1
+    return 0
+
+
+def run_group(folder: Path, count: int) -> bool:
+    """Run the cases in `count` processes that know of each other; whether all went well."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+
+    def process(rank):
+        if count > 1:
+            names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+            os.environ |= dict(zip(names, map(str, (rank, rank, count, count)), strict=True))
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        work(folder, count, rank)
+
+    return together([lambda rank=rank: process(rank) for rank in range(count)])
+
+
+def together(functions) -> bool:
+    """Call each function in a process of its own, at the same time; whether all went well."""
+    children = []
+    for function in functions:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                function()
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    deadline = time.monotonic() + SECONDS
+    good, left = True, set(children)
+    while left:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child:
+            left.discard(child)
+            good = good and status == 0
+        if (not good or time.monotonic() > deadline) and left:
+            good = False
+            for other in left:
+                os.kill(other, signal.SIGKILL)
+        time.sleep(0.02)
+    return good
+
+
+def work(folder: Path, count: int, rank: int) -> None:
+    """All cases in one of `count` processes; the first writes `<count>.json` and `<count>-<case>.npz`."""
+    world = SimpleNamespace(folder=folder, count=count, rank=rank, spec=json.loads((folder / "spec.json").read_text()))
+    results = {}
+    for name, case in CASES.items():
+        if count in case.counts:
+            began = time.monotonic()
+            results[name] = case.run(world, name)
+            if rank == 0 and os.environ.get("TRL_AMA_TIMES"):
+                print(f"  {name}: {time.monotonic() - began:.1f} s", flush=True)
+    if rank == 0:
+        (folder / f"{count}.json").write_text(json.dumps(results))
+
+
+# ---- Jobs side by side ----
+
+
+def run_jobs(folder: Path) -> bool:
+    """One job for each task, all at once in one output folder, then one for the rest; beside a run that does all by itself."""
+    spec = json.loads((folder / "spec.json").read_text())
+    jobs = [["--only_tasks", task] for task in spec["jobs"]]
+    return (
+        together([lambda flags=flags: pipeline(spec, folder / "jobs", *flags) for flags in jobs])
+        and together([lambda: pipeline(spec, folder / "jobs", "--compare", "proportional", said=folder / "said.txt")])
+        and together([lambda: pipeline(spec, folder / "alone", "--compare", "proportional")])
+    )
+
+
+def pipeline(spec, output_dir, *flags, said=None):
+    import contextlib
+
+    from trl import ModelConfig, TrlParser
+
+    from trl_ama import AMAConfig, TaskMixtureConfig
+    from trl_ama.pipeline import run_pipeline
+    from trl_ama.pipeline_arguments import PipelineArguments
+
+    parser = TrlParser((PipelineArguments, AMAConfig, ModelConfig, TaskMixtureConfig))
+    arguments = parser.parse_args_and_config(["--config", spec["recipe"], "--output_dir", str(output_dir), *flags])
+    with contextlib.ExitStack() as stack:
+        if said is not None:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(said, "w"))))
+        run_pipeline(*arguments)
+
+
+# ---- What the cases share ----
+
+
+def pairs(world, in_memory=True):
+    from datasets import load_from_disk
+
+    return load_from_disk(str(world.folder / "pairs"), keep_in_memory=in_memory)
+
+
+def without_columns(dataset, start=("ref_", "specialist_")):
+    return dataset.remove_columns([name for name in dataset.column_names if name.startswith(start)])
+
+
+def arguments(world, name, **changes):
+    from trl_ama import AMAConfig
+
+    settings = {
+        **world.spec["quick"],
+        "output_dir": str(world.folder / f"{world.count}-{name}"),
+        "per_device_train_batch_size": BATCH // world.count,
+        "num_train_epochs": EPOCHS,
+        **changes,
+    }
+    return AMAConfig(**settings)
+
+
+def adapter():
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+
+
+def recording(base):
+    """A trainer class that notes which pairs of each optimizer step counted in this process, by their reference log-probs."""
+    from trl_ama.uneven_batches import COUNTED
+
+    class Recording(base):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if self.model.training and "ref_chosen_logps" in inputs:
+                ids = inputs["ref_chosen_logps"].tolist()
+                own = inputs.get(COUNTED, (len(ids),))[0]
+                self.drawn = getattr(self, "drawn", {})
+                self.drawn.setdefault(self.state.global_step, []).extend(ids[:own])
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    return Recording
+
+
+def outcome(world, name, trainer):
+    """What a training left: its log, the pairs of each step over all processes, and the weights in a file."""
+    import numpy as np
+    from accelerate.utils import gather_object
+
+    drawn = gather_object([getattr(trainer, "drawn", {})])
+    steps = sorted({step for part in drawn for step in part})
+    weights = {key: value.detach().numpy() for key, value in trainer.model.named_parameters() if value.requires_grad}
+    if world.rank == 0:
+        np.savez(world.folder / f"{world.count}-{name}.npz", **weights)
+    return {
+        "log": trainer.state.log_history,
+        "drawn": [sorted(value for part in drawn for value in part.get(step, ())) for step in steps],
+    }
+
+
+# ---- The cases ----
+
+
+def training(counts=(1, 2, 4), **settings):
+    def run(world, name):
+        from trl_ama import AMATrainer
+
+        trainer = recording(AMATrainer)(
+            world.spec["model"],
+            args=arguments(world, name, **settings),
+            train_dataset=pairs(world),
+            peft_config=adapter(),
+        )
+        trainer.train()
+        return outcome(world, name, trainer)
+
+    return SimpleNamespace(run=run, counts=counts)
+
+
+def specialist(world, name):
+    """Plain DPO on the fast path, whose reference log-probs are computed before training, of data in memory and on disk."""
+    import numpy as np
+
+    from trl_ama.prefix_trainer import SpecialistTrainer
+
+    result = {}
+    for place, in_memory in (("memory", True), ("disk", False)):
+        trainer = SpecialistTrainer(
+            world.spec["model"],
+            args=arguments(
+                world,
+                f"{name}-{place}",
+                precompute_ref_log_probs=True,
+                num_train_epochs=1,
+                per_device_eval_batch_size=4,
+            ),
+            train_dataset=without_columns(pairs(world, in_memory)).remove_columns("task"),
+            peft_config=adapter(),
+        )
+        assert bool(trainer.train_dataset.cache_files) and {"ref_chosen_logps"} <= {
+            *trainer.train_dataset.column_names
+        }
+        trainer.train()
+        result[place] = outcome(world, f"{name}-{place}", trainer)
+        result[place]["reference"] = np.asarray(trainer.train_dataset["ref_chosen_logps"][:]).tolist()
+    return result
+
+
+def resumed(mixing):
+    """A run from a checkpoint in the middle of its second epoch, against the run that wrote the checkpoint."""
+
+    def run(world, name):
+        from trl_ama import AMATrainer
+
+        ends = []
+        for checkpoint in (None, world.folder / f"{world.count}-{name}" / "checkpoint-8"):
+            trainer = recording(AMATrainer)(
+                world.spec["model"],
+                args=arguments(world, name, mixing=mixing, save_strategy="steps", save_steps=8),
+                train_dataset=pairs(world),
+                peft_config=adapter(),
+            )
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+            ends.append(outcome(world, f"{name}-{len(ends)}", trainer))
+        return ends
+
+    return SimpleNamespace(run=run, counts=(2,))
+
+
+def scoring(world, name):
+    """Log-probs of all pairs, on both paths, with a model that needs no other process and one that does."""
+    import numpy as np
+    import torch
+
+    from trl_ama import scoring
+    from trl_ama.prefix_trainer import PrefixSharingTrainer
+    from trl_ama.scoring import score_pairs
+
+    class NotWhole(PrefixSharingTrainer):
+        def _precompute_ref_logps(self, dataset, name, batch_size):
+            return dataset
+
+    for path in ("auto", False):
+        trainer = NotWhole(
+            world.spec["model"],
+            args=arguments(
+                world, name, precompute_ref_log_probs=True, prefix_sharing=path, per_device_eval_batch_size=2
+            ),
+            train_dataset=without_columns(pairs(world)),
+        )
+        forwards = []
+        ours = score_pairs(trainer, trainer.model, trainer.train_dataset, "")
+        if world.count > 1:
+            # As a sharded model: a forward pass that some processes make and others do not never comes to its end
+            def wait_for_others(module, args, forwards=forwards):
+                forwards.append(1)
+                torch.distributed.barrier()
+
+            handle = trainer.model.register_forward_pre_hook(wait_for_others)
+            before, scoring.is_sharded = scoring.is_sharded, lambda accelerator: True
+            try:
+                again = score_pairs(trainer, trainer.model, trainer.train_dataset, "")
+            finally:
+                scoring.is_sharded = before
+                handle.remove()
+            for key, values in ours.items():
+                np.testing.assert_array_equal(again[key], values)
+            assert forwards
+        if world.rank == 0:
+            np.savez(world.folder / f"{world.count}-{name}-{path}.npz", **ours)
+    return shards(world, trainer, ours)
+
+
+def shards(world, trainer, expected):
+    """A sweep that is saved as it goes, and one that finds a part of it; the batches of each process in both."""
+    import contextlib
+    import functools
+
+    import numpy as np
+    from accelerate.utils import gather_object
+
+    from trl_ama import scoring
+    from trl_ama.loss_shards import LossShards
+    from trl_ama.processes import from_main
+
+    folder, ids = world.folder / f"{world.count}-shards", [str(row) for row in range(len(trainer.train_dataset))]
+    plain, batches, counts = scoring._Sweep.score, [], []
+    policies = {"": functools.partial(contextlib.nullcontext, trainer.model)}
+
+    def counted(self, rows, *args, **kwargs):
+        batches.append(len(rows))
+        return plain(self, rows, *args, **kwargs)
+
+    scoring._Sweep.score = counted
+    try:
+        for lost in (0, 1):
+            if lost:
+                from_main(lambda: [path.unlink() for path in sorted(folder.glob("*.parquet"))[:1]])
+            batches.clear()
+            own = LossShards(folder, {"run": 1}, ids, trainer.accelerator.process_index)
+            ours = scoring.score_policies(trainer, policies, trainer.train_dataset, "", own)
+            for key, values in expected.items():
+                np.testing.assert_array_equal(ours[key], values)
+            counts.append(gather_object([list(batches)]))
+            names = from_main(lambda: sorted(path.name[:9] for path in folder.glob("*.parquet")))
+            counts[-1] = {"batches": counts[-1], "files": names}
+    finally:
+        scoring._Sweep.score = plain
+    return counts
+
+
+def errors(world, name):
+    """What goes wrong in the main process goes wrong in all, with the same sentence."""
+    from accelerate.utils import gather_object
+
+    from trl_ama import AMAError
+    from trl_ama.processes import from_main, main_first
+
+    def wrong():
+        raise AMAError("The folder 'x' is not there. Make it.")
+
+    def broken():
+        raise OSError(28, "No space left on device")
+
+    said = []
+    for what in (wrong, broken):
+        try:
+            from_main(what)
+        except Exception as error:
+            said.append(f"{type(error).__name__}: {error}")
+        try:
+            with main_first():
+                what()
+        except Exception as error:
+            said.append(f"{type(error).__name__}: {error}")
+    assert from_main(lambda: os.getpid()) is not None
+    said += [from_main(lambda: world.rank), len(set(gather_object([from_main(os.getpid)])))]
+    try:
+        arguments_refused = "nothing"
+        from trl_ama import AMATrainer
+
+        AMATrainer(
+            world.spec["model"],
+            args=arguments(world, name, accelerator_config={"split_batches": True}),
+            train_dataset=pairs(world),
+        )
+    except AMAError as error:
+        arguments_refused = str(error)
+    return gather_object([[*said, arguments_refused]])
+
+
+CASES = {
+    "ama_s": training(mixing="ama_s", mixing_lr=0.5),
+    "ama_s-accumulated": training(mixing="ama_s", mixing_lr=0.5, gradient_accumulation_steps=2),
+    "ama_r": training(mixing="ama_r", mixing_lr=0.5, excess_clip="none"),
+    "ama_r-accumulated": training((1, 2), mixing="ama_r", mixing_lr=0.5, gradient_accumulation_steps=2),
+    "task_normalized": training((1, 2), mixing="task_normalized"),
+    "proportional": training(mixing="proportional"),
+    "proportional-accumulated": training((1, 2), mixing="proportional", gradient_accumulation_steps=2),
+    "dropped": training((1, 2), mixing="ama_s", dataloader_drop_last=True),
+    "specialist": SimpleNamespace(run=specialist, counts=(1, 2)),
+    "resumed-ama_s": resumed("ama_s"),
+    "resumed-proportional": resumed("proportional"),
+    "scoring": SimpleNamespace(run=scoring, counts=(1, 2, 4)),
+    "errors": SimpleNamespace(run=errors, counts=(2,)),
+}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(Path(sys.argv[1]), [int(number) for number in sys.argv[2:]] or [1, 2, 4]))
