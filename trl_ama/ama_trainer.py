@@ -178,6 +178,7 @@ peft_config:
         self.data_collator = TaskCollator(self.data_collator)
         self._eval_pairs = []
         self._mean_micro_batch = 1.0
+        self._step_batches = []
         self._reference_unchecked = has_reference
         self.add_callback(_BeginMixing(self))
         if specialists is not None and not has_specialist:
@@ -242,17 +243,50 @@ peft_config:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and TASK_COLUMN in batches[0]:
             self._mean_micro_batch = float(np.mean([len(batch[TASK_COLUMN]) for batch in batches]))
+            self._step_batches = batches
         return batches, num_items
 
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model, *args, **kwargs):
+        loss = super().training_step(model, *args, **kwargs)
         if self.accelerator.sync_gradients:  # the last micro-batch of an optimizer step
             figures, warnings = self.mixture.finish_step(self.accelerator)
+            broken = self.mixture.broken_pairs
+            if broken and self.prefix_sharing.mode is not False:
+                broken = self._broken_by_themselves(model) or broken
+            self._broken_pairs = broken, self.mixture.step_pairs
+            # Only where there are some: nearly always zero, it would be one more curve for every task
+            figures |= {f"ama/not_finite/{task}": float(count) for task, count in broken.items()}
             for name, value in figures.items():
                 self._metrics["train"][name].append(value)
             for message in warnings:
                 logger.warning(message)
         return loss
+
+    @torch.no_grad()
+    def _broken_by_themselves(self, model: torch.nn.Module) -> dict[str, int]:
+        """The step's pairs without a finite loss, by task, on the plain path: in a packed row a NaN reaches its neighbours."""
+        counts = torch.zeros(len(self.task_names), device=self.accelerator.device)
+        mode, self.prefix_sharing.mode = self.prefix_sharing.mode, False
+        try:
+            for batch in self._step_batches:
+                inputs = self.with_reference(dict(self._prepare_inputs(batch)))
+                mask, task_ids = inputs["completion_mask"], inputs[TASK_COLUMN]
+                ours = ("completion_mask", TASK_COLUMN, *LOGP_COLUMNS)
+                kwargs = {key: value for key, value in inputs.items() if key not in ours}
+                labels = inputs["input_ids"].masked_fill(mask == 0, -100)
+                with self.compute_loss_context_manager(), self.accelerator.autocast():
+                    outputs = model(**kwargs, labels=labels, use_cache=False, fused_lm_head=True)
+                policy = sequence_logps(outputs.log_probs, mask, self.ld_alpha)
+                pairs = PairLogProbs(
+                    *policy, *(inputs[column] for column in REFERENCE_COLUMNS), *mask.sum(dim=1).chunk(2)
+                )
+                counts += torch.bincount(
+                    task_ids[~pair_losses(pairs, self._loss_config).isfinite()], minlength=len(self.task_names)
+                )
+        finally:
+            self.prefix_sharing.mode = mode
+        counts = self.accelerator.reduce(counts, reduction="sum").tolist()
+        return {task: int(count) for task, count in zip(self.task_names, counts, strict=True) if count}
 
     # ---- Loss ----
 
@@ -261,9 +295,11 @@ peft_config:
         self._reference_unchecked = False
         if self.state.global_step > 0:
             return
-        distance = (pairs.chosen_logratios.abs() + pairs.rejected_logratios.abs()).sum().item()
-        distance /= max(1.0, float(pairs.chosen_tokens.sum() + pairs.rejected_tokens.sum()))
-        if not distance <= _REFERENCE_TOLERANCE:
+        distances = pairs.chosen_logratios.abs() + pairs.rejected_logratios.abs()  # (B,)
+        finite = distances.isfinite()  # the others say nothing of the reference, and are told of when the step is done
+        tokens = (pairs.chosen_tokens + pairs.rejected_tokens)[finite]
+        distance = distances[finite].sum().item() / max(1.0, float(tokens.sum()))
+        if distance > _REFERENCE_TOLERANCE:
             self._report_foreign_reference(
                 f"The reference log-probs in train_dataset differ from those of the untrained policy by {distance:.2f} nats a token "
                 "on the first batch: another base model, tokenizer or chat template made them. Use the base model that they "
@@ -307,11 +343,11 @@ peft_config:
         excess = excess_losses(losses, baseline, self.args.excess_clip)  # (B,)
 
         if not self.model.training:
-            knows_excess = specialist[0] is not None or (self._has_excess and not self.has_reference_losses)
-            margins = self.beta * (pairs.chosen_logratios - pairs.rejected_logratios)
-            self._record_eval(
-                task_ids, losses, margins, excess if knows_excess else torch.full_like(excess, torch.nan)
+            self._eval_knows_excess &= specialist[0] is not None or (
+                self._has_excess and not self.has_reference_losses
             )
+            margins = self.beta * (pairs.chosen_logratios - pairs.rejected_logratios)
+            self._record_eval(task_ids, losses, margins, excess)
             return result
         self.mixture.recorder.add(task_ids, losses, excess, losses.detach() - baseline)
         if descends_trl_loss(self.strategy):

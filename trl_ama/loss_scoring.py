@@ -9,10 +9,11 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 from tqdm.std import tqdm as ProgressBar
 
 from .columns import numpy_column
+from .errors import AMAError
 from .loss_dataset import save_task
 from .loss_shards import LossShards, remove_shards
 from .loss_sharing import ReferenceLosses
-from .reference_columns import LOGP_COLUMNS, TOKEN_COLUMNS, has_columns
+from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS, TOKEN_COLUMNS
 from .reference_losses import reference_fingerprint, reference_losses_done, reference_losses_of, shards_folder
 from .run_settings import RunSettings
 from .scoring import ScoringTrainer, count_tokens, score_reference_and_specialist
@@ -96,6 +97,17 @@ def _score_task(
         LossShards(shards_folder(settings, task), fingerprint, pairs[PAIR_ID_COLUMN][:]),
         overall,
     )
+    for who, columns in (
+        (settings.model_name, REFERENCE_COLUMNS),
+        (settings.specialist_source(task), SPECIALIST_COLUMNS),
+    ):
+        bad = ~np.isfinite([scores[column] for column in columns]).all(axis=0)
+        if bad.any():
+            raise AMAError(
+                f"'{who}' gives no finite log-probs of {bad.sum()} of {len(bad)} pairs of task '{task}', the first with pair_id "
+                f"{pairs[int(bad.argmax())][PAIR_ID_COLUMN]}. If they are all, train it again with a lower learning_rate; if they are few, "
+                "look at those pairs, or set dtype to float32."
+            )
     if trainer.accelerator.is_main_process:
         tables, start = {}, 0
         for split, part in splits.items():
@@ -119,5 +131,4 @@ def _table(settings: RunSettings, task: str, split: str, pairs: Dataset, scores:
         batched=True,
         features=Features({**table.features, TASK_COLUMN: Value("string")}),
     )
-    has_columns(table, LOGP_COLUMNS, f"The scored pairs of task '{task}' ({split})")
     return table

@@ -40,6 +40,9 @@ class Mixture:
         self._monitor = MixtureMonitor(task_names)
         self._num_steps = 0
         self._logged_as: dict[str, list[str]] = {}
+        # Of the last step: pairs without a finite loss, by task, and pairs in all
+        self.broken_pairs: dict[str, int] = {}
+        self.step_pairs = 0
 
     def make_sampler(self, dataset: Dataset, args: AMAConfig, batch_size: int) -> TaskMixtureSampler:
         """A new sampler over the dataset's tasks, for one `train()`, whose loaders have batches of `batch_size`."""
@@ -104,18 +107,29 @@ class Mixture:
         }
 
     def finish_step(self, accelerator: Accelerator) -> tuple[dict[str, float], list[str]]:
-        """After an optimizer step: sum over processes, log, and let the strategy see it.
+        """After an optimizer step: sum over processes, log, and let the strategy see it, unless a pair had no finite loss.
 
         Returns:
             `tuple` of the step's figures (`ama/<figure>/<task>`) and what there is to warn about.
         """
         drawn_with = self.strategy.probabilities() if self.sampler is None else self.sampler.pop_trained()
         step = self.recorder.finish(drawn_with, accelerator)
+        self.broken_pairs = {
+            self._task_names[task]: int(step.broken_counts[task]) for task in np.flatnonzero(step.broken_counts)
+        }
+        self.step_pairs = int(step.counts.sum())
         figures = self._figures(step)
-        self.strategy.observe(step)
+        matched = (step.counts > 0) & (step.clipped_counts == step.counts)
+        is_idle = bool(matched.any()) and not (self.strategy.loss_weights() * step.excess_sums).any()
+        if not self.broken_pairs:
+            # The policy takes no step either: the rest of the pairs would be a biased sample of their tasks, as a NaN is more
+            # likely where the loss is large
+            self.strategy.observe(step)
         if self.strategy.objective == "loss":
             return figures, []
-        return figures, self._monitor.update(self.strategy.mixture_weights(), step.mean_excess(), self._num_steps)
+        excess = np.full(len(matched), np.nan) if self.broken_pairs else step.mean_excess()
+        weights = self.strategy.mixture_weights()
+        return figures, self._monitor.update(weights, excess, self._num_steps, matched, is_idle)
 
     def _figures(self, step: StepStatistics) -> dict[str, float]:
         figures: dict[str, float] = {}
@@ -124,10 +138,11 @@ class Mixture:
         sums = {"loss": step.loss_sums}
         if self._has_excess:
             sums |= {"excess": step.excess_sums, "clipped_fraction": step.clipped_counts}
-        drawn = np.flatnonzero(step.counts)
+        finite = step.finite_counts
+        drawn = np.flatnonzero(finite)
         for name, values in sums.items():
             keys = self._keys(name)
-            means = values[drawn] / step.counts[drawn]
+            means = values[drawn] / finite[drawn]
             figures.update(zip([keys[index] for index in drawn], means.tolist(), strict=True))
         return figures
 

@@ -1,4 +1,4 @@
-"""DPOTrainer with the faster forward pass of `prefix_sharing.py`, and nothing else."""
+"""DPOTrainer with the faster forward pass of `prefix_sharing.py`, and nothing else (but `finite_steps.py`)."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,13 +6,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from trl import DPOTrainer
 
+from .finite_steps import FiniteStepTrainer
 from .prefix_support import PrefixSharing
 from .quantized import keep_weights
 
 
-class PrefixSharingTrainer(DPOTrainer):
+class PrefixSharingTrainer(FiniteStepTrainer):
     """
     A [`~trl.DPOTrainer`] whose reference log-probs come from the fast path.
 
