@@ -1,6 +1,5 @@
 """Evaluation by task: figures of every pair, gathered over batches and processes, then averaged by task."""
 
-import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 
