@@ -26,6 +26,7 @@ from .task_config import TaskConfig, TaskMixtureConfig
 from .task_loading import LoadedTasks, fits_into, read_tasks
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN
 from .template_date import fix_date, restore_template
+from .value_types import check_value
 
 
 if TYPE_CHECKING:
@@ -108,6 +109,12 @@ class RunSettings:
                 f"specialist_args of task '{task.task}' sets output_dir, but specialists go to "
                 f"'{self.specialist_dir(task.task)}'. Leave it out."
             )
+        for name, value in own.items():
+            if not isinstance(name, str):
+                raise AMAError(
+                    f"Unknown training argument {name!r} in specialist_args of task '{task.task}'. Leave it out."
+                )
+            check_value(AMAConfig, name, value, f"Of the specialist_args of task '{task.task}',", parses_text=False)
         return self.with_arguments(
             **{
                 "output_dir": str(self.specialist_dir(task.task)),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .errors import AMAError, nearest
+from .value_types import check_value
 
 
 # Task names become folder names, metric names and Hub config names
@@ -80,7 +81,7 @@ class TaskConfig:
     path: str | None = None
     name: str | None = None
     data_dir: str | None = None
-    data_files: str | list[str] | dict[str, str] | None = None
+    data_files: str | list[str] | dict[str, Any] | None = None
     revision: str | None = None
     split: str = "train"
     eval_split: str | None = None
@@ -123,6 +124,10 @@ class TaskConfig:
             )
         if not entry.get("task"):
             raise AMAError(f"An entry of `tasks` has no 'task'; found {entry}. Every task needs 'task' and 'path'.")
+        entry = {key: value for key, value in entry.items() if value is not None}  # `key:` with nothing is the default
+        for key, value in entry.items():
+            if key != "task":  # whose own check says more
+                check_value(cls, key, value, f"Of task {entry['task']!r},", parses_text=False)
         return cls(**entry)
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from trl_ama.errors import AMAError, nearest
+from trl_ama.value_types import check_value
 
 
 # Keys of a config file that are neither a field of our dataclasses nor an option of `accelerate launch`.
@@ -119,7 +120,11 @@ def read_config(argv: list[str]) -> Config | None:
         raise AMAError(
             f"The config file {path} cannot be read ({error.strerror}); give --config the path of a YAML file."
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # also numbers of thousands of digits, days like 2025-13-45
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}," if mark is not None else ""
         problem = getattr(error, "problem", None) or str(error)
@@ -149,7 +154,7 @@ def option_names(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
 
 
 def check_keys(config: Config | None, parser: argparse.ArgumentParser, launch_parser: argparse.ArgumentParser) -> None:
-    """Raise an `AMAError` for the first key of `config` that nobody knows."""
+    """Raise an `AMAError` for the first key of `config` that nobody knows, or whose value is of a wrong type."""
     if config is None:
         return
     # TRL matches a key to an option's destination, `accelerate launch` gets it as a flag.
@@ -162,6 +167,10 @@ def check_keys(config: Config | None, parser: argparse.ArgumentParser, launch_pa
                 f"The config file {config.path}{where} has the key '{key}', which neither the command nor `accelerate "
                 f"launch` knows.{nearest(key, sorted(known))}"
             )
+    for key, value in config.values.items():
+        where = f"The config file {config.path}" + (f", line {config.lines[key]}:" if key in config.lines else ":")
+        for cls in getattr(parser, "dataclass_types", ()):
+            check_value(cls, key, value, where, parses_text=True)
 
 
 def check_flags(flags: list[str], parser: argparse.ArgumentParser, launch_parser: argparse.ArgumentParser) -> None:
