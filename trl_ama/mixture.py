@@ -14,9 +14,10 @@ from .mixing.monitor import MixtureMonitor
 from .sampler import TaskMixtureSampler
 from .step_recorder import StepRecorder
 from .tasks import TASK_COLUMN
+from .versions import VERSIONS, check_version
 
 
-_STATE_VERSION = 1
+_STATE_FILE = "trainer_state.json"  # of a checkpoint, which holds the state
 
 
 class Mixture:
@@ -79,12 +80,12 @@ class Mixture:
                 "The checkpoint has no mixing state: it was not written by AMATrainer. Start without "
                 "resume_from_checkpoint."
             )
-        for field, ours in (("version", _STATE_VERSION), ("task_names", self._task_names)):
-            if state.get(field) != ours:
-                raise AMAError(
-                    f"The checkpoint's mixing state has {field}={state.get(field)!r}, this run has {field}={ours!r}. Resume "
-                    "with the tasks and the trl-ama that it was written with, or start a new output_dir."
-                )
+        check_version(_STATE_FILE, state, "resume with the trl-ama that wrote it, or start a new output_dir")
+        if state.get("task_names") != self._task_names:
+            raise AMAError(
+                f"The checkpoint's mixing state has task_names={state.get('task_names')!r}, this run has "
+                f"task_names={self._task_names!r}. Resume with the tasks that it was written with, or start a new output_dir."
+            )
         self._reset(num_steps)
         self.strategy.load_state_dict(state["strategy"])
         self._monitor.load_state_dict(state["monitor"])
@@ -99,7 +100,7 @@ class Mixture:
     def state_dict(self) -> dict[str, Any]:
         """Strategy and sampler, as JSON types."""
         return {
-            "version": _STATE_VERSION,
+            "version": VERSIONS[_STATE_FILE],
             "task_names": self._task_names,
             "strategy": self.strategy.state_dict(),
             "sampler": None if self.sampler is None else self.sampler.state_dict(),

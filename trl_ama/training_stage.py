@@ -10,6 +10,7 @@ from trl import DPOTrainer
 
 from .fingerprint import check_fingerprint, read_json, write_json
 from .tracking import begin_runs, finish_runs
+from .versions import VERSIONS, check_version
 
 
 _STAGE_FILE = "stage.json"
@@ -31,7 +32,7 @@ class TrainingStage:
 
     def check(self) -> None:
         """Raise an `AMAError` if the folder holds something that other settings made."""
-        note = read_json(self.folder / _STAGE_FILE)
+        note = self._note()
         if note is not None:
             check_fingerprint(
                 self.fingerprint,
@@ -40,10 +41,16 @@ class TrainingStage:
                 "Choose another output_dir, delete that folder, or set the old value.",
             )
 
+    def _note(self) -> dict[str, Any] | None:
+        note = read_json(self.folder / _STAGE_FILE)
+        if note is not None:
+            check_version(self.folder / _STAGE_FILE, note, f"delete '{self.folder}' and train it again")
+        return note
+
     @property
     def result(self) -> dict[str, Any] | None:
         """What `finish` noted; `None` if the training is not finished."""
-        note = read_json(self.folder / _STAGE_FILE)
+        note = self._note()
         return note.get("result") if note is not None else None
 
     @property
@@ -55,7 +62,7 @@ class TrainingStage:
         return f"stopped at step {checkpoint.rsplit('-', 1)[-1]}" if checkpoint else "to do"
 
     def _last_checkpoint(self) -> str | None:
-        if not self.folder.is_dir() or read_json(self.folder / _STAGE_FILE) is None:
+        if not self.folder.is_dir() or self._note() is None:
             return None
         return get_last_checkpoint(str(self.folder))
 
@@ -67,7 +74,7 @@ class TrainingStage:
         )
         if trainer.args.disable_tqdm:
             trainer.remove_callback(PrinterCallback)  # asked for no progress bars, so spare them the log lines too
-        write_json(self.folder / _STAGE_FILE, {"fingerprint": self.fingerprint, "result": None})
+        self._write(None)
         try:
             begin_runs(trainer, self.folder)
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -77,9 +84,13 @@ class TrainingStage:
             finish_runs(exit_code=1)
             raise
 
+    def _write(self, result: dict[str, Any] | None) -> None:
+        note = {"version": VERSIONS[_STAGE_FILE], "fingerprint": self.fingerprint, "result": result}
+        write_json(self.folder / _STAGE_FILE, note)
+
     def finish(self, result: dict[str, Any]) -> None:
         """Note the result: from now on the stage is done, and so are its runs in trackers."""
-        write_json(self.folder / _STAGE_FILE, {"fingerprint": self.fingerprint, "result": result})
+        self._write(result)
         finish_runs()
         figures = (
             f"{key.replace('_', ' ')} {value:.4g}" for key, value in result.items() if isinstance(value, (int, float))
