@@ -41,6 +41,7 @@ from .trainer_checks import (
     check_best_metric,
     check_columns,
     check_config,
+    check_eval_dataset,
     check_no_task_lost,
     check_specialists,
     check_token_counts,
@@ -130,6 +131,7 @@ peft_config:
             args = AMAConfig(f"{model_name.split('/')[-1]}-AMA")
         check_config(args)
         check_train_dataset(train_dataset)
+        check_eval_dataset(eval_dataset)
         self.task_names = task_names_of(train_dataset)
         train_dataset = with_task_labels(train_dataset, self.task_names)
         eval_dataset = label_eval(eval_dataset, self.task_names)

@@ -1,5 +1,6 @@
 """Refuses rows that are no preference pairs, by task and row, before code that expects pairs meets them."""
 
+from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset
@@ -82,3 +83,16 @@ def _no_text(value: Any) -> str | None:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def first_failure(prepare: Callable[[Dataset], Any], pairs: Dataset, error: Exception) -> tuple[int, Exception]:
+    """The number of the first pair that fails, and its error: by halves, as each call takes its time."""
+    start, end = 0, len(pairs)
+    while end - start > 1:
+        middle = (start + end) // 2
+        try:
+            prepare(pairs.select(range(start, middle)))
+            start = middle
+        except Exception as found:
+            end, error = middle, found
+    return start, error

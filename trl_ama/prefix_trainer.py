@@ -6,8 +6,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from datasets import Dataset
 
+from .errors import AMAError, first_line
 from .finite_steps import FiniteStepTrainer
+from .pair_rows import first_failure
 from .prefix_support import PrefixSharing
 from .quantized import keep_weights
 
@@ -25,6 +28,25 @@ class PrefixSharingTrainer(FiniteStepTrainer):
         for model in (self.model, self.ref_model):
             if model is not None:
                 keep_weights(model)
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        """As DPOTrainer's, whose errors are those of a chat template or a tokenizer; here the row is named, too."""
+
+        def prepare(part):
+            return super(PrefixSharingTrainer, self)._prepare_dataset(part, processing_class, args, dataset_name)
+
+        try:
+            return prepare(dataset)
+        except (AMAError, OSError, MemoryError):
+            raise
+        except Exception as error:
+            if not isinstance(dataset, Dataset) or len(dataset) == 0:
+                raise
+            row, error = first_failure(prepare, dataset, error)
+            raise AMAError(
+                f"Row {row} of the {dataset_name} pairs cannot be tokenised ({type(error).__name__}: {first_line(error)}). Give prompt, "
+                "chosen and rejected of every row as strings, or as lists of {role, content} that the model's chat template takes."
+            ) from error
 
     @cached_property
     def prefix_sharing(self) -> PrefixSharing:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from trl import DPOConfig
 
 from .ama_config import AMAConfig
@@ -29,8 +29,25 @@ def check_train_dataset(train_dataset: Any) -> None:
     if train_dataset is None:
         raise AMAError("AMATrainer needs a `train_dataset` of preference pairs with a `task` column, got None.")
     refuse_streaming(train_dataset, "train_dataset")
+    if not isinstance(train_dataset, Dataset):
+        fix = (
+            "Choose a split of it, e.g. dataset['train']."
+            if isinstance(train_dataset, dict)
+            else "See Dataset.from_list."
+        )
+        raise AMAError(f"train_dataset must be a datasets.Dataset, got {type(train_dataset).__name__}. {fix}")
     if len(train_dataset) == 0:
         raise AMAError("train_dataset has no rows. Give it preference pairs with a `task` column.")
+
+
+def check_eval_dataset(eval_dataset: Any) -> None:
+    """Raise an `AMAError` unless held-out pairs are a dataset, a mapping of names to datasets, or `None`."""
+    for part in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
+        if not isinstance(part, (Dataset, IterableDataset)) and not (part is None and part is eval_dataset):
+            raise AMAError(
+                f"eval_dataset must be a datasets.Dataset or a mapping of names to them, found {type(part).__name__}. Leave it out if there "
+                "are no held-out pairs."
+            )
 
 
 def label_eval(eval_dataset: Any, task_names: list[str]) -> Any:
