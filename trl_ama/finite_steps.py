@@ -50,7 +50,7 @@ class FiniteStepTrainer(DPOTrainer):
     # Of the step under way, where pairs can be told apart: those without a finite loss, by task, and how many there were
     _broken_pairs: tuple[dict[str, int], int] | None = None
     _left_out = _in_a_row = _verified_step = 0
-    _gives_no_number = False
+    _gives_no_number = _may_be_one_pair = False
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -63,10 +63,11 @@ class FiniteStepTrainer(DPOTrainer):
             AMAError: If several steps in a row had no finite gradient, or the policy gives no finite number at the end.
         """
         self._left_out = self._in_a_row = self._verified_step = 0
-        self._gives_no_number = False
+        self._gives_no_number = self._may_be_one_pair = False
         output = super().train(*args, **kwargs)
         chose_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
-        if not chose_best and not self._is_sound():
+        # A single pair in the last batch is no reason to throw away a run
+        if not chose_best and not self._is_sound(but_for=self._may_be_one_pair):
             raise AMAError(self._diverged("at the end of the run", {}))
         return output
 
@@ -76,14 +77,15 @@ class FiniteStepTrainer(DPOTrainer):
         broken, pairs = known or ({}, 0)
         scales = getattr(self.accelerator, "scaler", None) is not None
         if not broken and (norm is None or math.isfinite(norm) or scales):
-            self._in_a_row, self._gives_no_number = 0, False
+            self._in_a_row, self._gives_no_number, self._may_be_one_pair = 0, False, False
             self._verified_step = self.state.global_step  # the weights after so many steps gave finite numbers
             return norm
         if not scales:
             model.zero_grad(set_to_none=True)  # a parameter without a gradient is passed over: no momentum, no decay
         self._left_out += 1
         self._in_a_row += 1
-        self._gives_no_number = sum(broken.values()) == pairs if known else self._in_a_row > 1
+        self._gives_no_number = sum(broken.values()) == pairs if known else True  # where nobody knows, the worst
+        self._may_be_one_pair = not known and self._in_a_row == 1
         if self._in_a_row >= MOST_IN_A_ROW:
             raise AMAError(self._diverged(f"in {self._in_a_row} optimizer steps in a row", broken))
         if (
@@ -110,9 +112,9 @@ class FiniteStepTrainer(DPOTrainer):
             left = f"The last checkpoint, '{last}', may be broken already: delete it before you resume."
         return f"{self.what} has diverged: {_found(broken)} {when}. To mend it, {self._fix(broken)}. {left}"
 
-    def _is_sound(self) -> bool:
-        """Whether the policy gave finite numbers in the last step, and all trained weights are finite on all processes."""
-        if self._gives_no_number:
+    def _is_sound(self, but_for: bool = False) -> bool:
+        """Whether the policy gave finite numbers in the last step (`but_for` that), and its weights are finite, on all processes."""
+        if self._gives_no_number and not but_for:
             return False
         broken = sum(
             not torch.isfinite(_local(parameter.detach())).all()
