@@ -68,7 +68,7 @@ class FiniteStepTrainer(DPOTrainer):
         chose_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
         # A single pair in the last batch is no reason to throw away a run
         if not chose_best and not self._is_sound(but_for=self._may_be_one_pair):
-            raise AMAError(self._diverged("at the end of the run", {}))
+            raise AMAError(self._diverged("weights or losses that are not finite at the end of the run", {}))
         return output
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -87,13 +87,12 @@ class FiniteStepTrainer(DPOTrainer):
         self._gives_no_number = sum(broken.values()) == pairs if known else True  # where nobody knows, the worst
         self._may_be_one_pair = not known and self._in_a_row == 1
         if self._in_a_row >= MOST_IN_A_ROW:
-            raise AMAError(self._diverged(f"in {self._in_a_row} optimizer steps in a row", broken))
-        if (
-            self._left_out & (self._left_out - 1) == 0
-        ):  # the first, second, fourth, …: a rare one needs no thousand lines
+            raise AMAError(self._diverged(f"{_found(broken)} in {self._in_a_row} optimizer steps in a row", broken))
+        # The first, second, fourth, …: what happens now and then needs no thousand lines
+        if self._left_out & (self._left_out - 1) == 0:
             logger.warning(
-                f"{self.what}: step {self.state.global_step + 1} had {_found(broken)}, so it was left out: policy and mixture stay as "
-                f"they were ({self._left_out} such steps so far). If that goes on, {self._fix(broken)}."
+                f"{self.what}: step {self.state.global_step + 1} had {_found(broken)}, so the policy was left as it was "
+                f"({self._left_out} such steps so far). If that goes on, {self._fix(broken)}."
             )
         return norm
 
@@ -102,7 +101,7 @@ class FiniteStepTrainer(DPOTrainer):
         pairs = f"the pairs of task '{max(broken, key=broken.get)}'" if broken else "the pairs"
         return f"lower learning_rate (it is {self.args.learning_rate:.3g}), or look at {pairs} with `trl ama-check`"
 
-    def _diverged(self, when: str, broken: dict[str, int]) -> str:
+    def _diverged(self, signs: str, broken: dict[str, int]) -> str:
         last = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
         if last is None:
             left = "There is no checkpoint from before."
@@ -110,7 +109,7 @@ class FiniteStepTrainer(DPOTrainer):
             left = f"The last checkpoint, '{last}', is from before and intact."
         else:
             left = f"The last checkpoint, '{last}', may be broken already: delete it before you resume."
-        return f"{self.what} has diverged: {_found(broken)} {when}. To mend it, {self._fix(broken)}. {left}"
+        return f"{self.what} has diverged: {signs}. To mend it, {self._fix(broken)}. {left}"
 
     def _is_sound(self, but_for: bool = False) -> bool:
         """Whether the policy gave finite numbers in the last step (`but_for` that), and its weights are finite, on all processes."""
