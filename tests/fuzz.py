@@ -155,6 +155,8 @@ class World:
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)
         transformers.logging.set_verbosity(transformers.logging.CRITICAL)
         self.folder, self.number = folder, 0
+        (folder / "a" / "b" / "c").mkdir(parents=True)
+        os.chdir(folder / "a" / "b" / "c")  # a junk path may be `.` or `../..`, and `datasets` looks through folders
         self.model = folder / "model"
         tokenizer = _make_tokenizer()
         make_model(len(tokenizer)).save_pretrained(self.model)
@@ -619,7 +621,7 @@ def outcome_of(function) -> Outcome:
 def fuzz(cases: int, seed: int = 0, start: int = 0, talk: bool = False) -> tuple[Counter, list[str]]:
     """Run cases; return how many ended how, by kind, and what is to be said about those that failed."""
     counts, failures = Counter(), []
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.chdir("."), tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder))
         for number in range(start, start + cases):
             kind, outcome = world.run(seed, number)

@@ -142,6 +142,10 @@ class AMAConfig(DPOConfig):
         for name, known in (("excess_clip", _EXCESS_CLIPS), ("sampling", _SAMPLINGS)):
             if getattr(self, name) not in known:
                 raise AMAError(f"{name} must be one of {list(known)}, got {getattr(self, name)!r}.")
+        for name in ("seed", "data_seed"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 2**32:
+                raise AMAError(f"{name} must lie in [0, 2**32), as NumPy takes no other, got {value}.")
         if self.specialists is not None and not isinstance(self.specialists, dict):
             raise AMAError(
                 f"specialists maps each task to its adapter, got {self.specialists!r}. Write it as "

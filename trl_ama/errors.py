@@ -13,7 +13,7 @@ def nearest(name: str, candidates: list[str]) -> str:
     """Return `" Did you mean 'x'?"` for the candidate most like `name`, or `""` when none is close."""
     import difflib
 
-    match = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
+    match = difflib.get_close_matches(str(name), candidates, n=1, cutoff=0.6)
     return f" Did you mean '{match[0]}'?" if match else ""
 
 

@@ -77,6 +77,10 @@ def _no_text(value: Any) -> str | None:
             )
         if not isinstance(message.get("role"), str) or "content" not in message:
             return f"a list of messages with the keys {keys}; 'role' and 'content' are needed. {fix}"
+        if not isinstance(
+            message["content"], (str, list, type(None))
+        ):  # a list of parts, or a call of tools without a text
+            return f"a list of messages with the content {_short(message['content'])}, of type {type(message['content']).__name__}. {fix}"
     return None
 
 

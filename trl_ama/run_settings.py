@@ -74,6 +74,9 @@ class RunSettings:
             **(training.specialists or {}),
             **{task.task: task.specialist for task in self.task_args.tasks if task.specialist},
         }
+        for task, source in self.external_specialists.items():
+            if not isinstance(source, str):
+                raise AMAError(f"The specialist of task '{task}' must be a folder or a Hub id, got {source!r:.80}.")
         names = [task.task for task in self.task_args.tasks]
         unknown = [task for task in self.external_specialists if task not in names]
         if unknown:
@@ -97,7 +100,7 @@ class RunSettings:
             return dataclasses.replace(self.training_args, **changes)
         except AMAError:
             raise
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # others' checks, which raise what they like
             raise AMAError(f"These training arguments do not go together: {' '.join(str(error).split())}") from error
 
     def specialist_arguments(self, task: TaskConfig) -> AMAConfig:

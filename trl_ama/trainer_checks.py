@@ -1,8 +1,10 @@
 """What must fit together before an `AMATrainer` loads a model."""
 
+import os
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset, IterableDataset
 from trl import DPOConfig
 
@@ -73,6 +75,16 @@ def check_specialists(specialists: dict[str, Any] | None, task_names: list[str])
     """
     if not specialists:
         return None
+    if not isinstance(specialists, dict):
+        raise AMAError(
+            f"specialists maps each task to its adapter, got {specialists!r:.80}. Give {{task: folder or Hub id}}."
+        )
+    for task, source in specialists.items():
+        if not isinstance(source, (str, os.PathLike, torch.nn.Module)):
+            raise AMAError(
+                f"The specialist of task {task!r} must be a folder, a Hub id or a model, got {source!r:.80}. Leave `specialists` out if there "
+                "are none."
+            )
     unknown = [task for task in specialists if task not in task_names]
     if unknown:
         raise AMAError(

@@ -134,12 +134,19 @@ def read_config(argv: list[str]) -> Config | None:
         raise AMAError(
             f"The config file {path}, line 1, must hold a YAML mapping (`key: value` lines), but holds {found}."
         )
-    lines = {key.value: key.start_mark.line + 1 for key, _ in yaml.compose(text, yaml.SafeLoader).value}
+    lines = {str(key.value): key.start_mark.line + 1 for key, _ in yaml.compose(text, yaml.SafeLoader).value}
+    lines.setdefault("env", lines.get("<<", 1))
     if not isinstance(values.get("env", {}), dict):
         raise AMAError(
             f"The config file {path}, line {lines['env']}: `env` must be a mapping of environment variables to "
             f"values, but is {values['env']!r}."
         )
+    for name, value in values.get("env", {}).items():
+        if not re.fullmatch(r"[^=\0]+", str(name)) or "\0" in str(value):
+            raise AMAError(
+                f"The config file {path}, line {lines['env']}: `env` has {str(name)!r}, which cannot be an environment variable with the "
+                f"value {str(value)!r:.80}. Mend or remove it."
+            )
     return Config(path, {str(key): value for key, value in values.items()}, lines)
 
 
@@ -171,6 +178,16 @@ def check_keys(config: Config | None, parser: argparse.ArgumentParser, launch_pa
         where = f"The config file {config.path}" + (f", line {config.lines[key]}:" if key in config.lines else ":")
         for cls in getattr(parser, "dataclass_types", ()):
             check_value(cls, key, value, where, parses_text=True)
+        for action in parser._actions:  # argparse looks at what the command line gives, and not at defaults
+            if (
+                action.dest == key
+                and action.choices is not None
+                and isinstance(value, str)
+                and value not in action.choices
+            ):
+                raise AMAError(
+                    f"{where} '{key}' must be one of {list(action.choices)}, got {value!r}.{nearest(value, list(action.choices))}"
+                )
 
 
 def check_flags(flags: list[str], parser: argparse.ArgumentParser, launch_parser: argparse.ArgumentParser) -> None:
@@ -196,8 +213,15 @@ def parse_dataclasses(parser: Any, argv: list[str]) -> tuple[tuple[Any, ...], li
         )
     except AMAError:
         raise
-    except (ValueError, TypeError) as error:  # from a dataclass's `__post_init__`; wrong types end in argparse
-        raise AMAError(one_line(error)) from error
+    except (
+        Exception
+    ) as error:  # from a dataclass's `__post_init__`: others' checks, of any kind; wrong flags end in argparse
+        said = (
+            one_line(error)
+            if isinstance(error, (ValueError, TypeError))
+            else f"{type(error).__name__}: {one_line(error)}"
+        )
+        raise AMAError(f"These arguments do not go together, or one cannot be used: {said}") from error
     return tuple(dataclasses), remaining
 
 
