@@ -58,6 +58,19 @@ def test_sums_that_overflow_between_processes_are_broken():
     np.testing.assert_array_equal(step.excess_sums, [0.0, 4.0])
 
 
+@pytest.mark.parametrize("tasks", [(0, 0, 0, 0), ()])
+def test_a_rank_without_pairs_of_a_task_or_without_any(tasks):
+    """What both ranks get is what one process with all the pairs gets."""
+    ours = recorder_with([1.0] * len(tasks), [0.5] * len(tasks), tasks) if tasks else StepRecorder(2)
+    theirs = torch.tensor(recorder_with([2.0] * 4, [1.0, 1.0, 0.0, 0.0], (1, 1, 1, 1))._sums(), dtype=torch.float32)
+    two = SimpleNamespace(num_processes=2, device="cpu", reduce=lambda tensor, reduction: tensor + theirs)
+    step = ours.finish(HALVES, two)
+    np.testing.assert_array_equal(step.counts, [len(tasks), 4])
+    np.testing.assert_array_equal(step.loss_sums, [len(tasks), 8.0])
+    np.testing.assert_array_equal(step.excess_sums, [len(tasks) / 2, 2.0])
+    assert not step.broken_counts.any()
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_broken_step_leaves_the_mixture_as_it_was(name):
     strategy = build_strategy(name, [10, 30], mixing_lr=1.0)
