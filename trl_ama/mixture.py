@@ -121,7 +121,7 @@ class Mixture:
         self.step_pairs = int(step.counts.sum())
         figures = self._figures(step)
         matched = (step.counts > 0) & (step.clipped_counts == step.counts)
-        is_idle = bool(matched.any()) and not (self.strategy.loss_weights() * step.excess_sums).any()
+        sends = bool((self.strategy.loss_weights() * step.excess_sums).any())  # a gradient
         if not self.broken_pairs:
             # The policy takes no step either: the rest of the pairs would be a biased sample of their tasks, as a NaN is more
             # likely where the loss is large
@@ -130,7 +130,9 @@ class Mixture:
             return figures, []
         excess = np.full(len(matched), np.nan) if self.broken_pairs else step.mean_excess()
         weights = self.strategy.mixture_weights()
-        return figures, self._monitor.update(weights, excess, self._num_steps, matched, is_idle)
+        return figures, self._monitor.update(
+            weights, excess, self._num_steps, matched, bool(matched.any()) and not (sends or self.broken_pairs)
+        )
 
     def _figures(self, step: StepStatistics) -> dict[str, float]:
         figures: dict[str, float] = {}
