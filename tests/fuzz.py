@@ -148,12 +148,6 @@ class World:
     """
 
     def __init__(self, folder: Path):
-        import datasets
-        import transformers
-
-        datasets.disable_progress_bars()
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-        transformers.logging.set_verbosity(transformers.logging.CRITICAL)
         self.folder, self.number = folder, 0
         (folder / "a" / "b" / "c").mkdir(parents=True)
         os.chdir(folder / "a" / "b" / "c")  # a junk path may be `.` or `../..`, and `datasets` looks through folders
@@ -340,7 +334,7 @@ class World:
                         peft_config=settings.peft_config(),
                     )
 
-            return outcome_of(lambda: prepare(self._last_settings))
+            return outcome_of(lambda: prepare(self._last_settings), is_new=False)
         return outcome
 
     def _changed_rows(self, rng: random.Random, rows: list[Any]) -> list[Any]:
@@ -589,14 +583,15 @@ class World:
 World._last_settings = None
 
 
-def outcome_of(function) -> Outcome:
+def outcome_of(function, is_new: bool = True) -> Outcome:
     """Run a function that may raise, and say how it ended."""
     from accelerate.state import AcceleratorState
 
     from trl_ama.errors import AMAError
 
     said = io.StringIO()
-    AcceleratorState._reset_state(reset_partial_state=True)  # another case had other arguments
+    if is_new:
+        AcceleratorState._reset_state(reset_partial_state=True)  # another case had other arguments
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -618,10 +613,28 @@ def outcome_of(function) -> Outcome:
     return result if len(result.text) <= LONGEST else Outcome("long", result.text[:500])
 
 
+@contextlib.contextmanager
+def silence():
+    """No logs and no bars, here and in what comes of `log_level` in a case."""
+    import datasets
+    import transformers
+
+    before = [(module.logging, module.logging.get_verbosity()) for module in (datasets, transformers)]
+    datasets.disable_progress_bars()
+    for logging, _ in before:
+        logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+        for logging, level in before:
+            logging.set_verbosity(level)
+
+
 def fuzz(cases: int, seed: int = 0, start: int = 0, talk: bool = False) -> tuple[Counter, list[str]]:
     """Run cases; return how many ended how, by kind, and what is to be said about those that failed."""
     counts, failures = Counter(), []
-    with contextlib.chdir("."), tempfile.TemporaryDirectory() as folder:
+    with contextlib.chdir("."), silence(), tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder))
         for number in range(start, start + cases):
             kind, outcome = world.run(seed, number)

@@ -11,7 +11,7 @@ import types
 import typing
 from typing import Any
 
-from .errors import AMAError
+from .errors import AMAError, short
 
 
 # Fields that take more than they are annotated with, and see to it themselves
@@ -47,8 +47,6 @@ def check_value(cls: type, name: str, value: Any, where: str, parses_text: bool)
     if hint is None or name in _LOOSE or (parses_text and isinstance(value, str)) or _matches(value, hint):
         return
     wanted = list(dict.fromkeys(_NAMES[kind] for kind in _kinds(hint) if kind in _NAMES))
-    text = repr(value)
-    text = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
     hint = ""
     if isinstance(value, str) and _is_number(value):
         hint = " YAML takes 1e-4 for text: write 1.0e-4."
@@ -56,7 +54,7 @@ def check_value(cls: type, name: str, value: Any, where: str, parses_text: bool)
         hint = " Leave the key out for the default."
     elif wanted == [_NAMES[str]] and isinstance(value, (int, float)):
         hint = " Put it in quotes."
-    raise AMAError(f"{where} '{name}' must be {' or '.join(wanted)}, got {text}.{hint}")
+    raise AMAError(f"{where} '{name}' must be {' or '.join(wanted)}, got {short(value, _SHOWN)}.{hint}")
 
 
 def _is_number(text: str) -> bool:
