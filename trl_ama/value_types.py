@@ -7,6 +7,7 @@ middle of a run, as somebody else's traceback. Nothing here imports more than th
 import dataclasses
 import enum
 import functools
+import numbers
 import types
 import typing
 from typing import Any
@@ -80,9 +81,9 @@ def _matches(value: Any, hint: Any) -> bool:
         if kind in (bool, str, dict):
             fits = isinstance(value, kind)
         elif kind is int:
-            fits = isinstance(value, int) and not isinstance(value, bool)
+            fits = isinstance(value, numbers.Integral) and not isinstance(value, bool)
         elif kind is float:
-            fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+            fits = isinstance(value, numbers.Real) and not isinstance(value, bool)
         elif kind is list:
             (entry,) = typing.get_args(member) or (Any,)
             fits = isinstance(value, list) and all(_matches(one, entry) for one in value)
