@@ -16,7 +16,7 @@ from test_invariants import lora, with_reference_columns
 from transformers import Trainer
 from trl import DPOConfig, DPOTrainer
 
-from trl_ama import AMATrainer
+from trl_ama import AMAConfig, AMATrainer
 from trl_ama.recorded_forward import RecordedForward
 
 
@@ -499,6 +499,168 @@ def test_53_what_decides_whether_a_process_loads_a_whole_model(monkeypatch):
     with whole_models():
         assert not fsdp.is_fsdp_enabled() and not deepspeed.is_deepspeed_zero3_enabled()
     assert fsdp.is_fsdp_enabled() and deepspeed.is_deepspeed_zero3_enabled()
+
+
+def test_70_gradient_norm_comes_once_a_step_before_the_optimizer(model_dir, quick_args):
+    order = []
+
+    class Watched(AMATrainer):
+        def _get_grad_norm(self, model, grad_norm=None):
+            norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+            order.append(("norm", float(norm)))
+            return norm
+
+    trainer = Watched(
+        model_dir,
+        args=quick_args(max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_grad_norm=1e-3),
+        train_dataset=with_reference_columns(make_dataset({"list": 4, "sort": 4})),
+        peft_config=lora(),
+    )
+    trainer.create_optimizer_and_scheduler(2)
+    trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: order.append(("step", _norm_of(optimizer))))
+    trainer.train()
+    assert [name for name, _ in order] == ["norm", "step"] * 2
+    assert order[0][1] > 1e-3 and order[1][1] == pytest.approx(1e-3, rel=1e-2)  # before clipping, and what is clipped
+    weight = torch.nn.Parameter(torch.ones(2))
+    torch.optim.AdamW([weight], lr=1.0, weight_decay=0.5).step()
+    assert weight.tolist() == [1.0, 1.0]
+
+
+def _norm_of(optimizer):
+    grads = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+    return torch.nn.utils.get_total_norm(grads).item()
+
+
+def test_71_what_the_last_callback_says_of_saving_counts(dpo):
+    from transformers import DefaultFlowCallback
+
+    callbacks = [type(callback).__name__ for callback in dpo.callback_handler.callbacks]
+    assert callbacks[0] == DefaultFlowCallback.__name__
+    source = inspect.getsource(Trainer._run_epoch)
+    assert source.index("callback_handler.on_step_end") < source.index("_maybe_log_save_evaluate")
+    assert "if self.control.should_save:" in inspect.getsource(Trainer._maybe_log_save_evaluate)
+
+
+def test_72_only_fp16_has_a_scaler(dpo):
+    from accelerate import Accelerator
+
+    assert dpo.accelerator.scaler is None
+    assert "self.scaler = None" in inspect.getsource(Accelerator.__init__)
+
+
+def test_73_pairs_are_prepared_through_a_method(model_dir, tmp_path, quick_args):
+    names = []
+
+    class Watched(DPOTrainer):
+        def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+            names.append(dataset_name)
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+
+    data = make_dataset({"list": 2}).remove_columns("task")
+    trainer = Watched(model_dir, args=quick_args(DPOConfig), train_dataset=data, eval_dataset=data, peft_config=lora())
+    trainer.evaluate({"other": data})
+    assert names == ["train", "eval", "other"]
+
+
+def test_74_the_batch_size_that_trains(dpo):
+    assert dpo._train_batch_size == dpo.args.train_batch_size
+    assert "self._train_batch_size" in inspect.getsource(Trainer.train)
+
+
+def test_75_pushes_of_checkpoints_go_through_a_method():
+    assert list(inspect.signature(Trainer._push_from_checkpoint).parameters) == ["self", "checkpoint_folder"]
+    assert "self._push_from_checkpoint(output_dir)" in inspect.getsource(Trainer._save_checkpoint)
+
+
+def test_76_the_card_is_made_of_class_attributes():
+    from trl.trainer.utils import generate_model_card
+
+    assert isinstance(DPOTrainer._tag_names, list) and isinstance(DPOTrainer._name, str)
+    assert {"title", "id", "citation"} <= set(DPOTrainer._paper) and DPOTrainer._template_file.endswith(".md")
+    assert set(inspect.signature(generate_model_card).parameters) >= {
+        "base_model", "model_name", "hub_model_id", "dataset_name", "tags", "wandb_url", "trackio_url", "trainer_name",
+        "trainer_citation", "template_file", "paper_title", "paper_id",
+    }  # fmt: skip
+
+
+def test_77_what_the_loss_reads_of_the_trainer(dpo):
+    assert dpo.beta == dpo.args.beta and dpo.ld_alpha is None and dpo.ref_model is None
+    assert dpo.aux_loss_enabled is False
+    assert "self.router_aux_loss_coef" in inspect.getsource(DPOTrainer)
+    with dpo.maybe_activation_offload_context:
+        pass
+
+
+def test_78_the_attention_has_a_name(dpo):
+    from transformers.integrations.sdpa_attention import repeat_kv
+    from transformers.modeling_flash_attention_utils import flash_attn_supports_top_left_mask
+
+    assert dpo.model.config._attn_implementation == "sdpa"
+    assert isinstance(flash_attn_supports_top_left_mask(), bool)
+    assert repeat_kv(torch.zeros(1, 2, 3, 4), 2).shape == (1, 4, 3, 4)
+
+
+def test_79_a_new_client_comes_from_a_factory(monkeypatch):
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import _http
+
+    made = []
+    theirs = _http._GLOBAL_CLIENT_FACTORY
+    monkeypatch.setattr(_http, "_GLOBAL_CLIENT_FACTORY", lambda: made.append(1) or theirs())
+    _http.close_session()
+    get_session()
+    assert made == [1]
+
+
+def test_80_peft_layers_know_what_they_wrap(dpo):
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+
+    layer = next(module for module in dpo.model.modules() if isinstance(module, BaseTunerLayer))
+    assert type(layer.get_base_layer()) is torch.nn.Linear
+    assert issubclass(TrainableTokensWrapper, AuxiliaryTrainingWrapper)
+    assert "self.original_module" in inspect.getsource(AuxiliaryTrainingWrapper)
+    assert "LORA" in PEFT_TYPE_TO_CONFIG_MAPPING and PEFT_TYPE_TO_PREFIX_MAPPING["LORA"] == "lora_"
+
+
+def test_81_hooks_and_parameters_of_a_module():
+    module = torch.nn.Linear(1, 1)
+    handle = module.register_forward_hook(lambda *_: torch.full((1,), 7.0))
+    assert list(module._forward_hooks) == [handle.id]
+    del module._forward_hooks[handle.id]
+    module._parameters["weight"] = torch.nn.Parameter(torch.full((1, 1), 3.0))
+    assert module(torch.ones(1)).item() == pytest.approx(3.0 + module.bias.item())
+
+
+def test_82_the_parser_gives_back_what_it_does_not_know(tmp_path):
+    from trl import TrlParser
+
+    (tmp_path / "config.yaml").write_text("mixing: ama_s\nnum_machines: 2\n")
+    parser = TrlParser((AMAConfig,))
+    assert list(parser.dataclass_types) == [AMAConfig] and "mixing" in {action.dest for action in parser._actions}
+    argv = ["--config", str(tmp_path / "config.yaml"), "--num_processes", "2", "--use_cpu", "--bf16", "false"]
+    args, of_config, of_flags = parser.parse_args_and_config(
+        argv, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    assert args.mixing == "ama_s" and of_config == ["--num_machines", "2"] and of_flags == ["--num_processes", "2"]
+
+
+def test_83_the_parser_of_accelerate_launch():
+    from accelerate.commands.launch import launch_command_parser
+
+    parsed, rest = launch_command_parser().parse_known_args(["--num_processes", "2", "script.py", "--x"])
+    assert (parsed.num_processes, parsed.training_script, parsed.training_script_args, rest) == (
+        2,
+        "script.py",
+        ["--x"],
+        [],
+    )
+
+
+def test_84_a_datasets_fingerprint_is_of_its_rows():
+    data = make_dataset({"list": 4})
+    assert data._fingerprint != data.select([0, 1])._fingerprint != data.shuffle(seed=0)._fingerprint
 
 
 def test_every_touch_point_is_documented():

@@ -4,14 +4,20 @@ from typing import Any
 
 from trl import DPOConfig
 
-from .errors import AMAError
+from .errors import AMAError, short
 from .mixing import check_strategy_name
 from .preference_losses import check_loss_types
 from .recipe_text import is_secret
+from .value_types import check_value
 
 
 _EXCESS_CLIPS = ("pair", "task", "none")
 _SAMPLINGS = ("uniform", "proportional")
+# Fields that our code computes with; in Python nothing has looked at their types
+_CHECKED = (
+    "mixing", "mixing_lr", "smoothing", "excess_clip", "sampling", "max_length", "truncation_mode", "seed", "data_seed",
+    "metric_for_best_model",
+)  # fmt: skip
 
 
 @dataclass
@@ -131,6 +137,8 @@ class AMAConfig(DPOConfig):
         return clone
 
     def __post_init__(self):
+        for name in _CHECKED:
+            check_value(AMAConfig, name, getattr(self, name), "Of AMAConfig,", parses_text=False)
         super().__post_init__()
         check_strategy_name(self.mixing)
         check_loss_types(self.loss_type, self.label_smoothing)
@@ -142,9 +150,13 @@ class AMAConfig(DPOConfig):
         for name, known in (("excess_clip", _EXCESS_CLIPS), ("sampling", _SAMPLINGS)):
             if getattr(self, name) not in known:
                 raise AMAError(f"{name} must be one of {list(known)}, got {getattr(self, name)!r}.")
+        for name in ("seed", "data_seed"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 2**32:
+                raise AMAError(f"{name} must lie in [0, 2**32), as NumPy takes no other, got {value}.")
         if self.specialists is not None and not isinstance(self.specialists, dict):
             raise AMAError(
-                f"specialists maps each task to its adapter, got {self.specialists!r}. Write it as "
+                f"specialists maps each task to its adapter, got {short(self.specialists)}. Write it as "
                 '{"helpful": "path/or/hub-id", …}.'
             )
 

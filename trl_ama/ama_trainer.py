@@ -37,6 +37,7 @@ from .trainer_checks import (
     check_best_metric,
     check_columns,
     check_config,
+    check_eval_dataset,
     check_no_task_lost,
     check_specialists,
     check_token_counts,
@@ -127,6 +128,7 @@ peft_config:
             args = AMAConfig(f"{model_name.split('/')[-1]}-AMA")
         check_config(args)
         check_train_dataset(train_dataset)
+        check_eval_dataset(eval_dataset)
         self.task_names = task_names_of(train_dataset)
         train_dataset = with_task_labels(train_dataset, self.task_names)
         eval_dataset = label_eval(eval_dataset, self.task_names)
@@ -174,6 +176,7 @@ peft_config:
         self.mixture = Mixture(strategy, self.task_names, untrained_loss(self._loss_config), self._has_excess)
         self.data_collator = TaskCollator(self.data_collator)
         self._eval_pairs = []
+        self._step_batches = []
         self._reference_unchecked = has_reference
         self.add_callback(_BeginMixing(self))
         if specialists is not None and not has_specialist:
@@ -239,15 +242,50 @@ peft_config:
         self.state.stateful_callbacks[_STATE_KEY] = self.mixture.state_dict()
         super()._save_checkpoint(model, trial)
 
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        self._step_batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return self._step_batches, num_items
+
+    def training_step(self, model, *args, **kwargs):
+        loss = super().training_step(model, *args, **kwargs)
         if self.accelerator.sync_gradients:  # the last micro-batch of an optimizer step
             figures, warnings = self.mixture.finish_step(self.accelerator)
+            broken = self.mixture.broken_pairs
+            if broken and self.prefix_sharing.mode is not False:
+                broken = self._broken_by_themselves(model) or broken
+            self._broken_pairs = broken, self.mixture.step_pairs
+            # Only where there are some: nearly always zero, it would be one more curve for every task
+            figures |= {f"ama/not_finite/{task}": float(count) for task, count in broken.items()}
             for name, value in figures.items():
                 self._metrics["train"][name].append(value)
             for message in warnings:
                 logger.warning(message)
         return loss
+
+    @torch.no_grad()
+    def _broken_by_themselves(self, model: torch.nn.Module) -> dict[str, int]:
+        """The step's pairs without a finite loss, by task, on the plain path: in a packed row a NaN reaches its neighbours."""
+        counts = torch.zeros(len(self.task_names), device=self.accelerator.device)
+        mode, self.prefix_sharing.mode = self.prefix_sharing.mode, False
+        try:
+            for batch in self._step_batches:
+                inputs = dict(self._prepare_inputs(batch))
+                own, _ = inputs.pop(COUNTED, (len(inputs[TASK_COLUMN]), None))
+                inputs = self.with_reference(inputs)
+                mask, task_ids = inputs["completion_mask"], inputs[TASK_COLUMN]
+                ours = ("completion_mask", TASK_COLUMN, *LOGP_COLUMNS)
+                kwargs = {key: value for key, value in inputs.items() if key not in ours}
+                labels = inputs["input_ids"].masked_fill(mask == 0, -100)
+                forward = RecordedForward(model)
+                with self.compute_loss_context_manager(), self.accelerator.autocast():
+                    forward(**kwargs, labels=labels, use_cache=False, fused_lm_head=True)
+                pairs = forward.log_probs(inputs, self.ld_alpha)
+                broken = ~pair_losses(pairs, self._loss_config)[:own].isfinite()
+                counts += torch.bincount(task_ids[:own][broken], minlength=len(self.task_names))
+        finally:
+            self.prefix_sharing.mode = mode
+        counts = self.accelerator.reduce(counts, reduction="sum").tolist()
+        return {task: int(count) for task, count in zip(self.task_names, counts, strict=True) if count}
 
     # ---- Loss ----
 
@@ -256,12 +294,14 @@ peft_config:
         self._reference_unchecked = False
         if self.state.global_step > 0:
             return
-        distance = (pairs.chosen_logratios.abs() + pairs.rejected_logratios.abs()).sum().item()
-        tokens = float(pairs.chosen_tokens.sum() + pairs.rejected_tokens.sum())
+        distances = pairs.chosen_logratios.abs() + pairs.rejected_logratios.abs()  # (B,)
+        finite = distances.isfinite()  # the others say nothing of the reference, and are told of when the step is done
+        tokens = (pairs.chosen_tokens + pairs.rejected_tokens)[finite]
         # Of all processes, so that all are of one opinion
-        distance, tokens = sum_of_all(self.accelerator, np.array([distance, tokens])).tolist()
+        sums = np.array([distances[finite].sum().item(), float(tokens.sum())])
+        distance, tokens = sum_of_all(self.accelerator, sums).tolist()
         distance /= max(1.0, tokens)
-        if not distance <= _REFERENCE_TOLERANCE:
+        if distance > _REFERENCE_TOLERANCE:
             self._report_foreign_reference(
                 f"The reference log-probs in train_dataset differ from those of the untrained policy by {distance:.2f} nats a token "
                 "on the first batch: another base model, tokenizer or chat template made them. Use the base model that they "
@@ -302,11 +342,11 @@ peft_config:
         excess = excess_losses(losses, baseline, self.args.excess_clip)  # (B,)
 
         if not self.model.training:
-            knows_excess = specialist[0] is not None or (self._has_excess and not self.has_reference_losses)
-            margins = self.beta * (pairs.chosen_logratios - pairs.rejected_logratios)
-            self._record_eval(
-                task_ids, losses, margins, excess if knows_excess else torch.full_like(excess, torch.nan)
+            self._eval_knows_excess &= specialist[0] is not None or (
+                self._has_excess and not self.has_reference_losses
             )
+            margins = self.beta * (pairs.chosen_logratios - pairs.rejected_logratios)
+            self._record_eval(task_ids, losses, margins, excess)
             return result
         whole, own = losses, len(losses) if counted is None else counted[0]
         if own < len(losses):

@@ -4,6 +4,9 @@ Every message is one sentence that names both sides of the problem and one that 
 print it alone, without a traceback.
 """
 
+import reprlib
+from typing import Any
+
 
 class AMAError(ValueError):
     """Bad input: the message says what was expected, what was found and how to mend it."""
@@ -13,8 +16,16 @@ def nearest(name: str, candidates: list[str]) -> str:
     """Return `" Did you mean 'x'?"` for the candidate most like `name`, or `""` when none is close."""
     import difflib
 
-    match = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
+    match = difflib.get_close_matches(str(name), candidates, n=1, cutoff=0.6)
     return f" Did you mean '{match[0]}'?" if match else ""
+
+
+def short(value: Any, most: int = 200) -> str:
+    """`repr` of what a user gave, cut: aliases in YAML can stand for billions of entries."""
+    brief = reprlib.Repr()
+    brief.maxlevel, brief.maxstring, brief.maxother = 4, most, most
+    text = brief.repr(value)
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def first_line(error: Exception) -> str:

@@ -80,6 +80,7 @@ def train_generalist(settings: RunSettings, strategy: str, repo_id: str | None =
         quantization_config=settings.quantization_config(),
         peft_config=settings.peft_config(),
     )
+    trainer.what = stage.what
     stage.train(trainer)
     settings.restore_template(stage.folder)
     summary = trainer.state.log_history[-1]

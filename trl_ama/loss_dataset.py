@@ -18,10 +18,11 @@ from .errors import AMAError
 from .fingerprint import read_json, write_json
 from .loss_checks import check_file, read_rows, sha256, shown
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, check_task_names
+from .versions import VERSIONS, is_known, is_newer
 
 
 NOTE_FILE = "fingerprint.json"
-NOTE_VERSION = 2
+NOTE_VERSION = VERSIONS[NOTE_FILE]
 SPLITS = ("train", "test")
 # Of a fingerprint: names of things, each with a hash or commit. The other fields are settings
 _NAMES = ("task", "base_model", "tokenizer", "specialist", "train_pairs", "test_pairs", "data")
@@ -143,11 +144,12 @@ def read_note(folder: Path, where: str | None = None) -> dict[str, Any] | None:
     if note is None:
         return None
     where = where or f"'{folder}'"
-    version = note.get("version") if isinstance(note, dict) else None
-    if type(version) is not int or version != NOTE_VERSION:
+    version = note.get("version", 1) if isinstance(note, dict) else None
+    if version is None or not is_known(NOTE_FILE, note):
+        newer = version is not None and is_newer(NOTE_FILE, note)
         raise AMAError(
-            f"The reference losses in {where} are of version {shown(repr(version))}, this trl-ama reads version {NOTE_VERSION}. "
-            "Compute them again with `trl ama-losses --config …`, or use the trl-ama that made them."
+            f"The reference losses in {where} are of version {shown(repr(version))} ('{NOTE_FILE}'), this trl-ama reads version "
+            f"{NOTE_VERSION}. {'Update trl-ama' if newer else 'Use the trl-ama that made them'}, or compute them again with `trl ama-losses --config …`."
         )
     if not _is_sound(note):
         raise AMAError(

@@ -9,11 +9,12 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 from tqdm.std import tqdm as ProgressBar
 
 from .columns import numpy_column
+from .errors import AMAError
 from .loss_dataset import save_task
 from .loss_shards import LossShards, remove_shards
 from .loss_sharing import ReferenceLosses
 from .processes import from_main
-from .reference_columns import LOGP_COLUMNS, TOKEN_COLUMNS, has_columns
+from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS, TOKEN_COLUMNS
 from .reference_losses import reference_fingerprint, reference_losses_done, reference_losses_of, shards_folder
 from .run_settings import RunSettings
 from .scoring import ScoringTrainer, count_tokens, score_reference_and_specialist
@@ -99,6 +100,17 @@ def _score_task(
         ),
         overall,
     )
+    for who, columns in (
+        (settings.model_name, REFERENCE_COLUMNS),
+        (settings.specialist_source(task), SPECIALIST_COLUMNS),
+    ):
+        bad = ~np.isfinite([scores[column] for column in columns]).all(axis=0)
+        if bad.any():
+            raise AMAError(
+                f"'{who}' gives no finite log-probs of {bad.sum()} of {len(bad)} pairs of task '{task}', the first with pair_id "
+                f"{pairs[int(bad.argmax())][PAIR_ID_COLUMN]}. If they are all, train it again with a lower learning_rate; if they are few, "
+                "look at those pairs, or set dtype to float32."
+            )
 
     def save() -> None:
         tables, start = {}, 0
@@ -124,5 +136,4 @@ def _table(settings: RunSettings, task: str, split: str, pairs: Dataset, scores:
         batched=True,
         features=Features({**table.features, TASK_COLUMN: Value("string")}),
     )
-    has_columns(table, LOGP_COLUMNS, f"The scored pairs of task '{task}' ({split})")
     return table

@@ -21,6 +21,7 @@ from accelerate.logging import get_logger
 
 from .errors import AMAError, first_line
 from .fingerprint import check_fingerprint, read_json, write_json
+from .versions import VERSIONS, check_version
 
 
 logger = get_logger(__name__)
@@ -47,7 +48,7 @@ class LossShards:
         self.folder, self._pair_ids, self._rank = folder, np.asarray(pair_ids), rank
         check_unfinished(folder, fingerprint)
         # What the first start noted, if there was one: a later one may name the same weights by another folder
-        self._note = _read_note(folder) or {"fingerprint": fingerprint}
+        self._note = _read_note(folder) or {"version": VERSIONS[_RUN_FILE], "fingerprint": fingerprint}
         self._run = hashlib.sha256(json.dumps(self._note, sort_keys=True).encode()).hexdigest()
         self._rows: list[np.ndarray] = []
         self._scores: dict[str, np.ndarray] = {}
@@ -145,7 +146,9 @@ def _hash(content: bytes) -> str:
 
 def _read_note(folder: Path) -> dict[str, Any] | None:
     note = read_json(folder / _RUN_FILE)
-    if note is not None and not (isinstance(note, dict) and isinstance(note.get("fingerprint"), dict)):
+    if note is not None:
+        check_version(folder / _RUN_FILE, note, "delete that folder, and its pairs are scored again")
+    if note is not None and not isinstance(note.get("fingerprint"), dict):
         raise AMAError(f"'{folder / _RUN_FILE}' is damaged. Delete that folder, and its pairs are scored again.")
     return note
 

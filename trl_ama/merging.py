@@ -28,6 +28,7 @@ from .merged_weights import Training, difference_from, log_probs, merged_model
 from .policy_files import ADAPTER_WEIGHTS, PolicySource, capital, policy_source
 from .policy_sources import check_policy_source
 from .recipe_text import public_name
+from .versions import VERSIONS, check_version
 
 
 INTO = ("base", "dequantized")
@@ -120,7 +121,7 @@ def merge_adapter(
             folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
         )
         note = {
-            "version": 1,
+            "version": VERSIONS[NOTE_FILE],
             "adapter": adapter if place.commit else public_name(adapter),
             "adapter_commit": place.commit,
             "base_model": public_name(base_model) if os.path.isdir(base_model) else base_model,
@@ -142,6 +143,8 @@ def merge_adapter(
 def training_of(place: PolicySource) -> Training | None:
     """What a folder of the pipeline says about the base that its adapter was trained on; `None` if it says nothing."""
     note = place.json("stage.json")
+    if note is not None:
+        check_version("stage.json", note, f"name an adapter that this trl-ama trained; this one is '{place.given}'")
     noted = (note or {}).get("fingerprint")
     if not isinstance(noted, dict) or "load_in_4bit" not in noted:
         return None

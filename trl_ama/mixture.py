@@ -14,9 +14,10 @@ from .mixing.monitor import MixtureMonitor
 from .sampler import TaskMixtureSampler
 from .step_recorder import StepRecorder
 from .tasks import TASK_COLUMN
+from .versions import VERSIONS, check_version
 
 
-_STATE_VERSION = 1
+_STATE_FILE = "trainer_state.json"  # of a checkpoint, which holds the state
 
 
 class Mixture:
@@ -40,6 +41,9 @@ class Mixture:
         self._monitor = MixtureMonitor(task_names)
         self._num_steps = 0
         self._logged_as: dict[str, list[str]] = {}
+        # Of the last step: pairs without a finite loss, by task, and pairs in all
+        self.broken_pairs: dict[str, int] = {}
+        self.step_pairs = 0
 
     def make_sampler(self, dataset: Dataset, args: AMAConfig, batch_size: int) -> TaskMixtureSampler:
         """A new sampler over the dataset's tasks, for one `train()`, whose loaders have batches of `batch_size`."""
@@ -76,12 +80,12 @@ class Mixture:
                 "The checkpoint has no mixing state: it was not written by AMATrainer. Start without "
                 "resume_from_checkpoint."
             )
-        for field, ours in (("version", _STATE_VERSION), ("task_names", self._task_names)):
-            if state.get(field) != ours:
-                raise AMAError(
-                    f"The checkpoint's mixing state has {field}={state.get(field)!r}, this run has {field}={ours!r}. Resume "
-                    "with the tasks and the trl-ama that it was written with, or start a new output_dir."
-                )
+        check_version(_STATE_FILE, state, "resume with the trl-ama that wrote it, or start a new output_dir")
+        if state.get("task_names") != self._task_names:
+            raise AMAError(
+                f"The checkpoint's mixing state has task_names={state.get('task_names')!r}, this run has "
+                f"task_names={self._task_names!r}. Resume with the tasks that it was written with, or start a new output_dir."
+            )
         self._reset(num_steps)
         self.strategy.load_state_dict(state["strategy"])
         self._monitor.load_state_dict(state["monitor"])
@@ -96,7 +100,7 @@ class Mixture:
     def state_dict(self) -> dict[str, Any]:
         """Strategy and sampler, as JSON types."""
         return {
-            "version": _STATE_VERSION,
+            "version": VERSIONS[_STATE_FILE],
             "task_names": self._task_names,
             "strategy": self.strategy.state_dict(),
             "sampler": None if self.sampler is None else self.sampler.state_dict(),
@@ -104,18 +108,31 @@ class Mixture:
         }
 
     def finish_step(self, accelerator: Accelerator) -> tuple[dict[str, float], list[str]]:
-        """After an optimizer step: sum over processes, log, and let the strategy see it.
+        """After an optimizer step: sum over processes, log, and let the strategy see it, unless a pair had no finite loss.
 
         Returns:
             `tuple` of the step's figures (`ama/<figure>/<task>`) and what there is to warn about.
         """
         drawn_with = self.strategy.probabilities() if self.sampler is None else self.sampler.pop_trained()
         step = self.recorder.finish(drawn_with, accelerator)
+        self.broken_pairs = {
+            self._task_names[task]: int(step.broken_counts[task]) for task in np.flatnonzero(step.broken_counts)
+        }
+        self.step_pairs = int(step.counts.sum())
         figures = self._figures(step)
-        self.strategy.observe(step)
+        matched = (step.counts > 0) & (step.clipped_counts == step.counts)
+        sends = bool((self.strategy.loss_weights() * step.excess_sums).any())  # a gradient
+        if not self.broken_pairs:
+            # The policy takes no step either: the rest of the pairs would be a biased sample of their tasks, as a NaN is more
+            # likely where the loss is large
+            self.strategy.observe(step)
         if self.strategy.objective == "loss":
             return figures, []
-        return figures, self._monitor.update(self.strategy.mixture_weights(), step.mean_excess(), self._num_steps)
+        excess = np.full(len(matched), np.nan) if self.broken_pairs else step.mean_excess()
+        weights = self.strategy.mixture_weights()
+        return figures, self._monitor.update(
+            weights, excess, self._num_steps, matched, bool(matched.any()) and not (sends or self.broken_pairs)
+        )
 
     def _figures(self, step: StepStatistics) -> dict[str, float]:
         figures: dict[str, float] = {}
@@ -124,10 +141,11 @@ class Mixture:
         sums = {"loss": step.loss_sums}
         if self._has_excess:
             sums |= {"excess": step.excess_sums, "clipped_fraction": step.clipped_counts}
-        drawn = np.flatnonzero(step.counts)
+        finite = step.finite_counts
+        drawn = np.flatnonzero(finite)
         for name, values in sums.items():
             keys = self._keys(name)
-            means = values[drawn] / step.counts[drawn]
+            means = values[drawn] / finite[drawn]
             figures.update(zip([keys[index] for index in drawn], means.tolist(), strict=True))
         return figures
 

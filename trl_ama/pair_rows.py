@@ -1,5 +1,6 @@
 """Refuses rows that are no preference pairs, by task and row, before code that expects pairs meets them."""
 
+from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset
@@ -76,9 +77,26 @@ def _no_text(value: Any) -> str | None:
             )
         if not isinstance(message.get("role"), str) or "content" not in message:
             return f"a list of messages with the keys {keys}; 'role' and 'content' are needed. {fix}"
+        if not isinstance(
+            message["content"], (str, list, type(None))
+        ):  # a list of parts, or a call of tools without a text
+            return f"a list of messages with the content {_short(message['content'])}, of type {type(message['content']).__name__}. {fix}"
     return None
 
 
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def first_failure(prepare: Callable[[Dataset], Any], pairs: Dataset, error: Exception) -> tuple[int, Exception]:
+    """The number of the first pair that fails, and its error: by halves, as each call takes its time."""
+    start, end = 0, len(pairs)
+    while end - start > 1:
+        middle = (start + end) // 2
+        try:
+            prepare(pairs.select(range(start, middle)))
+            start = middle
+        except Exception as found:
+            end, error = middle, found
+    return start, error

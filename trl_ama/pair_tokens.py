@@ -10,6 +10,7 @@ from trl import DPOTrainer
 
 from .columns import list_lengths
 from .errors import AMAError, first_line
+from .pair_rows import first_failure
 from .run_settings import RunSettings
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS
 
@@ -43,24 +44,11 @@ def tokenise(
     try:
         return prepare(held)
     except Exception as error:
-        row, error = _first_failure(prepare, held, error)
+        row, error = first_failure(prepare, held, error)
         raise AMAError(
             f"Row {row if rows is None else rows[row]} cannot be tokenised ({type(error).__name__}: {first_line(error)}). Mend the "
             f"row, or use a model whose chat template takes it ('{tokenizer.name_or_path}' is asked)."
         ) from error
-
-
-def _first_failure(prepare, pairs: Dataset, error: Exception) -> tuple[int, Exception]:
-    """The number of the first pair that fails, and its error: by halves, as each call takes its time."""
-    start, end = 0, len(pairs)
-    while end - start > 1:
-        middle = (start + end) // 2
-        try:
-            prepare(pairs.select(range(start, middle)))
-            start = middle
-        except Exception as found:
-            end, error = middle, found
-    return start, error
 
 
 def token_counts(tokenised: Dataset) -> np.ndarray:

@@ -33,6 +33,7 @@ from .task_config import TaskMixtureConfig
 from .task_loading import prompt_fits_into
 from .template_date import asks_for_the_day
 from .trainer_checks import check_arguments, strategy_for
+from .versions import VERSIONS, check_version
 
 
 STAGES = ("specialists", "losses", "train", "eval")
@@ -280,8 +281,10 @@ def evaluate(settings: RunSettings, published: dict[str, str] | None = None) -> 
     made_from = evaluation_fingerprint(settings, policies)
     path = settings.output_dir / "results.json"
     results = from_main(lambda: read_json(path))
+    if results is not None:
+        check_version(path, results, "delete it, and the generalists are evaluated again")
     if results is None or results.get("made_from") != made_from:
-        results = {**evaluate_policies(settings, policies), "made_from": made_from}
+        results = {"version": VERSIONS[path.name], **evaluate_policies(settings, policies), "made_from": made_from}
     if not PartialState().is_main_process:
         return results
     write_json(path, results)

@@ -2,7 +2,7 @@ import datetime
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import AMAError
+from .errors import AMAError, short
 from .mixing import check_strategy_name
 from .task_config import check_config_name
 
@@ -94,7 +94,9 @@ class PipelineArguments:
             self.specialist_args = yaml.safe_load(self.specialist_args)
         self.specialist_args = self.specialist_args or {}
         if not isinstance(self.specialist_args, dict):
-            raise AMAError(f"specialist_args must be a mapping of training arguments, got {self.specialist_args!r}.")
+            raise AMAError(
+                f"specialist_args must be a mapping of training arguments, got {short(self.specialist_args)}."
+            )
         if isinstance(self.compare, str):
             self.compare = [self.compare]
         for name in self.compare:

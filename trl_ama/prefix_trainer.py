@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback
-from trl import DPOTrainer
 
+from .errors import AMAError, first_line
+from .finite_steps import FiniteStepTrainer
+from .pair_rows import first_failure
 from .preference_losses import PreferenceLossConfig, pair_losses
 from .prefix_support import PrefixSharing
 from .processes import from_main
@@ -33,7 +35,7 @@ class _SetEpoch(TrainerCallback):
             train_dataloader.set_epoch(int(state.epoch))
 
 
-class PrefixSharingTrainer(DPOTrainer):
+class PrefixSharingTrainer(FiniteStepTrainer):
     """
     A [`~trl.DPOTrainer`] whose reference log-probs come from the fast path.
 
@@ -48,6 +50,25 @@ class PrefixSharingTrainer(DPOTrainer):
                 keep_weights(model)
         self._pairs_of_rounds = [self.accelerator.num_processes]  # of a batch outside of training, its sum
         self.add_callback(_SetEpoch())
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        """As DPOTrainer's, whose errors are those of a chat template or a tokenizer; here the row is named, too."""
+
+        def prepare(part):
+            return super(PrefixSharingTrainer, self)._prepare_dataset(part, processing_class, args, dataset_name)
+
+        try:
+            return prepare(dataset)
+        except (AMAError, OSError, MemoryError):
+            raise
+        except Exception as error:
+            if not isinstance(dataset, Dataset) or len(dataset) == 0:
+                raise
+            row, error = first_failure(prepare, dataset, error)
+            raise AMAError(
+                f"Row {row} of the {dataset_name} pairs cannot be tokenised ({type(error).__name__}: {first_line(error)}). Give prompt, "
+                "chosen and rejected of every row as strings, or as lists of {role, content} that the model's chat template takes."
+            ) from error
 
     @cached_property
     def prefix_sharing(self) -> PrefixSharing:

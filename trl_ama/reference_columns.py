@@ -1,7 +1,7 @@
 """The four log-prob columns that let a dataset carry its reference losses, and what may be wrong with them."""
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Value
 from trl import DPOTrainer
 
 from .columns import numpy_column
@@ -32,6 +32,12 @@ def has_columns(dataset: Dataset, columns: tuple[str, ...], role: str) -> bool:
             "or none."
         )
     for column in columns:
+        kind = dataset.features[column]
+        if not (isinstance(kind, Value) and kind.dtype.startswith(("float", "int", "uint"))):
+            found = kind.dtype if isinstance(kind, Value) else type(kind).__name__
+            raise AMAError(
+                f"Column '{column}' of {role} is of type {found}, and must hold numbers. Compute it with `trl ama-losses`."
+            )
         values = numpy_column(dataset, column).astype(np.float64)
         bad = np.flatnonzero(~np.isfinite(values))
         if len(bad):

@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from .versions import is_newer
+
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,12})")
 
@@ -21,7 +23,7 @@ class RunFolder:
         self.missing: list[str] = []
 
     def json(self, path: Path) -> dict[str, Any]:
-        """A file's JSON object; an empty one if there is none, or it is damaged."""
+        """A file's JSON object; an empty one if there is none, it is damaged, or of a version that is not known."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
@@ -30,6 +32,11 @@ class RunFolder:
             content = None
         if not isinstance(content, dict):
             self.missing.append(f"{path.relative_to(self.folder)} is damaged and was left out.")
+            return {}
+        if is_newer(path.name, content):
+            self.missing.append(
+                f"{path.relative_to(self.folder)} is of version {content['version']:.3g}, newer than this trl-ama, and was left out."
+            )
             return {}
         return content
 

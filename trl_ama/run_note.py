@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .recipe_text import is_secret, public_name, recipe_yaml, without_secrets
+from .versions import VERSIONS
 
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def run_note(settings: "RunSettings", published: dict[str, str]) -> dict[str, An
 
     shared = settings.shared_losses.public_source if settings.shared_losses is not None else None
     return {
-        "version": 1,
+        "version": VERSIONS[Path(NOTE_FILE).name],
         "tasks": settings.task_names,
         "mixing": settings.training_args.mixing,
         "strategies": settings.strategies,

@@ -26,6 +26,7 @@ from .task_config import TaskConfig, TaskMixtureConfig
 from .task_loading import LoadedTasks, fits_into, read_tasks
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN
 from .template_date import fix_date, restore_template
+from .value_types import check_value
 
 
 if TYPE_CHECKING:
@@ -73,6 +74,9 @@ class RunSettings:
             **(training.specialists or {}),
             **{task.task: task.specialist for task in self.task_args.tasks if task.specialist},
         }
+        for task, source in self.external_specialists.items():
+            if not isinstance(source, str):
+                raise AMAError(f"The specialist of task '{task}' must be a folder or a Hub id, got {source!r:.80}.")
         names = [task.task for task in self.task_args.tasks]
         unknown = [task for task in self.external_specialists if task not in names]
         if unknown:
@@ -101,7 +105,7 @@ class RunSettings:
             return dataclasses.replace(self.training_args, **changes)
         except AMAError:
             raise
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # others' checks, which raise what they like
             raise AMAError(f"These training arguments do not go together: {' '.join(str(error).split())}") from error
 
     def specialist_arguments(self, task: TaskConfig) -> AMAConfig:
@@ -113,6 +117,12 @@ class RunSettings:
                 f"specialist_args of task '{task.task}' sets output_dir, but specialists go to "
                 f"'{self.specialist_dir(task.task)}'. Leave it out."
             )
+        for name, value in own.items():
+            if not isinstance(name, str):
+                raise AMAError(
+                    f"Unknown training argument {name!r} in specialist_args of task '{task.task}'. Leave it out."
+                )
+            check_value(AMAConfig, name, value, f"Of the specialist_args of task '{task.task}',", parses_text=False)
         return self.with_arguments(
             **{
                 "output_dir": str(self.specialist_dir(task.task)),

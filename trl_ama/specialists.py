@@ -73,6 +73,7 @@ def train_specialist(settings: RunSettings, task: str) -> dict[str, float]:
         quantization_config=settings.quantization_config(),
         peft_config=settings.peft_config(),
     )
+    trainer.what = stage.what
     if len(trainer.train_dataset) == 0:
         raise AMAError(
             f"All pairs of task '{task}' were dropped, because their prompts alone fill max_length ({args.max_length}). "
@@ -84,6 +85,11 @@ def train_specialist(settings: RunSettings, task: str) -> dict[str, float]:
     result = {"steps": trainer.state.global_step, "train_loss": history[-1] if history else None}
     if held_out is not None and len(trainer.eval_dataset):
         result |= _held_out_figures(trainer, task)
+        if not math.isfinite(result["eval_loss"]):
+            raise AMAError(
+                f"{stage.what} has diverged: its loss on held-out pairs is {result['eval_loss']}. Delete '{stage.folder}' and train it with a "
+                "lower learning_rate (specialist_args), or look at its pairs with `trl ama-check`."
+            )
     stage.finish(result)
     if trainer.accelerator.is_main_process:
         write_specialist_card(settings, task, result)

@@ -56,15 +56,18 @@ class StepRecorder:
         self._micro_batches.append(torch.stack([row.to(losses.device, dtype) for row in rows]))
 
     def _sums(self) -> np.ndarray:
-        """Counts, losses, excess, clipped pairs; one copy from the device. # (4, k)"""
-        sums = np.zeros((4, self._num_tasks))
+        """Counts, losses, excess, clipped pairs, pairs that are not finite; one copy from the device. # (5, k)"""
+        sums = np.zeros((5, self._num_tasks))
         if not self._micro_batches:
             return sums
         values = torch.cat(self._micro_batches, dim=1).cpu().double().numpy()
         sizes = [micro_batch.shape[1] for micro_batch in self._micro_batches]
         for part in np.split(values, np.cumsum(sizes)[:-1], axis=1):  # summed micro-batch by micro-batch
             tasks = part[0].astype(np.int64)
-            for row, weights in enumerate((None, part[1], part[2], part[3] <= 0)):
+            broken = ~np.isfinite(part[1:3]).all(axis=0)
+            if broken.any():
+                part[1:3, broken] = 0.0
+            for row, weights in enumerate((None, part[1], part[2], part[3] <= 0, broken)):
                 sums[row] += np.bincount(tasks, weights=weights, minlength=self._num_tasks)
         return sums
 
@@ -72,5 +75,7 @@ class StepRecorder:
         """Sum over processes, once per step, and begin the next step."""
         sums = sum_of_all(accelerator, self._sums())
         self.reset()
-        counts, losses, excess, clipped = sums
-        return StepStatistics(counts, losses, excess, probabilities, clipped)
+        counts, losses, excess, clipped, broken = sums
+        overflowed = ~np.isfinite(sums[1:3]).all(axis=0)  # finite pairs, but no sum of them that float32 can hold
+        losses, excess = np.where(overflowed, 0.0, losses), np.where(overflowed, 0.0, excess)
+        return StepStatistics(counts, losses, excess, probabilities, clipped, np.where(overflowed, counts, broken))

@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .errors import AMAError, nearest
+from .errors import AMAError, nearest, short
+from .value_types import check_value
 
 
 # Task names become folder names, metric names and Hub config names
@@ -28,7 +29,7 @@ def check_task_names(names: list[str]) -> None:
     for name in names:
         if not _is_folder_name(name):
             raise AMAError(
-                f"Task name {name!r} cannot be a folder name everywhere. Use 1 to 64 letters, digits, '_', '-' or '.', beginning "
+                f"Task name {short(name)} cannot be a folder name everywhere. Use 1 to 64 letters, digits, '_', '-' or '.', beginning "
                 "with a letter or digit, and no name that Windows keeps for devices."
             )
         if name.lower() in seen:
@@ -80,7 +81,7 @@ class TaskConfig:
     path: str | None = None
     name: str | None = None
     data_dir: str | None = None
-    data_files: str | list[str] | dict[str, str] | None = None
+    data_files: str | list[str] | dict[str, Any] | None = None
     revision: str | None = None
     split: str = "train"
     eval_split: str | None = None
@@ -108,21 +109,29 @@ class TaskConfig:
                 entry = None
         if not isinstance(entry, dict):
             raise AMAError(
-                f"An entry of `tasks` must be a mapping like {{task: helpful, path: org/dataset}}, got {entry!r}."
+                f"An entry of `tasks` must be a mapping like {{task: helpful, path: org/dataset}}, got {short(entry)}."
             )
         known = [field.name for field in fields(cls)]
         for key in entry:
             if key not in known:
                 hint = " The mixing strategy sets the shares." if key == "fraction" else nearest(str(key), known)
-                raise AMAError(f"Unknown key '{key}' in task {entry.get('task', '?')!r}; known are {known}.{hint}")
+                raise AMAError(
+                    f"Unknown key '{key}' in task {short(entry.get('task', '?'))}; known are {known}.{hint}"
+                )
         kwargs = entry.get("chat_template_kwargs")
         if kwargs is not None and not isinstance(kwargs, dict):
             raise AMAError(
-                f"chat_template_kwargs of task {entry.get('task', '?')!r} must be a mapping like {{enable_thinking: false}}, "
-                f"got {kwargs!r}."
+                f"chat_template_kwargs of task {short(entry.get('task', '?'))} must be a mapping like {{enable_thinking: false}}, "
+                f"got {short(kwargs)}."
             )
         if not entry.get("task"):
-            raise AMAError(f"An entry of `tasks` has no 'task'; found {entry}. Every task needs 'task' and 'path'.")
+            raise AMAError(
+                f"An entry of `tasks` has no 'task'; found {short(entry)}. Every task needs 'task' and 'path'."
+            )
+        entry = {key: value for key, value in entry.items() if value is not None}  # `key:` with nothing is the default
+        for key, value in entry.items():
+            if key != "task":  # whose own check says more
+                check_value(cls, key, value, f"Of task {short(entry['task'])},", parses_text=False)
         return cls(**entry)
 
 
@@ -176,7 +185,7 @@ class TaskMixtureConfig:
 
     def __post_init__(self):
         if not isinstance(self.tasks, list):
-            raise AMAError(f"`tasks` must be a list of mappings, got {self.tasks!r}.")
+            raise AMAError(f"`tasks` must be a list of mappings, got {short(self.tasks)}.")
         self.tasks: list[TaskConfig] = [TaskConfig.from_entry(entry) for entry in self.tasks]
         if self.tasks:
             check_task_names([task.task for task in self.tasks])

@@ -1,6 +1,5 @@
 """Evaluation by task: figures of every pair, gathered over batches and processes, then averaged by task."""
 
-import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 
@@ -19,6 +18,9 @@ class TaskEvaluationTrainer(HubTrainer):
 
     task_names: list[str]
     _eval_pairs: list[torch.Tensor]  # (B, 4) each: task, loss, margin, excess; opened by `evaluation_loop`
+    _eval_knows_excess = (
+        True  # of all pairs; not to be read from the numbers, as those of a broken policy are NaN, too
+    )
 
     def _record_eval(self, task_ids, losses, margins, excess) -> None:
         rows = torch.stack([task_ids.to(losses.dtype), losses, margins, excess], dim=1).detach()  # (B, 4)
@@ -44,13 +46,12 @@ class TaskEvaluationTrainer(HubTrainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        self._eval_pairs = []
+        self._eval_pairs, self._eval_knows_excess = [], True
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self._eval_pairs:
             task_ids, losses, margins, excess = torch.cat(self._eval_pairs).numpy().T
-            knows_excess = not np.isnan(excess).any()
             by_task = task_metrics(
-                task_ids.astype(int), losses, margins, excess if knows_excess else None, self.task_names
+                task_ids.astype(int), losses, margins, excess if self._eval_knows_excess else None, self.task_names
             )
             for task, metrics in by_task.items():
                 for name in ("loss", "accuracy", "margin", "excess"):

@@ -1,6 +1,7 @@
 """Loads the tasks of a recipe into one train and one held-out dataset, in TRL's preference format."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -117,7 +118,7 @@ def _load_task(
                 loaded.empty.setdefault(task.task, {})[split] = len(part) - len(kept)
             parts[split] = with_template_kwargs(_preference_columns(kept, task), task)
         if "test" not in parts and config.test_split_size is not None:
-            parts = dict(parts["train"].train_test_split(test_size=config.test_split_size, seed=seed))
+            parts = _held_out(parts["train"], task, config.test_split_size, seed)
     if fits is not None:
         rows = len(parts["train"])
         parts = {
@@ -150,6 +151,16 @@ def _read_splits(task: TaskConfig, config: TaskMixtureConfig, loaded: LoadedTask
     if commit:
         loaded.commits[task.task] = commit
     return {split: own_format(part, task, _SPLITS[split]) for split, part in parts.items()}
+
+
+def _held_out(dataset: Dataset, task: TaskConfig, share: float, seed: int) -> dict[str, Dataset]:
+    held_out = math.ceil(share * len(dataset))  # as `train_test_split` rounds
+    if not 0 < held_out < len(dataset):
+        raise AMAError(
+            f"test_split_size {share} of the {len(dataset)} pairs of task '{task.task}' leaves none to train on. Give the task more pairs, or "
+            "an `eval_split`."
+        )
+    return dict(dataset.train_test_split(test_size=share, seed=seed))
 
 
 def _at_most(dataset: Dataset, count: int | None, seed: int) -> Dataset:

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, IterableDataset, concatenate_datasets
+from datasets import ClassLabel, Dataset, IterableDataset, Value, concatenate_datasets
 
 from .columns import encoded_column, with_class_labels
 from .errors import AMAError, nearest
@@ -30,6 +30,10 @@ def task_names_of(dataset: Dataset, role: str = "train_dataset") -> list[str]:
             "dataset.add_column('task', ['helpful'] * len(dataset))."
         )
     is_label = isinstance(dataset.features[TASK_COLUMN], ClassLabel)
+    if not is_label and not isinstance(dataset.features[TASK_COLUMN], Value):
+        raise AMAError(
+            f"The 'task' column of {role} holds {type(dataset.features[TASK_COLUMN]).__name__}s. Give every row one name of a task."
+        )
     codes, names = encoded_column(dataset, TASK_COLUMN)
     if (codes < 0).any():
         raise AMAError(f"{role} has rows whose 'task' is empty. Name the task of every row, or drop those rows.")

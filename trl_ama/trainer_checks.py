@@ -1,9 +1,11 @@
 """What must fit together before an `AMATrainer` loads a model."""
 
+import os
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+import torch
+from datasets import Dataset, IterableDataset
 from trl import DPOConfig
 
 from .ama_config import AMAConfig
@@ -29,8 +31,25 @@ def check_train_dataset(train_dataset: Any) -> None:
     if train_dataset is None:
         raise AMAError("AMATrainer needs a `train_dataset` of preference pairs with a `task` column, got None.")
     refuse_streaming(train_dataset, "train_dataset")
+    if not isinstance(train_dataset, Dataset):
+        fix = (
+            "Choose a split of it, e.g. dataset['train']."
+            if isinstance(train_dataset, dict)
+            else "See Dataset.from_list."
+        )
+        raise AMAError(f"train_dataset must be a datasets.Dataset, got {type(train_dataset).__name__}. {fix}")
     if len(train_dataset) == 0:
         raise AMAError("train_dataset has no rows. Give it preference pairs with a `task` column.")
+
+
+def check_eval_dataset(eval_dataset: Any) -> None:
+    """Raise an `AMAError` unless held-out pairs are a dataset, a mapping of names to datasets, or `None`."""
+    for part in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
+        if not isinstance(part, (Dataset, IterableDataset)) and not (part is None and part is eval_dataset):
+            raise AMAError(
+                f"eval_dataset must be a datasets.Dataset or a mapping of names to them, found {type(part).__name__}. Leave it out if there "
+                "are no held-out pairs."
+            )
 
 
 def label_eval(eval_dataset: Any, task_names: list[str]) -> Any:
@@ -56,6 +75,16 @@ def check_specialists(specialists: dict[str, Any] | None, task_names: list[str])
     """
     if not specialists:
         return None
+    if not isinstance(specialists, dict):
+        raise AMAError(
+            f"specialists maps each task to its adapter, got {specialists!r:.80}. Give {{task: folder or Hub id}}."
+        )
+    for task, source in specialists.items():
+        if not isinstance(source, (str, os.PathLike, torch.nn.Module)):
+            raise AMAError(
+                f"The specialist of task {task!r} must be a folder, a Hub id or a model, got {source!r:.80}. Leave `specialists` out if there "
+                "are none."
+            )
     unknown = [task for task in specialists if task not in task_names]
     if unknown:
         raise AMAError(

@@ -11,6 +11,7 @@ from trl import DPOTrainer
 from .fingerprint import check_fingerprint, read_json, write_json
 from .processes import from_main
 from .tracking import begin_runs, finish_runs
+from .versions import VERSIONS, check_version
 
 
 _STAGE_FILE = "stage.json"
@@ -32,7 +33,7 @@ class TrainingStage:
 
     def check(self) -> None:
         """Raise an `AMAError` if the folder holds something that other settings made."""
-        note = read_json(self.folder / _STAGE_FILE)
+        note = self._note()
         if note is not None:
             check_fingerprint(
                 self.fingerprint,
@@ -41,10 +42,16 @@ class TrainingStage:
                 "Choose another output_dir, delete that folder, or set the old value.",
             )
 
+    def _note(self) -> dict[str, Any] | None:
+        note = read_json(self.folder / _STAGE_FILE)
+        if note is not None:
+            check_version(self.folder / _STAGE_FILE, note, f"delete '{self.folder}' and train it again")
+        return note
+
     @property
     def result(self) -> dict[str, Any] | None:
         """What `finish` noted; `None` if the training is not finished."""
-        note = read_json(self.folder / _STAGE_FILE)
+        note = self._note()
         return note.get("result") if note is not None else None
 
     @property
@@ -56,7 +63,7 @@ class TrainingStage:
         return f"stopped at step {checkpoint.rsplit('-', 1)[-1]}" if checkpoint else "to do"
 
     def _last_checkpoint(self) -> str | None:
-        if not self.folder.is_dir() or read_json(self.folder / _STAGE_FILE) is None:
+        if not self.folder.is_dir() or self._note() is None:
             return None
         return get_last_checkpoint(str(self.folder))
 
@@ -79,7 +86,8 @@ class TrainingStage:
             raise
 
     def _note(self, result: dict[str, Any] | None) -> None:
-        write_json(self.folder / _STAGE_FILE, {"fingerprint": self.fingerprint, "result": result})
+        note = {"version": VERSIONS[_STAGE_FILE], "fingerprint": self.fingerprint, "result": result}
+        write_json(self.folder / _STAGE_FILE, note)
 
     def finish(self, result: dict[str, Any]) -> None:
         """Note the result: from now on the stage is done, and so are its runs in trackers."""

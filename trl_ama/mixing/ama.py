@@ -58,7 +58,10 @@ class _ExponentiatedGradient(MixingStrategy):
                 f"The excess losses of this step are not finite ({estimate.tolist()}). Lower learning_rate, or check "
                 "the reference losses for NaN."
             )
-        log_weights = self._log_weights + self.mixing_lr * estimate
+        move = self.mixing_lr * estimate
+        if not np.isfinite(move).all():
+            raise AMAError(f"mixing_lr={self.mixing_lr} times the excess losses of a step overflows. Lower mixing_lr.")
+        log_weights = self._log_weights + move
         # log-sum-exp with the maximum taken out: exact for any size of the estimate, and Σ = 1 to rounding forever
         log_weights -= log_weights.max()
         self._log_weights = log_weights - math.log(np.exp(log_weights).sum())

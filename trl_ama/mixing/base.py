@@ -24,6 +24,8 @@ class StepStatistics:
         probabilities (`np.ndarray`): The p that the step's pairs were *drawn* with. Loaders read ahead, so this may be
             older than what `probabilities()` returns now. # (k,)
         clipped_counts (`np.ndarray`, *optional*): Pairs whose excess was clipped to zero. # (k,)
+        broken_counts (`np.ndarray`, *optional*): Pairs whose loss or excess was not finite. They are counted in `counts`, and
+            nothing of them is in the sums. # (k,)
     """
 
     counts: np.ndarray
@@ -31,12 +33,19 @@ class StepStatistics:
     excess_sums: np.ndarray
     probabilities: np.ndarray
     clipped_counts: np.ndarray | None = None
+    broken_counts: np.ndarray | None = None
 
     def mean_excess(self) -> np.ndarray:
-        """Mean excess loss of each task in this step; NaN for a task that the step did not draw. # (k,)"""
-        means = np.full(len(self.counts), np.nan)
-        np.divide(self.excess_sums, self.counts, out=means, where=self.counts > 0)
+        """Mean excess loss of each task in this step; NaN for a task without a pair (of finite loss) in it. # (k,)"""
+        counts = self.finite_counts
+        means = np.full(len(counts), np.nan)
+        np.divide(self.excess_sums, counts, out=means, where=counts > 0)
         return means
+
+    @property
+    def finite_counts(self) -> np.ndarray:
+        """Pairs of each task that have a finite loss. # (k,)"""
+        return self.counts if self.broken_counts is None else self.counts - self.broken_counts
 
 
 class MixingStrategy(ABC):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from trl_ama.errors import AMAError, nearest
+from trl_ama.value_types import check_value
 
 
 # Keys of a config file that are neither a field of our dataclasses nor an option of `accelerate launch`.
@@ -119,7 +120,11 @@ def read_config(argv: list[str]) -> Config | None:
         raise AMAError(
             f"The config file {path} cannot be read ({error.strerror}); give --config the path of a YAML file."
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # also numbers of thousands of digits, days like 2025-13-45
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}," if mark is not None else ""
         problem = getattr(error, "problem", None) or str(error)
@@ -129,12 +134,19 @@ def read_config(argv: list[str]) -> Config | None:
         raise AMAError(
             f"The config file {path}, line 1, must hold a YAML mapping (`key: value` lines), but holds {found}."
         )
-    lines = {key.value: key.start_mark.line + 1 for key, _ in yaml.compose(text, yaml.SafeLoader).value}
+    lines = {str(key.value): key.start_mark.line + 1 for key, _ in yaml.compose(text, yaml.SafeLoader).value}
+    lines.setdefault("env", lines.get("<<", 1))
     if not isinstance(values.get("env", {}), dict):
         raise AMAError(
             f"The config file {path}, line {lines['env']}: `env` must be a mapping of environment variables to "
             f"values, but is {values['env']!r}."
         )
+    for name, value in values.get("env", {}).items():
+        if not re.fullmatch(r"[^=\0]+", str(name)) or "\0" in str(value):
+            raise AMAError(
+                f"The config file {path}, line {lines['env']}: `env` has {str(name)!r}, which cannot be an environment variable with the "
+                f"value {str(value)!r:.80}. Mend or remove it."
+            )
     return Config(path, {str(key): value for key, value in values.items()}, lines)
 
 
@@ -149,7 +161,7 @@ def option_names(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
 
 
 def check_keys(config: Config | None, parser: argparse.ArgumentParser, launch_parser: argparse.ArgumentParser) -> None:
-    """Raise an `AMAError` for the first key of `config` that nobody knows."""
+    """Raise an `AMAError` for the first key of `config` that nobody knows, or whose value is of a wrong type."""
     if config is None:
         return
     # TRL matches a key to an option's destination, `accelerate launch` gets it as a flag.
@@ -162,6 +174,20 @@ def check_keys(config: Config | None, parser: argparse.ArgumentParser, launch_pa
                 f"The config file {config.path}{where} has the key '{key}', which neither the command nor `accelerate "
                 f"launch` knows.{nearest(key, sorted(known))}"
             )
+    for key, value in config.values.items():
+        where = f"The config file {config.path}" + (f", line {config.lines[key]}:" if key in config.lines else ":")
+        for cls in getattr(parser, "dataclass_types", ()):
+            check_value(cls, key, value, where, parses_text=True)
+        for action in parser._actions:  # argparse looks at what the command line gives, and not at defaults
+            if (
+                action.dest == key
+                and action.choices is not None
+                and isinstance(value, str)
+                and value not in action.choices
+            ):
+                raise AMAError(
+                    f"{where} '{key}' must be one of {list(action.choices)}, got {value!r}.{nearest(value, list(action.choices))}"
+                )
 
 
 def check_flags(flags: list[str], parser: argparse.ArgumentParser, launch_parser: argparse.ArgumentParser) -> None:
@@ -187,8 +213,15 @@ def parse_dataclasses(parser: Any, argv: list[str]) -> tuple[tuple[Any, ...], li
         )
     except AMAError:
         raise
-    except (ValueError, TypeError) as error:  # from a dataclass's `__post_init__`; wrong types end in argparse
-        raise AMAError(one_line(error)) from error
+    except (
+        Exception
+    ) as error:  # from a dataclass's `__post_init__`: others' checks, of any kind; wrong flags end in argparse
+        said = (
+            one_line(error)
+            if isinstance(error, (ValueError, TypeError))
+            else f"{type(error).__name__}: {one_line(error)}"
+        )
+        raise AMAError(f"These arguments do not go together, or one cannot be used: {said}") from error
     return tuple(dataclasses), remaining
 
 

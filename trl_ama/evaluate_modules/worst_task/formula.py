@@ -16,5 +16,5 @@ def task_means(values: np.ndarray, tasks: np.ndarray) -> dict:
 
 
 def worst_of(values: Iterable[float], greater_is_better: bool) -> float:
-    """The worst of the tasks' values."""
-    return float((min if greater_is_better else max)(values))
+    """The worst of the tasks' values; NaN if one of them is."""
+    return float((np.min if greater_is_better else np.max)(list(values)))

@@ -1,0 +1,48 @@
+"""The versions of the files that trl-ama writes and reads again: an older one is read, a newer one is refused by name."""
+
+from pathlib import Path
+from typing import Any
+
+from .errors import AMAError
+
+
+# Raised when a file of today would be misread by the release before. A field that readers may do without raises nothing.
+# The first releases wrote no version into `stage.json`, `results.json` and the shards' `run.json`: that is version 1.
+VERSIONS = {
+    "trainer_state.json": 1,  # the mixing state in it
+    "stage.json": 1,
+    "results.json": 1,
+    "run.json": 1,  # of shards, and of a run's page
+    "fingerprint.json": 2,
+    "ama_merge.json": 1,
+}
+OLDEST = {"fingerprint.json": 2}  # version 1 lacks the files' hashes, without which nothing is trusted
+
+
+def is_newer(name: str, content: dict[str, Any]) -> bool:
+    """Whether a file of this name was written by a trl-ama that is newer than this one; others have no version."""
+    version = content.get("version", 1)
+    return type(version) is int and version > VERSIONS.get(name, version)
+
+
+def is_known(name: str, content: dict[str, Any]) -> bool:
+    """Whether the content of a file, whose name is a key of `VERSIONS`, is of a version that this trl-ama reads."""
+    version = content.get("version", 1)
+    return type(version) is int and OLDEST.get(name, 1) <= version <= VERSIONS[name]
+
+
+def check_version(path: "str | Path", content: Any, fix: str) -> None:
+    """Raise an `AMAError` unless a file's content can be read.
+
+    Args:
+        path (`str` or `Path`): The file, whose name is a key of `VERSIONS`.
+        content (`Any`): Its JSON.
+        fix (`str`): What to do beside an update, e.g. `"delete it, and its stage is done again"`.
+    """
+    name = Path(path).name
+    if not isinstance(content, dict):
+        raise AMAError(f"'{path}' is damaged: it holds a {type(content).__name__} and no mapping. To mend it, {fix}.")
+    if not is_known(name, content):
+        version, ours = content.get("version", 1), VERSIONS[name]
+        update = "Update trl-ama, or" if is_newer(name, content) else "To mend it,"
+        raise AMAError(f"'{path}' is of version {version!r:.40}, this trl-ama reads version {ours}. {update} {fix}.")
