@@ -11,14 +11,15 @@ QUICKSTART_DIR ?= outputs/quickstart$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 QUICKSTART_CONFIG ?= recipes/quickstart/ama/config_lora.yaml
 QUICKSTART_ARGS ?=
 BENCH_DIR ?= outputs/bench
+DOCS_DIR ?= outputs/site
 # loadgroup: the tests that share an installed copy of the package run in one worker
 PYTEST_ARGS ?= -n 2 --dist loadgroup
-CHECKED := trl_ama tests recipes
+CHECKED := trl_ama tests recipes docs
 
 # The quickstart and the tests build their own models and data: they must not reach for the network.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help venv quickstart test check style bench clean
+.PHONY: help venv quickstart test check style docs bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -57,6 +58,12 @@ check: venv  ## static checks: lint, format, YAML and TOML syntax, byte compilat
 style: venv  ## mend what `make check` finds, where it can be mended
 	$(BIN)/ruff check --fix $(CHECKED)
 	$(BIN)/ruff format $(CHECKED)
+
+# Strict: a broken link, a page without a menu entry or a name in a docstring that nothing has fails it. Made anew each
+# time, because pages are made from the code too, which Sphinx does not watch.
+docs: venv  ## build the documentation as a site in $(DOCS_DIR), strictly
+	$(OFFLINE) $(BIN)/python -m sphinx -b html -c docs -W --keep-going -n -E -a -q -d $(DOCS_DIR)/.doctrees . $(DOCS_DIR)
+	@echo "Open $(DOCS_DIR)/index.html"
 
 # speed and pipeline_time want a real model and pairs (TRL_AMA_BENCH_MODEL, TRL_AMA_BENCH_DATA) and say so without
 bench: venv  ## measure speed, memory and start-up against TRL; tables and JSON in $(BENCH_DIR)

@@ -178,7 +178,7 @@ def test_ld_alpha_reads_the_lengths_of_the_padded_batch(llama):
 @pytest.mark.parametrize("seed", range(20))
 def test_random_pairs_over_few_tokens(llama, seed, monkeypatch):
     """Three tokens only, so that sequences agree by chance in many ways."""
-    monkeypatch.setattr("trl_ama.prefix_sharing._WORTH_IT", 1)
+    monkeypatch.setattr("trl_ama.prefix_sharing.WORTH_SHARING", 1)
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(low):

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from trl_ama import cli
+
 
 REPO = Path(__file__).resolve().parents[1]
-COMMANDS = ["ama", "ama-specialists", "ama-losses", "ama-eval"]
+COMMANDS = list(cli.COMMANDS)
 TRL_HELP = ["-c", "from trl.cli import main; raise SystemExit(main(['--help']))"]
 
 pytestmark = pytest.mark.xdist_group("registration")  # one worker builds the wheel, once
@@ -72,13 +74,17 @@ def installed(wheel, tmp_path_factory) -> Environment:
 def test_wheel_has_hook_at_its_root_and_the_package_data(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"trl_ama_register.pth", "trl_ama/py.typed", "trl_ama/registration.py"} <= names
-    data = [path for path in (REPO / "trl_ama").rglob("*") if path.suffix in (".md", ".jinja", ".j2", ".yaml")]
+    data = [
+        path
+        for path in (REPO / "trl_ama").rglob("*")
+        if path.suffix in (".md", ".html", ".css", ".js", ".yaml", ".py")
+    ]
     assert {path.relative_to(REPO).as_posix() for path in data} <= names
 
 
 def test_trl_lists_our_commands_after_its_own(installed):
     commands = installed.trl_commands()
-    assert commands[-4:] == COMMANDS
+    assert commands[-len(COMMANDS) :] == COMMANDS
     assert "dpo" in commands
 
 

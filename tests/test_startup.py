@@ -12,7 +12,7 @@ import pytest
 
 
 REPO = Path(__file__).resolve().parents[1]
-COMMANDS = ["ama", "ama-specialists", "ama-losses", "ama-eval"]
+COMMANDS = ["ama", "ama-specialists", "ama-losses", "ama-eval", "ama-check"]
 HEAVY = {"accelerate", "datasets", "numpy", "pandas", "peft", "pyarrow", "torch", "transformers"}
 HELP = """
 import contextlib, io

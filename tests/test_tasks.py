@@ -5,7 +5,7 @@ from conftest import make_rows
 from datasets import ClassLabel, Dataset
 
 from trl_ama import AMAError, TaskMixtureConfig, load_tasks
-from trl_ama.task_loading import fits_into
+from trl_ama.task_loading import fits_into, read_tasks
 from trl_ama.tasks import add_pair_ids, concatenate_tasks, pair_id, task_names_of, with_task_labels
 
 
@@ -153,18 +153,147 @@ def test_no_local_file_for_a_task(files):
         load_tasks(TaskMixtureConfig(tasks=tasks, tasks_dir=str(files)))
 
 
-def test_a_pair_without_an_answer(tmp_path):
-    (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "q", "chosen": "", "rejected": "b"}))
-    with pytest.raises(AMAError, match=r"a pair without an answer \(row 0"):
+def write_task(folder, rows, name="x"):
+    (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {"task": name, "path": "json", "data_files": str(folder / f"{name}.jsonl")}
+
+
+def test_pairs_without_an_answer_are_an_error(tmp_path):
+    good = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    task = write_task(tmp_path, [good, {**good, "chosen": ""}, {**good, "rejected": None}, good])
+    expected = r"2 of 4 in split 'train', the first in row 1 \(chosen='', rejected='b'\)\. Set `drop_empty: true`"
+    with pytest.raises(AMAError, match=expected):
+        load_tasks(TaskMixtureConfig(tasks=[task]))
+
+
+def test_pairs_without_an_answer_can_be_dropped(tmp_path):
+    """Texts and conversations, in both splits; every task and split that lost some is counted, the others are not."""
+    turns = make_rows("list", 5, 0)
+    silent = {**turns[0], "chosen": [{"role": "assistant", "content": " \n"}]}
+    none = {**turns[1], "rejected": []}
+    first = write_task(tmp_path, [silent, *turns, none], "first")
+    second = write_task(tmp_path, turns, "second")
+    test = write_task(tmp_path, [turns[0], silent], "test")["data_files"]
+    first |= {"data_files": {"train": first["data_files"], "test": test}, "eval_split": "test"}
+    loaded = read_tasks(TaskMixtureConfig(tasks=[first, second], drop_empty=True))
+    assert loaded.empty == {"first": {"train": 2, "test": 1}}
+    assert loaded.pairs["train"]["prompt"][:5] == [row["prompt"] for row in turns]
+    assert {split: len(part) for split, part in loaded.pairs.items()} == {"train": 10, "test": 1}
+
+
+def test_a_task_without_any_answer(tmp_path):
+    task = write_task(tmp_path, [{"prompt": "q", "chosen": "a", "rejected": ""}] * 3)
+    with pytest.raises(AMAError, match="Task 'x' has no pair with two answers in its 3 rows"):
+        load_tasks(TaskMixtureConfig(tasks=[task], drop_empty=True))
+
+
+def test_template_arguments_of_a_task(tmp_path):
+    """Each pair has the keys that are meant for it and no others: a template can tell null from not given."""
+    rows = make_rows("list", 2, 0)
+    own = [{**rows[0], "chat_template_kwargs": {"enable_thinking": True, "day": None}}, rows[1]]
+    tasks = [
+        {**write_task(tmp_path, own, "think"), "chat_template_kwargs": {"enable_thinking": False, "day": "Monday"}},
+        {**write_task(tmp_path, rows, "silent"), "chat_template_kwargs": {"enable_thinking": False}},
+        write_task(tmp_path, rows, "plain"),
+    ]
+    data = load_tasks(TaskMixtureConfig(tasks=tasks, test_split_size=0.5))
+    kwargs = {}
+    for row in [*data["train"], *data["test"]]:
+        name, text = data["train"].features["task"].names[row["task"]], row["prompt"][0]["content"]
+        kwargs[name, [one["prompt"][0]["content"] for one in rows].index(text)] = row["chat_template_kwargs"]
+        assert row["pair_id"] == pair_id(
+            row["prompt"], row["chosen"], row["rejected"], chat_template_kwargs=row["chat_template_kwargs"]
+        )
+    assert kwargs == {
+        ("think", 0): {"enable_thinking": True, "day": "Monday"},  # a pair's own win
+        ("think", 1): {"enable_thinking": False, "day": "Monday"},
+        ("silent", 0): {"enable_thinking": False},
+        ("silent", 1): {"enable_thinking": False},
+        ("plain", 0): {},
+        ("plain", 1): {},
+    }
+    assert len(set(data["train"]["pair_id"]) | set(data["test"]["pair_id"])) == 6
+
+
+def test_template_arguments_need_a_template(tmp_path):
+    task = {
+        **write_task(tmp_path, [{"prompt": "q", "chosen": "a", "rejected": "b"}]),
+        "chat_template_kwargs": {"a": 1},
+    }
+    with pytest.raises(AMAError, match="sets chat_template_kwargs, but its pairs are plain text"):
+        load_tasks(TaskMixtureConfig(tasks=[task]))
+    with pytest.raises(AMAError, match="chat_template_kwargs of task 'x' must be a mapping"):
+        TaskMixtureConfig(tasks=[{**task, "chat_template_kwargs": "enable_thinking"}])
+
+
+SAID = [{"role": "user", "content": "q"}]
+ANSWERS = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+MESSAGES = {"prompt": SAID, **ANSWERS}
+PLAIN = {"prompt": "q", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([MESSAGES, {**MESSAGES, "prompt": None}], "row 1 .* has no prompt. Drop such rows, or leave the column out"),
+        ([PLAIN, {**PLAIN, "prompt": None}], "row 1 .* has no prompt"),
+        (
+            [{**MESSAGES, "chosen": "a"}],
+            "row 0 .* mixes two forms: prompt is messages, chosen is plain text, rejected is mess",
+        ),
+        ([{**PLAIN, "prompt": SAID}], "row 0 .* mixes two forms: prompt is messages, chosen is plain text"),
+        (
+            [{**PLAIN, "chosen": 5, "rejected": 6}],
+            "row 0 .*: chosen is 5, of type int. Give it as a string, or as a list",
+        ),
+        ([{**PLAIN, "chosen": ["a"]}], "row 0 .*: chosen is a list that holds 'a', of type str"),
+        (
+            [{**MESSAGES, "chosen": [{"from": "gpt", "value": "a"}]}],
+            r"chosen is .* keys \['from', 'value'\]. Rename 'from' to 'role'",
+        ),
+        (
+            [{**MESSAGES, "prompt": [{"from": "human", "value": "a"}]}],
+            "prompt is .* ShareGPT's roles 'human' and 'gpt'",
+        ),
+        (
+            [{**MESSAGES, "prompt": [{"role": "user", "text": "a"}]}],
+            r"keys \['role', 'text'\]; 'role' and 'content' are needed",
+        ),
+        (
+            [{"chosen": [{"from": "gpt", "value": "a"}], "rejected": [{"from": "gpt", "value": "b"}]}],
+            "chosen is .* ShareGPT",
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, list) else value[:40],
+)
+def test_rows_that_are_no_pairs_are_named(tmp_path, rows, expected):
+    """By task, row, what was found and what to do, never a KeyError or TypeError of code that expects pairs."""
+    Dataset.from_list(rows).to_json(tmp_path / "x.jsonl")
+    with pytest.raises(AMAError, match=f"(?s)Task 'x',.*{expected}"):
         load_tasks(TaskMixtureConfig(tasks=[{"task": "x", "path": "json", "data_files": str(tmp_path / "x.jsonl")}]))
 
 
-def test_a_conversation_without_an_answer(tmp_path):
-    turn = [{"role": "assistant", "content": " "}]
-    row = {"prompt": [{"role": "user", "content": "q"}], "chosen": turn, "rejected": turn}
-    (tmp_path / "x.jsonl").write_text(json.dumps(row))
-    with pytest.raises(AMAError, match="a pair without an answer"):
+def test_a_file_of_two_kinds_of_rows_is_refused(tmp_path):
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (MESSAGES, MESSAGES, PLAIN)))
+    with pytest.raises(AMAError, match="(?s)Task 'x'.*(row 2 of the train pairs is plain text, but|cannot be loaded)"):
         load_tasks(TaskMixtureConfig(tasks=[{"task": "x", "path": "json", "data_files": str(tmp_path / "x.jsonl")}]))
+
+
+@pytest.mark.parametrize(
+    ("format", "row"), [("single_turn", MESSAGES), ("hh_rlhf", MESSAGES), ("single_turn", {**PLAIN, "prompt": None})]
+)
+def test_formats_of_strings_refuse_other_rows(tmp_path, format, row):
+    Dataset.from_list([row]).to_json(tmp_path / "x.jsonl")
+    task = {"task": "x", "path": "json", "data_files": str(tmp_path / "x.jsonl"), "format": format}
+    with pytest.raises(AMAError, match=f"Task 'x', row 0 of the train pairs: .*format '{format}' takes strings"):
+        load_tasks(TaskMixtureConfig(tasks=[task]))
+
+
+def test_held_out_rows_are_named_as_such(tmp_path):
+    for split, row in (("train", PLAIN), ("test", {**PLAIN, "prompt": None})):
+        Dataset.from_list([PLAIN, row]).to_json(tmp_path / f"x_{split}.jsonl")
+    with pytest.raises(AMAError, match="row 1 of the held-out pairs has no prompt"):
+        load_tasks(TaskMixtureConfig(tasks=[{"task": "x", "path": "unused"}], tasks_dir=str(tmp_path)))
 
 
 def test_tasks_of_different_formats_cannot_be_concatenated():

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_dataset
+from conftest import make_dataset, make_model, make_rows
+from datasets import Dataset
 from test_invariants import lora, with_reference_columns
 from transformers import Trainer
 from trl import DPOConfig, DPOTrainer
@@ -350,6 +351,98 @@ def test_29_dataset_of_a_table_and_row_numbers():
         fingerprint=selected._fingerprint,
     )  # fmt: skip
     assert again["a"][:] == [8, 6, 6]
+
+
+def test_30_pairs_are_tokenised_without_a_trainer(tokenizer, tmp_path):
+    from types import SimpleNamespace
+
+    from trl import DPOConfig
+
+    rows = Dataset.from_list(make_rows("list", 3, seed=0))
+    args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, max_length=None)
+    tokenised = DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), rows, tokenizer, args, "pairs")
+    assert len(tokenised) == 3 and {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(tokenised.column_names)
+
+
+def test_31_tiles_of_the_fused_head_are_folded_by_functions_that_are_looked_up(dpo, monkeypatch):
+    import trl.kernels.chunked_logprob as head
+
+    calls = []
+    for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):
+        theirs = getattr(head, name)
+
+        def spy(*args, theirs=theirs, name=name, **kwargs):
+            calls.append(name)
+            assert theirs(*args, **kwargs) is None
+
+        monkeypatch.setattr(head, name, spy)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    dpo.model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs.sum().backward()
+    assert calls == [
+        "_forward_tile",
+        "_backward_tile",
+        "_addmm_fp32",
+    ]  # one tile; of a frozen head, its input's gradient
+
+
+def test_32_a_training_step_runs_on_fake_tensors_and_every_storage_is_seen(dpo):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    seen = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, torch.Tensor):
+                    storage = leaf.untyped_storage()
+                    seen.add((storage._cdata, storage.nbytes()))
+            return result
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        weights = torch.empty(7, 5, requires_grad=True)
+        with Watch():
+            (torch.empty(3, 7) @ weights).sum().backward()
+        assert isinstance(weights.grad, torch._subclasses.FakeTensor)
+        assert {nbytes for _, nbytes in seen} >= {4 * 3 * 7, 4 * 3 * 5, 4 * 7 * 5}
+
+
+def test_33_a_quantiser_puts_its_layers_on_the_meta_device():
+    pytest.importorskip("bitsandbytes")
+    from accelerate import init_empty_weights
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.quantizers import AutoHfQuantizer
+
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(make_model(64).config)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    AutoHfQuantizer.from_config(config).preprocess_model(model, device_map=None)
+    layer = model.model.layers[0].mlp.up_proj
+    assert type(layer).__name__ == "Linear4bit" and layer.weight.device.type == "meta"
+    assert (layer.in_features, layer.compute_dtype) == (32, torch.bfloat16)
+    assert layer.weight.compress_statistics is False and type(model.lm_head) is torch.nn.Linear
+    model.is_loaded_in_4bit = True
+    wrapped = get_peft_model(model, lora(), low_cpu_mem_usage=True)
+    adapted = [module for module in wrapped.modules() if type(module).__module__ == "peft.tuners.lora.bnb"]
+    assert adapted and {type(module).__name__ for module in adapted} == {"Linear4bit"}
+
+
+def test_34_adapters_on_a_quantised_base_are_trained_in_bf16():
+    source = inspect.getsource(DPOTrainer.__init__)
+    assert "if _is_quantized_model:" in source and "param.data = param.data.to(torch.bfloat16)" in source
+
+
+def test_35_a_4_bit_layer_packs_its_weight_only_where_its_flag_says_so(monkeypatch):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    source = inspect.getsource(bitsandbytes.nn.Linear4bit)
+    assert "self.support_avx512bf16_for_cpu" in source and "packing_format_for_cpu" in source
+    layer = bitsandbytes.nn.Linear4bit(64, 64, compute_dtype=torch.bfloat16).to("cpu").eval()
+    layer.support_avx512bf16_for_cpu = False
+    layer(torch.zeros(2, 64, dtype=torch.bfloat16))
+    assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
 
 
 def test_every_touch_point_is_documented():

@@ -29,6 +29,16 @@ def saved_shapes(file: str) -> dict[str, tuple[int, ...]]:
         return {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
 
 
+def saved_types(file: str) -> set[str]:
+    """Types of a safetensors file's weights, as it names them: `F32`, `BF16`, ….
+
+    Raises:
+        SafetensorError: If it is cut off or no such file.
+    """
+    with safe_open(file, framework="pt") as weights:
+        return {weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118
+
+
 def keys_problem(config: PeftConfig, shapes: dict[str, tuple[int, ...]], base_model: str, **kwargs: Any) -> str | None:
     """What is wrong with an adapter's weights for a base model, in words; `None` if nothing is, or if it cannot be told.
 

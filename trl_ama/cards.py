@@ -1,6 +1,7 @@
 """The specialists' cards, and what all cards share."""
 
 import importlib.resources
+import shlex
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,7 +99,7 @@ def write_specialist_card(
             yaml.safe_dump({"tasks": [{"task": task, "path": "…", "specialist": place or "path/to/this/folder"}]},
                            sort_keys=False, allow_unicode=True), "yaml"
         ),
-        use_python=load_snippet(place, uses_peft),
+        use_python=load_snippet(place, uses_peft, settings.quantization_config()),
         citation=citation().strip(),
         versions=versions_line(),
     )  # fmt: skip
@@ -162,9 +163,16 @@ def eval_results(task: str, data: str, figures: dict[str, float]) -> list[Any]:
     ]
 
 
-def load_snippet(place: str | None, uses_peft: bool) -> str:
-    """How to load a model from the Hub (`org/name` or `org/name@branch`): as adapter and merged, or as it is."""
-    name, _, revision = (place or "path/to/this/folder").partition("@")
+def load_snippet(place: str | None, uses_peft: bool, quantization: Any = None) -> str:
+    """How to load a model from the Hub (`org/name` or `org/name@branch`): as adapter and merged, or as it is.
+
+    Args:
+        place (`str`, *optional*): Where it is; `None` for a folder.
+        uses_peft (`bool`): Whether it is an adapter.
+        quantization (`BitsAndBytesConfig`, *optional*): Of the base that the adapter was trained on.
+    """
+    place = place or "path/to/this/folder"
+    name, _, revision = place.partition("@")
     name = f'"{name}"' + (f', revision="{revision}"' if revision else "")
     if not uses_peft:
         lines = [
@@ -172,6 +180,16 @@ def load_snippet(place: str | None, uses_peft: bool) -> str:
             f'model = AutoModelForCausalLM.from_pretrained({name})',
             f'tokenizer = AutoTokenizer.from_pretrained({name})',
         ]  # fmt: skip
+    elif quantization is not None:
+        lines = [
+            "from peft import AutoPeftModelForCausalLM",
+            "from transformers import AutoTokenizer, BitsAndBytesConfig", "",
+            f"quantization = BitsAndBytesConfig({_quantization_arguments(quantization)})",
+            f"model = AutoPeftModelForCausalLM.from_pretrained({name}, quantization_config=quantization)  # as it was trained",
+            f"tokenizer = AutoTokenizer.from_pretrained({name})",
+        ]  # fmt: skip
+        merge = f"trl ama-merge --adapter {shlex.quote(place)} --output merged  # a full checkpoint of the same model"
+        return fence("\n".join(lines), "python") + "\n\n" + fence(merge, "bash")
     else:
         lines = [
             "from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer", "",
@@ -180,3 +198,15 @@ def load_snippet(place: str | None, uses_peft: bool) -> str:
             "model = model.merge_and_unload()  # merged: an ordinary transformers model",
         ]  # fmt: skip
     return fence("\n".join(lines), "python")
+
+
+def _quantization_arguments(config: Any) -> str:
+    if not config.load_in_4bit:
+        return "load_in_8bit=True"
+    arguments = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": config.bnb_4bit_quant_type,
+        "bnb_4bit_use_double_quant": bool(config.bnb_4bit_use_double_quant),
+        "bnb_4bit_compute_dtype": str(config.bnb_4bit_compute_dtype).removeprefix("torch."),
+    }
+    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())

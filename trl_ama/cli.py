@@ -20,6 +20,10 @@ COMMANDS = {
     "ama-specialists": "Train (or pull) one specialist per task",
     "ama-losses": "Compute the specialists' reference losses",
     "ama-eval": "Evaluate the generalists on held-out pairs",
+    "ama-check": "Look at the pairs of every task: as the model sees them, what is dropped, leaks, duplicates",
+    "ama-plan": "Say what a run will need, without reading any weights: memory by stage, steps, tokens, cost",
+    "ama-merge": "Merge a generalist, or any adapter, into a full checkpoint",
+    "ama-report": "Write the page of a run, or one that compares several; needs no model",
 }
 
 
@@ -45,7 +49,11 @@ class AMACommand(Command):
             read_config(argv)  # a mistyped path should not have to wait for torch, which the parser imports
 
             script = importlib.import_module(f"trl_ama.scripts.{self.name.replace('-', '_')}")
+            if hasattr(script, "run_without_recipe"):  # nothing to parse or launch
+                return script.run_without_recipe(argv)
             launch_args, script_args = split_arguments(script.make_parser(prog=f"trl {self.name}"), argv)
+            if hasattr(script, "run_here"):  # nothing to launch
+                return script.run_here(launch_args, script_args)
             return _launch(Path(script.__file__), launch_args, script_args)
 
 

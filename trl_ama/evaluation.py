@@ -10,6 +10,7 @@ from datasets import Dataset
 from .errors import AMAError
 from .fingerprint import model_identity, pairs_identity
 from .metrics import task_metrics, worst_and_mean
+from .pair_scores import save_margins
 from .policies import trained_policy
 from .preference_losses import PairLogProbs, PreferenceLossConfig, excess_losses, pair_losses
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
@@ -62,6 +63,7 @@ def evaluate_policies(settings: RunSettings, policies: dict[str, str]) -> dict[s
         model=settings.model_name,
         args=settings.scoring_arguments(),
         train_dataset=held_out,
+        processing_class=settings.processing_class,
         quantization_config=settings.quantization_config(),
         peft_config=settings.peft_config(),
     )
@@ -85,6 +87,7 @@ def evaluate_policies(settings: RunSettings, policies: dict[str, str]) -> dict[s
         "specialists": tuple(known[name] for name in SPECIALIST_COLUMNS),
         **scored,
     }
+    save_margins(settings, pairs, everyone)
     for name, logps in everyone.items():
         by_task = _figures(pairs, logps, known, tokens, config, settings)
         result[name] = {"by_task": by_task, "summary": worst_and_mean(by_task)}

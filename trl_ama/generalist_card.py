@@ -54,7 +54,9 @@ def complete_card(trainer: "AMATrainer") -> None:
     card.text = re.sub(r"(?m)^# .*", lambda _: f"# {escape(card.data.model_name)}", card.text, count=1)
     sections = {
         "training": f"Tasks: {tasks}. Optimizer steps: {trainer.state.global_step}.\n\n" + _hyper_parameters(args),
-        "loading": load_snippet(_place(trainer), uses_peft),
+        "loading": load_snippet(
+            _place(trainer), uses_peft, getattr(trainer.model.config, "quantization_config", None)
+        ),
         "results": _last_evaluation(trainer),
     }
     _save(path, card, sections)
@@ -121,7 +123,7 @@ def write_card(
         "results": result_table(results, this=strategy) if results else "There were no held-out pairs.",
         "mixture": _PLOT if has_plot else "There is no plot.",
         "training": _training(settings, strategy, published),
-        "loading": load_snippet(place, bool(settings.model_args.use_peft)),
+        "loading": load_snippet(place, bool(settings.model_args.use_peft), settings.quantization_config()),
     }
     data = card.data
     sources = [settings.data_source(task) for task in settings.task_names] + _losses_places(settings, published)

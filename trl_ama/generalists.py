@@ -76,10 +76,12 @@ def train_generalist(settings: RunSettings, strategy: str, repo_id: str | None =
         args=args,
         train_dataset=data["train"],
         eval_dataset=data.get("test") if args.eval_strategy != "no" else None,
+        processing_class=settings.processing_class,
         quantization_config=settings.quantization_config(),
         peft_config=settings.peft_config(),
     )
     stage.train(trainer)
+    settings.restore_template(stage.folder)
     summary = trainer.state.log_history[-1]
     result = {"steps": trainer.state.global_step, **{key: summary.get(key) for key in ("train_loss", "train_runtime")}}
     # While the trackers' runs are open, whose addresses are in the card

@@ -47,6 +47,7 @@ def compute_reference_losses(settings: RunSettings) -> ReferenceLosses:
             args=settings.scoring_arguments(),
             train_dataset=parts["train"],
             eval_dataset=parts.get("test"),
+            processing_class=settings.processing_class,
             quantization_config=settings.quantization_config(),
             peft_config=settings.peft_config(),
         )

@@ -1,5 +1,6 @@
 """The stages in order, each skipping what is there already: specialists, reference losses, generalists, evaluation."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,12 +21,15 @@ from .loss_scoring import compute_reference_losses
 from .pipeline_arguments import PipelineArguments
 from .policy_sources import check_policy_source
 from .publishing import Publisher
+from .quantized import check_optimizer, check_quantization
 from .reference_losses import reference_losses_done, reference_losses_of
 from .report import plot_mixture, result_table
+from .run_note import leave_page
 from .run_settings import RunSettings
 from .specialists import require_specialists, specialist_stage, train_specialists
 from .task_config import TaskMixtureConfig
 from .task_loading import prompt_fits_into
+from .template_date import asks_for_the_day
 from .trainer_checks import check_arguments, strategy_for
 
 
@@ -75,13 +79,16 @@ def run_pipeline(
 def _run_stages(settings: RunSettings, publisher: Publisher, stages: Sequence[str]) -> dict[str, Any] | None:
     if "specialists" in stages:
         train_specialists(settings, publisher.specialist)
+        leave_page(settings, publisher.published)
     if "losses" in stages:
         require_specialists(settings)
         compute_reference_losses(settings)
         publisher.losses()
+        leave_page(settings, publisher.published)
     if "train" in stages:
         for strategy in settings.strategies:
             train_generalist(settings, strategy, publisher.generalist_id)
+            leave_page(settings, publisher.published)
     results = None
     if "eval" in stages:
         if "test" in settings.data:
@@ -97,7 +104,15 @@ def _run_stages(settings: RunSettings, publisher: Publisher, stages: Sequence[st
 
 def check_recipe(settings: RunSettings, stages: Sequence[str] = STAGES) -> None:
     """Find what is wrong with a recipe before anything is trained."""
-    settings.tokenizer  # noqa: B018 - reads the base model's folder
+    if asks_for_the_day(settings.tokenizer) and PartialState().is_main_process:
+        warnings.warn(
+            f"The chat template of '{settings.model_name}' writes today's date into every prompt, so reference losses of one day "
+            "are not quite those of the next. Fix it with `template_date: 2025-07-08` (any day) in the recipe.",
+            UserWarning,
+            stacklevel=2,
+        )
+    check_quantization(settings)
+    _check_optimizers(settings, stages)
     # One task is no mixture, but its specialist and losses can be made, to be added to those of others
     mixes = len(settings.task_names) > 1 or bool({"train", "eval"} & set(stages))
     for strategy in settings.strategies if mixes else ():
@@ -135,6 +150,18 @@ def check_recipe(settings: RunSettings, stages: Sequence[str] = STAGES) -> None:
         )
 
 
+def _check_optimizers(settings: RunSettings, stages: Sequence[str]) -> None:
+    """Every optimizer that a stage of this run is going to use, once."""
+    used = []
+    if "specialists" in stages:
+        tasks = [task for task in settings.task_args.tasks if settings.needs_specialist(task.task)]
+        used += [settings.specialist_arguments(task) for task in tasks]
+    if "train" in stages:
+        used.append(settings.training_args)
+    for args in {(str(args.optim), str(args.optim_args)): args for args in used}.values():
+        check_optimizer(args)
+
+
 def describe_plan(settings: RunSettings, stages: Sequence[str]) -> list[str]:
     """What the run will do and what it found done, a line each.
 
@@ -146,6 +173,9 @@ def describe_plan(settings: RunSettings, stages: Sequence[str]) -> list[str]:
         f"AutoMixAlign in '{settings.output_dir}': {len(settings.task_names)} tasks, {counts['train']} training pairs, "
         f"{counts.get('test', 0)} held out; base model {settings.model_name}"
     ]
+    for task, dropped in settings.dropped_empty.items():
+        found = " and ".join(f"{count} of {split}" for split, count in dropped.items())
+        lines.append(f"  without an answer {task:<14} {found} dropped")
     if "specialists" in stages or "losses" in stages:
         for task in settings.task_names:
             if task in settings.external_specialists:
@@ -198,7 +228,7 @@ def describe_plan(settings: RunSettings, stages: Sequence[str]) -> list[str]:
 
 
 def evaluate(settings: RunSettings, published: dict[str, str] | None = None) -> dict[str, Any]:
-    """Evaluate the generalists, unless that was done; write results, table, plot and card, and print the table.
+    """Evaluate the generalists, unless that was done; write results, table, plot, card and page, and print the table.
 
     Args:
         settings ([`RunSettings`]): The run.
@@ -218,7 +248,7 @@ def evaluate(settings: RunSettings, published: dict[str, str] | None = None) -> 
 
 
 def report(settings: RunSettings, results: dict[str, Any] | None, published: dict[str, str]) -> None:
-    """Write table, plot and card, and print the table.
+    """Write table, plot, card and page, and print the table.
 
     Args:
         settings ([`RunSettings`]): The run.
@@ -233,3 +263,4 @@ def report(settings: RunSettings, results: dict[str, Any] | None, published: dic
     plot_mixture(settings, plot)
     print(f"Plot:    {plot}")
     print(f"Card:    {write_card(settings, results, plot, published)}")
+    print(f"Page:    {leave_page(settings, published)}")

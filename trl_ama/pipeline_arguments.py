@@ -1,3 +1,4 @@
+import datetime
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,9 @@ class PipelineArguments:
             task's own `specialist_args` come on top.
         include_text (`bool`, *optional*, defaults to `True`):
             Whether the reference-loss dataset holds the pairs' texts, or only their ids and numbers.
+        template_date (`str`, *optional*):
+            The date, e.g. `2025-07-08`, that a chat template writes into prompts where it would write today's. Without it, the
+            prompts of such a model are other tokens every day. Saved models ask for the day again.
         reference_losses (`str`, *optional*):
             Ready reference losses (Hub dataset with an optional `@revision`, or local folder). The tasks that they hold need
             no specialist and are not scored again; a task without a `path` takes its pairs from them, and without `tasks` the
@@ -45,6 +49,10 @@ class PipelineArguments:
     include_text: bool = field(
         default=True,
         metadata={"help": "Whether the reference-loss dataset holds the pairs' texts, or only ids and numbers."},
+    )
+    template_date: str | None = field(
+        default=None,
+        metadata={"help": "Date (YYYY-MM-DD) that a chat template writes in place of today's."},
     )
     reference_losses: str | None = field(
         default=None,
@@ -86,5 +94,12 @@ class PipelineArguments:
                 f"hub_specialist_id is '{self.hub_specialist_id}', and every specialist would go to that one repository. Put "
                 "{task} into it, e.g. '" + self.hub_specialist_id + "-{task}'."
             )
+        if isinstance(self.template_date, datetime.date):  # as YAML reads it without quotes
+            self.template_date = self.template_date.strftime("%Y-%m-%d")
+        if self.template_date is not None:
+            try:
+                datetime.date.fromisoformat(self.template_date)
+            except ValueError as error:
+                raise AMAError(f"template_date must be a day like 2025-07-08, got {self.template_date!r}.") from error
         if self.losses_config is not None:
             check_config_name(self.losses_config)

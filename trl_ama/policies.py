@@ -19,10 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from trl import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, use_adapter
 
-from .adapter_keys import ADAPTER, changes_base, loading_problem, result_problem, saved_shapes
+from .adapter_keys import ADAPTER, changes_base, loading_problem, result_problem, saved_shapes, saved_types
 from .errors import AMAError, first_line
 from .policy_files import ADAPTER_WEIGHTS, PolicySource, capital, policy_source
 from .policy_sources import check_kind, damaged, misfit
+from .quantized import is_quantized, keep_weights
 
 
 # Gives a policy's model for the time of a context: for one batch, or for all of them
@@ -76,6 +77,7 @@ def trained_policy_and_reference(
     """
     if not isinstance(source, str):
         _check_vocabulary(trainer, who, source)
+        keep_weights(source)
         add_fused_lm_head(source.get_base_model() if is_peft_model(source) else source)
         yield source.to(trainer.accelerator.device), functools.partial(reference_policy, trainer)
         return
@@ -103,7 +105,7 @@ def _adapter(trainer: DPOTrainer, place: PolicySource) -> Iterator[tuple[torch.n
     is_exact = not changed and config.peft_type in _EXACT_WHEN_DISABLED
     with _left_as_it_was(base, changed):
         _take_adapters_off(base)
-        wrapped = _load_adapter(base, config, place, folder)
+        wrapped = load_adapter(base, config, place, folder)
         if isinstance(base.get_output_embeddings(), (BaseTunerLayer, TrainableTokensWrapper)):
             wrapped.unload()
             raise AMAError(
@@ -127,8 +129,18 @@ def _disabled(model: PeftModel) -> Iterator[PeftModel]:
         yield model
 
 
-def _load_adapter(base: torch.nn.Module, config: PeftConfig, place: PolicySource, folder: str) -> PeftModel:
-    """Load by PEFT, which only warns about weights that it finds no place for, or does not find."""
+def load_adapter(base: torch.nn.Module, config: PeftConfig, place: PolicySource, folder: str) -> PeftModel:
+    """Put an adapter on a base model by PEFT, which only warns about weights that it finds no place for, or does not find.
+
+    Args:
+        base (`torch.nn.Module`): The bare base model; adapted in place.
+        config (`PeftConfig`): The adapter's.
+        place ([`PolicySource`]): Where it comes from, for messages.
+        folder (`str`): Holds its weights.
+
+    Raises:
+        AMAError: If it does not fit.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*base_model_name_or_path. was renamed")
         try:
@@ -148,7 +160,19 @@ def _load_adapter(base: torch.nn.Module, config: PeftConfig, place: PolicySource
     problem = result_problem(result.missing_keys, result.unexpected_keys)
     if problem is not None:
         raise misfit(place, get_config_model_id(base.config), problem)
+    if is_quantized(base) and "BF16" in saved_types(os.path.join(folder, ADAPTER_WEIGHTS)):
+        _compute_as_trained(model)
     return model
+
+
+def _compute_as_trained(model: PeftModel) -> None:
+    """Give an adapter's weights the type that DPOTrainer trains and saves them in on a quantised base.
+
+    PEFT loads them in 32 bits, and the same numbers multiplied in another type are other log-probs.
+    """
+    for name, parameter in model.named_parameters():
+        if f".{ADAPTER}" in name and parameter.is_floating_point() and "lora_magnitude_vector" not in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _take_adapters_off(model: torch.nn.Module) -> None:
@@ -200,6 +224,7 @@ def _full_model(trainer: DPOTrainer, place: PolicySource) -> Iterator[tuple[torc
     architecture = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
     model = create_model_from_path(place.name, architecture, **kwargs)
     _check_vocabulary(trainer, place.who, model)
+    keep_weights(model)
     add_fused_lm_head(model)
     try:
         yield model.to(trainer.accelerator.device), functools.partial(reference_policy, trainer)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .errors import AMAError, nearest
+from .evaluate_modules.excess_loss import formula
 
 
 @dataclass
@@ -239,8 +240,7 @@ def pair_losses(pair: PairLogProbs, config: PreferenceLossConfig) -> torch.Tenso
 
 def excess_losses(losses: torch.Tensor, reference_losses: torch.Tensor, excess_clip: str) -> torch.Tensor:
     """Excess e(θ, z) over the reference losses ℓ*(z), clipped at zero per pair under `excess_clip="pair"`. # (B,)"""
-    excess = losses - reference_losses
-    return excess.clamp(min=0) if excess_clip == "pair" else excess
+    return formula.excess_losses(losses, reference_losses, clip=excess_clip == "pair")
 
 
 def untrained_loss(config: PreferenceLossConfig) -> float:

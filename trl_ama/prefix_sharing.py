@@ -30,7 +30,7 @@ from .frozen_head import frozen_head
 
 
 PAIRS_KEY = "packed_pairs"
-_WORTH_IT = 8  # tokens; attention to a common beginning needs masks, without one it does not
+WORTH_SHARING = 8  # tokens; attention to a common beginning needs masks, without one it does not
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # of TRL's FusedCausalLMOutput
 
 
@@ -114,7 +114,7 @@ def pack_pairs(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tenso
     prefixes, *branches, (common, *_), ragged = numbers.tolist()
     if any(ragged):
         raise CannotShare("its rows are not padded on the right")
-    if pairs == 1 or common < _WORTH_IT:
+    if pairs == 1 or common < WORTH_SHARING:
         common = 0
     lengths = [[size - common for size in prefixes], *branches]
     total = chosen_end + rejected_length - common
@@ -169,10 +169,15 @@ def _visible(pairs: PackedPairs, queries: int, keys: int, window: int | None, de
     return pairs.cache[key]
 
 
+def on_cpu(states: Tensor) -> bool:
+    """Whether attention takes the way of a CPU. A plan for a GPU, on a machine without one, puts its own answer here."""
+    return states.device.type == "cpu"
+
+
 def _sdpa(query, key, value, pairs: PackedPairs, dropout: float, scaling: float | None, window: int | None):
     """Attention of the packed row, block by block: there are few blocks, and all of them are small. # (1, T, heads, D)"""
     groups = query.shape[1] // key.shape[1]
-    if groups > 1 and query.device.type != "cpu":
+    if groups > 1 and not on_cpu(query):
         # On a GPU, grouped heads with a mask fall back to the kernel that keeps every score
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
         groups = 1
@@ -265,7 +270,7 @@ class PairAttention:
             raise CannotShare(
                 f"the attention of {type(module).__name__} takes {unknown}, which prefix sharing does not know"
             )
-        if query.device.type != "cpu":
+        if not on_cpu(query):
             return _sdpa(query, key, value, pairs, dropout, scaling, sliding_window), None
         # A CPU's kernel is several times slower in 16 bits, above all backwards; in 32 it rounds less, too
         with torch.autocast("cpu", enabled=False):

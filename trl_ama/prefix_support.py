@@ -8,9 +8,10 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from accelerate import ParallelismConfig
 from accelerate.logging import get_logger
 from transformers.modeling_flash_attention_utils import flash_attn_supports_top_left_mask
-from trl import DPOTrainer
+from trl import DPOConfig, DPOTrainer
 
 from .errors import AMAError
 from .prefix_sharing import KNOWN_ATTENTION, CannotShare, PackedPairs, causal_lm, pack_pairs, packed_forward, unwrapped
@@ -99,7 +100,8 @@ class PrefixSharing:
         )
         if other:
             raise CannotShare(f"the batch also has {other}, which prefix sharing does not know")
-        reason = _why_not(self._trainer, model)
+        args, accelerator = self._trainer.args, self._trainer.accelerator
+        reason = broken_rule(model, args, accelerator.parallelism_config)
         if reason is None and model.training and self._draws(model):
             reason = "dropout is on, and it would draw other numbers (disable_dropout=True turns it off)"
         if reason is not None:
@@ -139,9 +141,15 @@ class SharedForward:
         return packed_forward(self._model, pairs, self._metrics, use_cache=False)
 
 
-def _why_not(trainer: DPOTrainer, model: torch.nn.Module) -> str | None:
-    """The first rule that a model breaks."""
-    inner, args = causal_lm(model), trainer.args
+def broken_rule(model: torch.nn.Module, args: DPOConfig, parallelism: ParallelismConfig | None = None) -> str | None:
+    """The first rule that a model breaks, as half a sentence; `None` if it breaks none and is left to the trial.
+
+    Args:
+        model (`torch.nn.Module`): The model in all its wrappers; it is looked at, not run, and may be on the meta device.
+        args (`DPOConfig`): The training arguments.
+        parallelism (`ParallelismConfig`, *optional*): The accelerator's.
+    """
+    inner = causal_lm(model)
     config = inner.config.get_text_config()
     if getattr(inner.config, "is_encoder_decoder", False):
         return "it is an encoder-decoder model"
@@ -163,7 +171,6 @@ def _why_not(trainer: DPOTrainer, model: torch.nn.Module) -> str | None:
         return "torch_compile compiles for shapes, and a packed row has another one at every step"
     if args.use_liger_kernel:
         return "use_liger_kernel replaces layers by kernels that were not tried"
-    parallelism = trainer.accelerator.parallelism_config
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         return "context or sequence parallelism splits sequences"
     return None

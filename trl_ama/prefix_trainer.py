@@ -9,6 +9,7 @@ import torch
 from trl import DPOTrainer
 
 from .prefix_support import PrefixSharing
+from .quantized import keep_weights
 
 
 class PrefixSharingTrainer(DPOTrainer):
@@ -18,6 +19,12 @@ class PrefixSharingTrainer(DPOTrainer):
     TRL runs the reference inside of its loss, out of reach of a stand-in for the model, so they are computed before it and
     handed over as precomputed ones are.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                keep_weights(model)
 
     @cached_property
     def prefix_sharing(self) -> PrefixSharing:

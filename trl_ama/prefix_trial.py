@@ -53,7 +53,7 @@ def try_model(model: torch.nn.Module, kwargs: dict[str, Any], longest: int, exac
     while isinstance(model, DistributedDataParallel):  # which would talk to other processes
         model = model.module
     config = causal_lm(model).config
-    limit, beyond = _limit(config)
+    limit, beyond = sequence_limit(config)
     try:
         _trial(model, kwargs, min(longest, limit), exact)
     except CannotShare as reason:
@@ -65,7 +65,7 @@ def try_model(model: torch.nn.Module, kwargs: dict[str, Any], longest: int, exac
     return Tried(min(longest, limit), beyond if longest >= limit else None)
 
 
-def _limit(config: Any) -> tuple[int, str | None]:
+def sequence_limit(config: Any) -> tuple[int, str | None]:
     """How long a sequence may be, and why. # tokens"""
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]  # one set for each type of layer

@@ -32,7 +32,7 @@ class Publisher:
     Args:
         settings ([`RunSettings`]): The run.
         stages (`Iterable[str]`): The stages that will run; only what they make is pushed.
-        user (`dict`, *optional*): What [`~hub.check_login`] returned, if the token was checked already.
+        user (`dict`, *optional*): What [`~trl_ama.hub.check_login`] returned, if the token was checked already.
 
     Raises:
         AMAError: Before anything is trained: without a token that may write, or if a repository cannot be created.

@@ -79,7 +79,7 @@ def recipe_yaml(settings: "RunSettings", task: str | None = None) -> str:
 
 def public_name(path: str) -> str:
     """A file's or folder's name without the way to it, or an address without what may be secret in it."""
-    text = _without_secrets(str(path), None)
+    text = without_secrets(str(path))
     return text if "://" in text else Path(text).name
 
 
@@ -100,7 +100,7 @@ def _public(value: Any, token: str | None = None) -> Any:
     """`value` as plain YAML types; no secret, and none under a key that tells of one; local paths by their last part."""
     if isinstance(value, dict):
         public = {key: _public(entry, token) for key, entry in value.items() if not is_secret(str(key))}
-        return {_without_secrets(str(key), token): entry for key, entry in public.items() if entry not in (None, {})}
+        return {without_secrets(str(key), token): entry for key, entry in public.items() if entry not in (None, {})}
     if isinstance(value, (list, tuple, set)):
         return [_public(entry, token) for entry in value]
     if isinstance(value, Enum):
@@ -115,10 +115,11 @@ def _public(value: Any, token: str | None = None) -> Any:
         or text.startswith(("~", "./", "../", "file:"))
         or (os.sep in text and os.path.exists(text))
     )
-    return _without_secrets(Path(text).name if is_path else text, token)
+    return without_secrets(Path(text).name if is_path else text, token)
 
 
-def _without_secrets(text: str, token: str | None) -> str:
+def without_secrets(text: str, token: str | None = None) -> str:
+    """`text` without `token`, other tokens of the Hub, and what addresses may carry."""
     text = redact(text, token)
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)

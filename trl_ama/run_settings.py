@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 from peft import PeftConfig
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
@@ -22,8 +23,9 @@ from .pipeline_arguments import PipelineArguments
 from .policy_files import is_commit
 from .recipe_text import public_name
 from .task_config import TaskConfig, TaskMixtureConfig
-from .task_loading import fits_into, load_tasks_and_commits
+from .task_loading import LoadedTasks, fits_into, read_tasks
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN
+from .template_date import fix_date, restore_template
 
 
 if TYPE_CHECKING:
@@ -145,8 +147,18 @@ class RunSettings:
         return config
 
     def quantization_config(self) -> BitsAndBytesConfig | None:
-        """The quantisation of the base model, if any."""
-        return get_quantization_config(self.model_args)
+        """The quantisation of the base model, if any.
+
+        Raises:
+            AMAError: If its settings contradict each other.
+        """
+        try:
+            return get_quantization_config(self.model_args)
+        except (AttributeError, ImportError, TypeError, ValueError) as error:
+            raise AMAError(
+                f"These settings of the quantisation do not go together: {first_line(error)} (dtype is '{self.model_args.dtype}'). "
+                "With load_in_4bit, set dtype to bfloat16, float16 or float32."
+            ) from error
 
     @property
     def model_name(self) -> str:
@@ -182,7 +194,7 @@ class RunSettings:
         """The tasks whose reference losses are ready, and which therefore need no specialist."""
         return [] if self.shared_losses is None else self.shared_losses.tasks
 
-    def _ready_pairs(self) -> dict[str, dict[str, Dataset]]:
+    def ready_pairs(self) -> dict[str, dict[str, Dataset]]:
         """The pairs of tasks that have no `path`, out of the ready reference losses."""
         ready = {}
         for task in self.task_args.tasks:
@@ -211,7 +223,7 @@ class RunSettings:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base model's tokenizer, as DPOTrainer loads and completes it."""
+        """The base model's tokenizer, as DPOTrainer loads and completes it, with the recipe's `template_date`."""
         if self.model_name.startswith((".", "/", "~")) and not Path(self.model_name).is_dir():
             raise AMAError(f"There is no folder '{self.model_name}'. Check model_name_or_path.")
         try:
@@ -232,19 +244,37 @@ class RunSettings:
             ) from error
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        self._template = tokenizer.chat_template
+        if self.pipeline_args.template_date is not None:
+            fix_date(tokenizer, self.pipeline_args.template_date)
         return tokenizer
 
+    @property
+    def processing_class(self) -> PreTrainedTokenizerBase | None:
+        """For trainers: the tokenizer whose template was changed; `None` if it was not, and they load their own."""
+        return self.tokenizer if self.tokenizer.chat_template != self._template else None
+
+    def restore_template(self, folder: Path) -> None:
+        """Undo `template_date` in a saved model; on the main process."""
+        if self.processing_class is not None and PartialState().is_main_process:
+            restore_template(folder, self._template)
+
     @cached_property
-    def _data_and_commits(self) -> tuple[DatasetDict, dict[str, str]]:
+    def _loaded(self) -> LoadedTasks:
         args = self.training_args
         drop = self.task_args.drop_truncated and args.max_length is not None
         fits = fits_into(self.tokenizer, args.max_length) if drop else None
-        return load_tasks_and_commits(self.task_args, args.seed, fits, self._ready_pairs())
+        return read_tasks(self.task_args, args.seed, fits, self.ready_pairs())
 
     @property
     def data(self) -> DatasetDict:
         """Train and held-out pairs of all tasks; see [`load_tasks`]."""
-        return self._data_and_commits[0]
+        return self._loaded.pairs
+
+    @property
+    def dropped_empty(self) -> dict[str, dict[str, int]]:
+        """Task → split → pairs without an answer that `drop_empty` dropped; only where there were any."""
+        return self._loaded.empty
 
     def data_source(self, task: str) -> str:
         """Where a task's pairs come from: `org/name@commit`, or the names of local files, without the paths to them."""
@@ -254,7 +284,7 @@ class RunSettings:
         if config.path is None:
             return self.shared_losses.fingerprints[task].get("data") or self.shared_losses.public_source
         if "/" in config.path and is_hub_id(config.path):
-            commit = self._data_and_commits[1].get(task) or config.revision
+            commit = self._loaded.commits.get(task) or config.revision
             return f"{config.path}@{commit}" if commit else config.path
         files = config.data_files if config.data_files is not None else config.path
         paths = files.values() if isinstance(files, dict) else files if isinstance(files, list) else [files]

@@ -69,6 +69,7 @@ def train_specialist(settings: RunSettings, task: str) -> dict[str, float]:
         args=args,
         train_dataset=settings.pairs_of(task, "train").remove_columns("task"),
         eval_dataset=None if held_out is None else held_out.remove_columns("task"),
+        processing_class=settings.processing_class,
         quantization_config=settings.quantization_config(),
         peft_config=settings.peft_config(),
     )
@@ -78,6 +79,7 @@ def train_specialist(settings: RunSettings, task: str) -> dict[str, float]:
             "Raise max_length, or remove the task."
         )
     stage.train(trainer)
+    settings.restore_template(stage.folder)
     history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     result = {"steps": trainer.state.global_step, "train_loss": history[-1] if history else None}
     if held_out is not None and len(trainer.eval_dataset):

@@ -67,6 +67,9 @@ class TaskConfig:
         format (`str`, *optional*):
             `"hh_rlhf"` turns `"\\n\\nHuman: … \\n\\nAssistant: …"` transcripts into conversations, `"single_turn"` plain
             strings `prompt`, `chosen`, `rejected` into one user and one assistant message.
+        chat_template_kwargs (`dict`, *optional*):
+            What the chat template is given with every pair of the task, e.g. `{enable_thinking: false}`. A pair's own, in a
+            column of that name, win. Also for files of `tasks_dir`.
         specialist (`str`, *optional*):
             A ready specialist (local folder, or Hub id with an optional `@revision`), which is then not trained.
         specialist_args (`dict`, *optional*):
@@ -83,6 +86,7 @@ class TaskConfig:
     eval_split: str | None = None
     columns: list[str] | dict[str, str] | None = None
     format: str | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     specialist: str | None = None
     specialist_args: dict[str, Any] = field(default_factory=dict)
 
@@ -111,6 +115,12 @@ class TaskConfig:
             if key not in known:
                 hint = " The mixing strategy sets the shares." if key == "fraction" else nearest(str(key), known)
                 raise AMAError(f"Unknown key '{key}' in task {entry.get('task', '?')!r}; known are {known}.{hint}")
+        kwargs = entry.get("chat_template_kwargs")
+        if kwargs is not None and not isinstance(kwargs, dict):
+            raise AMAError(
+                f"chat_template_kwargs of task {entry.get('task', '?')!r} must be a mapping like {{enable_thinking: false}}, "
+                f"got {kwargs!r}."
+            )
         if not entry.get("task"):
             raise AMAError(f"An entry of `tasks` has no 'task'; found {entry}. Every task needs 'task' and 'path'.")
         return cls(**entry)
@@ -133,6 +143,9 @@ class TaskMixtureConfig:
             Share of a task's training pairs to hold out if it has no `eval_split`.
         max_train_pairs, max_eval_pairs (`int`, *optional*):
             Keep at most that many pairs of each task, drawn with the run's seed.
+        drop_empty (`bool`, *optional*, defaults to `False`):
+            Drop pairs of which an answer is empty, and say how many. By default they are an error, because in pairs of your own
+            an empty answer is a mistake more often than not.
         drop_truncated (`bool`, *optional*, defaults to `False`):
             Drop pairs of which `max_length` would cut an answer, in training and evaluation, instead of training on the
             part that is left.
@@ -153,6 +166,9 @@ class TaskMixtureConfig:
     )
     max_eval_pairs: int | None = field(
         default=None, metadata={"help": "Keep at most that many held-out pairs of each task."}
+    )
+    drop_empty: bool = field(
+        default=False, metadata={"help": "Drop pairs without an answer, instead of ending with an error."}
     )
     drop_truncated: bool = field(
         default=False, metadata={"help": "Drop pairs of which `max_length` would cut an answer."}

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Value
 
 from .errors import AMAError
 from .task_config import TaskConfig
@@ -13,11 +13,11 @@ from .tasks import PAIR_COLUMNS
 _TURN = re.compile(r"\n\n(Human|Assistant):\s?")
 
 
-def own_format(dataset: Dataset, task: TaskConfig) -> Dataset:
-    """Apply a task's `columns` and `format`; files of `tasks_dir` are in TRL's format already.
+def own_format(dataset: Dataset, task: TaskConfig, split: str = "train") -> Dataset:
+    """Apply a task's `columns` and `format`; files of `tasks_dir` are in TRL's format already. `split` is for messages.
 
     Raises:
-        AMAError: If a column that they name is not there, or the format is unknown.
+        AMAError: If a column that they name is not there, the format is unknown, or a row has no string where it needs one.
     """
     if isinstance(task.columns, dict):
         lacking = [theirs for theirs in task.columns.values() if theirs not in dataset.column_names]
@@ -42,9 +42,23 @@ def own_format(dataset: Dataset, task: TaskConfig) -> Dataset:
             raise AMAError(
                 f"Format '{task.format}' of task '{task.task}' needs '{column}'; found {dataset.column_names}."
             )
+    _check_strings(dataset, task, needed, split)
     if task.format == "hh_rlhf":  # the published files hold a few broken rows
         dataset = dataset.filter(_is_whole_transcript, desc=f"Dropping broken transcripts of {task.task}")
     return dataset.map(convert, remove_columns=dataset.column_names, desc=f"Reading {task.task}")
+
+
+def _check_strings(dataset: Dataset, task: TaskConfig, columns: tuple[str, ...], split: str) -> None:
+    for column in columns:
+        if dataset.features[column] == Value("string") and not dataset.data.column(column).null_count:
+            continue
+        for row, value in enumerate(dataset.select_columns([column])):
+            if not isinstance(value[column], str):
+                found = "nothing" if value[column] is None else f"of type {type(value[column]).__name__}"
+                raise AMAError(
+                    f"Task '{task.task}', row {row} of the {split} pairs: {column} is {found}, and format '{task.format}' takes "
+                    "strings. Drop such rows; for messages, leave `format` out."
+                )
 
 
 def _is_whole_transcript(row: dict[str, str]) -> bool:

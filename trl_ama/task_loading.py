@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,31 @@ from transformers import PreTrainedTokenizerBase
 from trl import extract_prompt
 
 from .errors import AMAError, first_line
+from .pair_rows import check_rows
 from .task_config import TaskConfig, TaskMixtureConfig, check_task_names
 from .task_formats import own_format
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, add_pair_ids, concatenate_tasks
+from .template_kwargs import unite_template_kwargs, with_template_kwargs
 
 
 _LOCAL_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_SPLITS = {"train": "train", "test": "held-out"}  # in messages
+
+
+@dataclass
+class LoadedTasks:
+    """What [`read_tasks`] returns.
+
+    Parameters:
+        pairs (`DatasetDict`): As [`load_tasks`] returns them.
+        commits (`dict[str, str]`): Task → commit of its dataset, of those that came from the Hub.
+        empty (`dict[str, dict[str, int]]`): Task → split → pairs without an answer that `drop_empty` dropped, if any.
+    """
+
+    pairs: DatasetDict
+    commits: dict[str, str] = field(default_factory=dict)
+    empty: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def load_tasks(
@@ -40,34 +59,34 @@ def load_tasks(
         `pair_id` and `task` (a ClassLabel in the recipe's order).
 
     Raises:
-        AMAError: If there are no tasks, one cannot be read, has no rows, or lacks the preference columns.
+        AMAError: If there are no tasks, one cannot be read, has no rows, or lacks the preference columns; or if a row is no
+            preference pair.
     """
-    if not config.tasks:
-        raise AMAError("There are no tasks. List at least one under `tasks:` in the recipe, or pass `--tasks`.")
-    return load_tasks_and_commits(config, seed, fits, ready)[0]
+    return read_tasks(config, seed, fits, ready).pairs
 
 
-def load_tasks_and_commits(
+def read_tasks(
     config: TaskMixtureConfig,
     seed: int = 0,
     fits: Callable[[dict], bool] | None = None,
     ready: Mapping[str, Mapping[str, Dataset]] | None = None,
-) -> tuple[DatasetDict, dict[str, str]]:
-    """As [`load_tasks`], and for each task that came from the Hub the commit of its dataset."""
+) -> LoadedTasks:
+    """As [`load_tasks`], with what is worth knowing of where the pairs came from and what was dropped."""
     if not config.tasks:
         raise AMAError("There are no tasks. List at least one under `tasks:` in the recipe, or pass `--tasks`.")
     check_task_names([task.task for task in config.tasks])
-    train, test, commits = {}, {}, {}
+    loaded = LoadedTasks(DatasetDict())
+    parts: dict[str, dict[str, Dataset]] = {"train": {}, "test": {}}
     for task in config.tasks:
-        parts = _load_task(task, config, seed, fits, (ready or {}).get(task.task))
-        train[task.task], held_out, commits[task.task] = parts
-        if held_out is not None:
-            test[task.task] = held_out
-    splits = {"train": concatenate_tasks(train)}
-    if test:
-        # The same ClassLabel in both splits, also when only some tasks have held-out pairs
-        splits["test"] = concatenate_tasks(test, names=list(train))
-    return DatasetDict(splits), {task: commit for task, commit in commits.items() if commit}
+        for split, part in _load_task(task, config, seed, fits, (ready or {}).get(task.task), loaded).items():
+            parts[split][task.task] = part
+    unite_template_kwargs(parts)
+    for split, own in parts.items():
+        if own:
+            # The same ClassLabel in both splits, also when only some tasks have held-out pairs
+            named = {task: add_pair_ids(part) for task, part in own.items()}
+            loaded.pairs[split] = concatenate_tasks(named, names=list(parts["train"]))
+    return loaded
 
 
 def _commit(dataset: Dataset) -> str | None:
@@ -85,44 +104,52 @@ def _load_task(
     seed: int,
     fits: Callable[[dict], bool] | None,
     ready: Mapping[str, Dataset] | None,
-) -> tuple[Dataset, Dataset | None, str | None]:
-    commit = None
+    loaded: LoadedTasks,
+) -> dict[str, Dataset]:
+    """A task's pairs by split; what else is found goes into `loaded`."""
     if ready is not None:
-        train, test = ready["train"], ready.get("test")
-    elif config.tasks_dir is not None:
-        loader, files = _local_files(task, Path(config.tasks_dir))
-        train = _load_split(task, "train", path=loader, data_files={"train": files["train"]})
-        test = _load_split(task, "test", path=loader, data_files={"test": files["test"]}) if "test" in files else None
-    elif task.path is None:
-        raise AMAError(
-            f"Task '{task.task}' has no 'path', and no `reference_losses` hold its pairs. Every task needs 'task' and 'path'."
-        )
+        parts = {split: ready[split] for split in ("train", "test") if ready.get(split) is not None}
     else:
-        source = {key: getattr(task, key) for key in ("path", "name", "data_dir", "data_files", "revision")}
-        train = _load_split(task, task.split, **source)
-        test = _load_split(task, task.eval_split, **source) if task.eval_split else None
-        commit = _commit(train)
-        train, test = (part if part is None else own_format(part, task) for part in (train, test))
-    if ready is None:
-        train, test = (part if part is None else _preference_columns(part, task) for part in (train, test))
-    if test is None and ready is None and config.test_split_size is not None:
-        halves = train.train_test_split(test_size=config.test_split_size, seed=seed)
-        train, test = halves["train"], halves["test"]
+        parts = _read_splits(task, config, loaded)
+        for split, part in parts.items():
+            kept = _with_answers(part, task, split, config.drop_empty)
+            if len(kept) < len(part):
+                loaded.empty.setdefault(task.task, {})[split] = len(part) - len(kept)
+            parts[split] = with_template_kwargs(_preference_columns(kept, task), task)
+        if "test" not in parts and config.test_split_size is not None:
+            parts = dict(parts["train"].train_test_split(test_size=config.test_split_size, seed=seed))
     if fits is not None:
-        rows = len(train)
-        train, test = (
-            part if part is None else part.filter(fits, desc=f"Dropping pairs of {task.task} that would be cut")
-            for part in (train, test)
-        )
-        if len(train) == 0:
+        rows = len(parts["train"])
+        parts = {
+            split: part.filter(fits, desc=f"Dropping pairs of {task.task} that would be cut")
+            for split, part in parts.items()
+        }
+        if len(parts["train"]) == 0:
             raise AMAError(
                 f"None of the {rows} pairs of task '{task.task}' fits into max_length, and drop_truncated is on. Raise "
                 "max_length, or turn drop_truncated off."
             )
-        test = None if test is None or len(test) == 0 else test
-    train = _at_most(train, config.max_train_pairs, seed)
-    test = None if test is None else add_pair_ids(_at_most(test, config.max_eval_pairs, seed))
-    return add_pair_ids(train), test, commit
+    limits = {"train": config.max_train_pairs, "test": config.max_eval_pairs}
+    return {split: _at_most(part, limits[split], seed) for split, part in parts.items() if len(part)}
+
+
+def _read_splits(task: TaskConfig, config: TaskMixtureConfig, loaded: LoadedTasks) -> dict[str, Dataset]:
+    """`train` and, if the task names its held-out pairs, `test`; with the columns that the preference format wants."""
+    if config.tasks_dir is not None:
+        loader, files = _local_files(task, Path(config.tasks_dir))
+        return {split: _load_split(task, split, path=loader, data_files={split: files[split]}) for split in files}
+    if task.path is None:
+        raise AMAError(
+            f"Task '{task.task}' has no 'path', and no `reference_losses` hold its pairs. Every task needs 'task' and 'path'."
+        )
+    source = {key: getattr(task, key) for key in ("path", "name", "data_dir", "data_files", "revision")}
+    parts = {"train": _load_split(task, task.split, **source)}
+    if task.eval_split:
+        parts["test"] = _load_split(task, task.eval_split, **source)
+    commit = _commit(parts["train"])
+    if commit:
+        loaded.commits[task.task] = commit
+    return {split: own_format(part, task, _SPLITS[split]) for split, part in parts.items()}
 
 
 def _at_most(dataset: Dataset, count: int | None, seed: int) -> Dataset:
@@ -161,20 +188,45 @@ def _load_split(task: TaskConfig, split: str, **source: Any) -> Dataset:
     return dataset
 
 
-def _preference_columns(dataset: Dataset, task: TaskConfig) -> Dataset:
-    """Bring one task into TRL's preference format with an explicit prompt."""
-    for column in ("chosen", "rejected"):
+def _with_answers(dataset: Dataset, task: TaskConfig, split: str, drop_empty: bool) -> Dataset:
+    """The pairs of which both answers say something.
+
+    Raises:
+        AMAError: If there are no answers' columns, a pair lacks an answer and `drop_empty` is off, or all do.
+    """
+    sides = ("chosen", "rejected")
+    for column in sides:
         if column not in dataset.column_names:
             raise AMAError(
                 f"Task '{task.task}' has no column '{column}'; found {dataset.column_names}. Name the dataset's own columns "
                 "with `columns: {chosen: …, rejected: …}`."
             )
-    for row, example in enumerate(dataset.select_columns(["chosen", "rejected"])):
-        if any(not _answer(example[side]).strip() for side in ("chosen", "rejected")):
-            raise AMAError(
-                f"Task '{task.task}' has a pair without an answer (row {row}: chosen={example['chosen']!r}, "
-                f"rejected={example['rejected']!r}). Drop such rows."
-            )
+    check_rows(dataset, task.task, _SPLITS[split])
+    answers = dataset.select_columns(list(sides))
+    kept = [row for row, pair in enumerate(answers) if all(_answer(pair[side]).strip() for side in sides)]
+    if len(kept) == len(dataset):
+        return dataset
+    if not kept:
+        raise AMAError(
+            f"Task '{task.task}' has no pair with two answers in its {len(dataset)} rows of split '{split}'. Check its `columns`."
+        )
+    if not drop_empty:
+        row = next((number for number, found in enumerate(kept) if number != found), len(kept))
+        first = ", ".join(f"{side}={_short(answers[row][side])}" for side in sides)
+        raise AMAError(
+            f"Task '{task.task}' has pairs without an answer: {len(dataset) - len(kept)} of {len(dataset)} in split '{split}', "
+            f"the first in row {row} ({first}). Set `drop_empty: true` to leave such pairs out, or mend them."
+        )
+    return dataset.select(kept)
+
+
+def _short(value: Any, most: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= most else f"…{text[-most:]}"  # of a conversation the answer is the end
+
+
+def _preference_columns(dataset: Dataset, task: TaskConfig) -> Dataset:
+    """Bring one task into TRL's preference format with an explicit prompt."""
     if "prompt" not in dataset.column_names:
         dataset = dataset.map(extract_prompt, desc=f"Extracting the prompts of {task.task}")
     extra = [column for column in EXTRA_COLUMNS if column in dataset.column_names]

@@ -30,7 +30,7 @@ if not any(type(finder).__name__ == "TRLAMAFinder" for finder in sys.meta_path):
 from trl.cli import main
 raise SystemExit(main([{command!r}, "--help"]))
 """
-COMMANDS = ("ama", "ama-specialists", "ama-losses", "ama-eval")
+COMMANDS = ("ama", "ama-specialists", "ama-losses", "ama-eval", "ama-check")
 
 
 def help_of(command: str) -> list[str]:

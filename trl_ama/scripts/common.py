@@ -41,6 +41,37 @@ def make_parser(
     return TrlParser(dataclass_types, prog=prog)
 
 
+def no_device_parser(
+    dataclass_types: tuple[type, ...], prog: str | None = None, forced: Callable[[tuple[Any, ...]], None] | None = None
+) -> argparse.ArgumentParser:
+    """Build the parser of a command that runs no model: it reads recipes for a GPU also on a machine that has none.
+
+    Args:
+        dataclass_types: What it parses into.
+        prog (`str`, *optional*): The command's name, for messages.
+        forced (`Callable`, *optional*): Is given the dataclasses if the recipe is for a GPU, which this machine lacks.
+    """
+    from trl import TrlParser
+
+    class Parser(TrlParser):
+        def parse_args_and_config(self, args=None, **kwargs):
+            from torch import cuda
+
+            args = list(sys.argv[1:] if args is None else args)
+            config = read_config(args)
+            given = any(arg.partition("=")[0] == "--use_cpu" for arg in args)
+            given = given or bool(config is not None and config.values.get("use_cpu"))
+            if given or cuda.is_available():
+                return super().parse_args_and_config(args, **kwargs)
+            # Where bf16 and its like would be refused
+            parsed = super().parse_args_and_config([*args, "--use_cpu"], **kwargs)
+            if forced is not None:
+                forced(parsed)
+            return parsed
+
+    return Parser(dataclass_types, prog=prog)
+
+
 @contextmanager
 def report_errors(command: str) -> Iterator[None]:
     """Turn an `AMAError` into one line on stderr and exit code 2, as argparse does for a wrong flag."""

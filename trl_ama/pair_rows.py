@@ -1,0 +1,84 @@
+"""Refuses rows that are no preference pairs, by task and row, before code that expects pairs meets them."""
+
+from typing import Any
+
+from datasets import Dataset
+
+from .errors import AMAError
+from .tasks import PAIR_COLUMNS
+
+
+_SHAREGPT = {"from", "value"}
+_TEXT, _MESSAGES = "plain text", "messages"
+
+
+def check_rows(dataset: Dataset, task: str, split: str) -> None:
+    """Raise an `AMAError` for the first row that is no pair of its file's kind: all plain text, or all messages.
+
+    Answers may be empty or missing, which is another question.
+
+    Args:
+        dataset (`Dataset`): `chosen`, `rejected` and, if the task has explicit prompts, `prompt`.
+        task, split (`str`): For the message.
+    """
+    columns = [name for name in PAIR_COLUMNS if name in dataset.column_names]
+    row, first_kind = 0, None
+    for batch in dataset.select_columns(columns).iter(batch_size=1000):
+        for values in zip(*(batch[name] for name in columns), strict=True):
+            where = f"Task '{task}', row {row} of the {split} pairs"
+            kind = _check(dict(zip(columns, values, strict=True)), where)
+            if None not in (kind, first_kind) and kind != first_kind:
+                raise AMAError(
+                    f"{where} is {kind}, but the rows before it are {first_kind}. Bring all rows into one form: all strings, or all "
+                    "lists of {role, content}."
+                )
+            first_kind, row = first_kind or kind, row + 1
+
+
+def _check(pair: dict[str, Any], where: str) -> str | None:
+    """The kind of one pair, `_TEXT` or `_MESSAGES`; `None` if there is nothing in it."""
+    if "prompt" in pair and pair["prompt"] is None:
+        raise AMAError(
+            f"{where} has no prompt. Drop such rows, or leave the column out of all (`columns: [chosen, rejected]`) if the answers "
+            "hold the prompt: it is then what both begin with."
+        )
+    for column, value in pair.items():
+        problem = _no_text(value)
+        if value is not None and problem is not None:
+            raise AMAError(f"{where}: {column} is {problem}")
+    kinds = {
+        column: _TEXT if isinstance(value, str) else _MESSAGES for column, value in pair.items() if value is not None
+    }
+    if len(set(kinds.values())) > 1:
+        found = ", ".join(f"{column} is {kind}" for column, kind in kinds.items())
+        raise AMAError(
+            f"{where} mixes two forms: {found}. Give all three as strings, or all three as lists of {{role, content}}."
+        )
+    return next(iter(kinds.values()), None)
+
+
+def _no_text(value: Any) -> str | None:
+    """What a value is and how to mend it, if it is neither a string nor a list of messages."""
+    fix = "Give it as a string, or as a list of {role, content}."
+    if isinstance(value, str):
+        return None
+    if not isinstance(value, list):
+        return f"{_short(value)}, of type {type(value).__name__}. {fix}"
+    for message in value:
+        if not isinstance(message, dict):
+            return f"a list that holds {_short(message)}, of type {type(message).__name__}. {fix}"
+        # A column of mappings has the keys of all rows, null where a row has none
+        keys = sorted(key for key, entry in message.items() if entry is not None)
+        if _SHAREGPT <= set(keys):
+            return (
+                f"a list of messages with the keys {keys}. Rename 'from' to 'role' and 'value' to 'content', and ShareGPT's roles "
+                "'human' and 'gpt' to 'user' and 'assistant'."
+            )
+        if not isinstance(message.get("role"), str) or "content" not in message:
+            return f"a list of messages with the keys {keys}; 'role' and 'content' are needed. {fix}"
+    return None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"

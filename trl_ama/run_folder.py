@@ -1,0 +1,71 @@
+"""The files of a run's folder, read without trust and without torch: what cannot be read is named, the rest is shown."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d{1,12})")
+
+
+class RunFolder:
+    """Reads the files of a run's folder and collects what is to be said about those that cannot be read.
+
+    Args:
+        folder (`Path`): The run's output folder.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.missing: list[str] = []
+
+    def json(self, path: Path) -> dict[str, Any]:
+        """A file's JSON object; an empty one if there is none, or it is damaged."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except (OSError, ValueError, RecursionError):
+            content = None
+        if not isinstance(content, dict):
+            self.missing.append(f"{path.relative_to(self.folder)} is damaged and was left out.")
+            return {}
+        return content
+
+    def parts(self, kind: str) -> dict[str, Path]:
+        """The folders within one of the run's, by name. Names in files are looked up here and never joined to a path."""
+        try:
+            paths = sorted((self.folder / kind).iterdir())
+        except OSError:
+            return {}
+        return {path.name: path for path in paths if path.is_dir() and not path.name.startswith(".")}
+
+    def unfinished_losses(self) -> list[str]:
+        """The tasks of which some pairs are scored."""
+        return [path.name[1:].removesuffix(".shards") for path in (self.folder / "reference_losses").glob(".*.shards")]
+
+
+def as_dict(value: Any) -> dict[str, Any]:
+    """`value` if it is a JSON object, or an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def as_names(value: Any) -> list[str]:
+    """The texts of a JSON list, each once."""
+    return list(dict.fromkeys(name for name in value if isinstance(name, str))) if isinstance(value, list) else []
+
+
+def number(value: Any) -> float | None:
+    """`value` if it is a number that can be drawn."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30:
+        return value
+    return None
+
+
+def last_checkpoint(folder: Path) -> tuple[int, Path] | None:
+    """Step and folder of the last checkpoint of a training; `None` if there is none."""
+    found = [
+        (int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))
+    ]
+    return max(found, default=None)
