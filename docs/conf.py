@@ -34,3 +34,12 @@ html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#9a5b00", "color-brand-content": "#8a4b00"},
     "dark_css_variables": {"color-brand-primary": "#ffb454", "color-brand-content": "#ffb454"},
 }
+
+
+def start_page(app, name, source):
+    """On GitHub the documentation begins at `docs/README.md`, which is a part of the site's own first page."""
+    source[0] = source[0].replace("docs/README.md", "docs/index.md")
+
+
+def setup(app):
+    app.connect("source-read", start_page)

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib
+import importlib.util
 import os
 import re
 import shutil
@@ -86,8 +87,8 @@ def test_keys_and_flags_in_the_text_exist():
                 for key in yaml.safe_load(code):
                     assert key in known or key == "fraction", f"{page}: `{code}`"
                     seen += 1
-            for flag in [] if code.startswith("hf ") else re.findall(r"(?<!\S)--(\w+)", code):
-                assert flag in known | {"help", "config", "accelerate_config"}, f"{page}: `{code}`"
+            for flag in [] if code.startswith(("hf ", "tests/")) else re.findall(r"(?<!\S)--(\w+)", code):
+                assert flag in known | {"help", "config", "accelerate_config", "published"}, f"{page}: `{code}`"
                 seen += 1
     assert seen > 50
 
@@ -165,7 +166,7 @@ def finished(model_dir, tmp_path_factory):
     """A folder in which the runs that pages speak of are there."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "data").mkdir()
-    write_pairs(folder / "data", ["helpful", "code"])
+    write_pairs(folder / "data", ["helpful", "code"], 16, 6)
     run = folder / "outputs/quickstart/run"
     flags = {
         **QUICK,
@@ -209,6 +210,8 @@ def test_python_about_a_finished_run(finished, monkeypatch):
     assert Path("outputs/mine/report/index.html").is_file() and Path("comparison.html").is_file()
     quickstart = run_python("docs/quickstart.md", {})
     assert quickstart["answer"].shape[1] > quickstart["inputs"]["input_ids"].shape[1]
+    if importlib.util.find_spec("bitsandbytes"):
+        assert run_python("docs/qlora.md", {})["model"].get_base_model().is_loaded_in_4bit
     one_gpu = run_python("docs/single_gpu.md", {})
     assert str(one_gpu["model"].dtype) == "torch.bfloat16"
 

@@ -211,15 +211,19 @@ def test_columns_and_formats_fit_the_public_datasets(name, monkeypatch):
                 assert row["chat_template_kwargs"]["enable_thinking"] == (task == "think")
 
 
+def write_pairs(folder, tasks, train, test):
+    """Files with so many pairs of each task."""
+    for number, (task, kind) in enumerate(zip(tasks, cycle(("list", "sort", "brief")), strict=False)):
+        for split, count in (("train", train), ("test", test)):
+            rows = make_rows(kind, count, seed=count + number)
+            (folder / f"{task}_{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
 @pytest.fixture(scope="module")
 def pairs_dir(tmp_path_factory):
     """Files with pairs for the tasks of all recipes: as many as two steps draw, and the fewest held-out ones."""
     folder = tmp_path_factory.mktemp("pairs")
-    tasks = dict.fromkeys(task["task"] for path in RECIPES for task in recipe_tasks(path))
-    for number, (task, kind) in enumerate(zip(tasks, cycle(("list", "sort", "brief")), strict=False)):
-        for split, count in (("train", 8), ("test", 2)):
-            rows = make_rows(kind, count, seed=count + number)
-            (folder / f"{task}_{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_pairs(folder, dict.fromkeys(task["task"] for path in RECIPES for task in recipe_tasks(path)), 8, 2)
     return folder
 
 

@@ -6,6 +6,7 @@ import os
 import socket
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,7 +89,12 @@ def wandb_runs(folder: Path) -> dict[str, dict]:
     runs = {}
     for path in sorted(folder.rglob("*.wandb")):
         run = {"history": [], "exit_code": None}
-        for record in wandb_records(path):
+        records, waited = list(wandb_records(path)), 0
+        # `finish` returns when W&B's own process has heard of it; on a busy machine the file comes later
+        while not any(record.HasField("exit") for record in records) and waited < 50:
+            time.sleep(0.2)
+            records, waited = list(wandb_records(path)), waited + 1
+        for record in records:
             if record.HasField("run"):
                 name = record.run.display_name
                 run |= {"group": record.run.run_group, "kind": record.run.job_type, "project": record.run.project}
