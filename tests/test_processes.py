@@ -14,6 +14,8 @@ from conftest import QUICK, make_dataset, make_rows
 from processes_worker import BATCH, CASES
 from test_invariants import with_reference_columns
 
+from trl_ama import AMAError
+from trl_ama.fingerprint import check_fingerprint, relevant_arguments
 from trl_ama.loss_shards import LossShards
 
 
@@ -265,3 +267,18 @@ def test_an_error_of_any_process_ends_the_run(tmp_path):
     run = python(*launch, 1)
     assert run.returncode != 0
     assert run.stderr.count("trl ama: error: The disk of this process is full.") == 1
+
+
+def test_a_fingerprint_has_the_pairs_of_a_step_and_not_their_split(quick_args):
+    def noted(batch, accumulation):
+        args = quick_args(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
+        return relevant_arguments(args)
+
+    assert noted(8, 1) == noted(2, 4) and noted(8, 1)["pairs_per_step"] == 8
+    with pytest.raises(AMAError, match="made with pairs_per_step=16, but this run has pairs_per_step=8"):
+        check_fingerprint(noted(8, 1), noted(4, 4), "It was", "Mend it.")
+    old = {key: value for key, value in noted(8, 1).items() if key != "pairs_per_step"}  # of trl-ama 0.1
+    check_fingerprint(noted(8, 1), {**old, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, "", "")
+    with pytest.raises(AMAError, match="made with pairs_per_step=12, but this run has pairs_per_step=8"):
+        other = {**old, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
+        check_fingerprint(noted(8, 1), other, "It was", "Mend it.")
