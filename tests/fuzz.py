@@ -21,6 +21,7 @@ import random
 import signal
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from collections import Counter
@@ -633,14 +634,19 @@ def silence():
 
 def fuzz(cases: int, seed: int = 0, start: int = 0, talk: bool = False) -> tuple[Counter, list[str]]:
     """Run cases; return how many ended how, by kind, and what is to be said about those that failed."""
-    counts, failures = Counter(), []
+    counts, seconds, failures = Counter(), Counter(), []
     with contextlib.chdir("."), silence(), tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder))
         for number in range(start, start + cases):
+            begun = time.monotonic()
             kind, outcome = world.run(seed, number)
+            seconds[kind] += time.monotonic() - begun
             counts[kind, outcome.name] += 1
             if outcome.name in FAILURES:
                 failures.append(f"case {number} ({kind}): {outcome.name}\n{outcome.text}")
+            if talk and (number + 1 - start) % 50 == 0:
+                spent = ", ".join(f"{kind} {seconds[kind]:.0f} s" for kind in KINDS)
+                print(f"{number + 1 - start} cases ({spent}), {len(failures)} failures", flush=True)
             if talk and (cases == 1 or outcome.name in FAILURES):
                 print(f"case {number} ({kind}): {outcome.name}\n{outcome.text}", flush=True)
     return counts, failures
