@@ -21,6 +21,7 @@ import random
 import signal
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from collections import Counter
@@ -34,7 +35,7 @@ from conftest import QUICK, _make_tokenizer, make_model, make_rows
 TASKS = ("list", "sort")
 SECONDS = 20  # of a case; the slowest take about one
 LONGEST = 3000  # characters of a message
-FAILURES = ("traceback", "hang", "long")
+FAILURES = ("traceback", "hang", "crash", "long")
 KINDS = {"recipe": 11, "rows": 6, "trainer": 4, "losses": 4}  # and how often
 
 
@@ -397,7 +398,10 @@ class World:
                 content = file.getvalue()
             except Exception:  # rows that Arrow cannot hold are no Parquet file
                 content = b"PAR1"
-        if rng.random() < 0.3:
+        if rng.random() < 0.3 and kind == "parquet":
+            # Cut off, no more: Arrow crashes on some pages with a flipped bit, which no Python can catch
+            content = content[: rng.randrange(len(content))]
+        elif rng.random() < 0.3:
             content = rng.choice((spoil(rng, content), b"", b"\n\n", b"[]", b"{}", b"null", b"5\n6\n"))
         if kind.endswith("gz"):
             content = gzip.compress(content)
@@ -567,9 +571,8 @@ class World:
         """One case, by its number."""
         import shutil
 
-        rng = random.Random(f"{seed} {number}")
-        self.number = number
-        kind = rng.choices(list(KINDS), KINDS.values())[0]
+        rng = case_rng(seed, number)
+        self.number, kind = number, kind_of(rng)
         before = dict(os.environ)
         try:
             outcome = getattr(self, f"case_{kind}")(rng)
@@ -581,6 +584,16 @@ class World:
 
 
 World._last_settings = None
+
+
+def case_rng(seed: int, number: int) -> random.Random:
+    """What a case is made with."""
+    return random.Random(f"{seed} {number}")
+
+
+def kind_of(rng: random.Random) -> str:
+    """The first that is drawn for a case."""
+    return rng.choices(list(KINDS), KINDS.values())[0]
 
 
 def outcome_of(function, is_new: bool = True) -> Outcome:
@@ -631,18 +644,49 @@ def silence():
             logging.set_verbosity(level)
 
 
+def results(world: World, seed: int, numbers: range):
+    """Number, kind and outcome of each case. They run in a child, so that one that ends the interpreter is an outcome, too."""
+    numbers = list(numbers)
+    while numbers:
+        reads, writes = os.pipe()
+        child = os.fork()
+        if child == 0:
+            with os.fdopen(writes, "w", encoding="utf-8") as out:
+                for number in numbers:
+                    kind, outcome = world.run(seed, number)
+                    out.write(json.dumps([kind, *outcome]) + "\n")
+                    out.flush()
+            os._exit(0)
+        os.close(writes)
+        with os.fdopen(reads, encoding="utf-8") as lines:
+            for line in lines:
+                kind, *outcome = json.loads(line)
+                yield numbers.pop(0), kind, Outcome(*outcome)
+        status = os.waitpid(child, 0)[1]
+        if numbers:
+            yield (
+                numbers[0],
+                kind_of(case_rng(seed, numbers.pop(0))),
+                Outcome("crash", f"the process ended with {status}"),
+            )
+
+
 def fuzz(cases: int, seed: int = 0, start: int = 0, talk: bool = False) -> tuple[Counter, list[str]]:
     """Run cases; return how many ended how, by kind, and what is to be said about those that failed."""
-    counts, failures = Counter(), []
+    counts, failures, begun = Counter(), [], time.monotonic()
     with contextlib.chdir("."), silence(), tempfile.TemporaryDirectory() as folder:
-        world = World(Path(folder))
-        for number in range(start, start + cases):
-            kind, outcome = world.run(seed, number)
+        for number, kind, outcome in results(World(Path(folder)), seed, range(start, start + cases)):
             counts[kind, outcome.name] += 1
+            said = f"case {number} ({kind}): {outcome.name}\n{outcome.text}"
             if outcome.name in FAILURES:
-                failures.append(f"case {number} ({kind}): {outcome.name}\n{outcome.text}")
+                failures.append(said)
             if talk and (cases == 1 or outcome.name in FAILURES):
-                print(f"case {number} ({kind}): {outcome.name}\n{outcome.text}", flush=True)
+                print(said, flush=True)
+            if talk and (number + 1 - start) % 50 == 0:
+                print(
+                    f"{number + 1 - start} cases, {time.monotonic() - begun:.0f} s, {len(failures)} failures",
+                    flush=True,
+                )
     return counts, failures
 
 

@@ -32,7 +32,7 @@ def test_a_hundred_thousand_steps(name):
     rng = np.random.default_rng(0)
     strategy = build_strategy(name, [10, 20, 70], mixing_lr=0.01)
     means = rng.exponential(size=(STEPS, 3))
-    stop, resumed = int(rng.integers(STEPS // 2, STEPS)), None
+    stop, resumed = int(rng.integers(STEPS * 9 // 10, STEPS)), None
     worst = 0.0
     for number, mean in enumerate(means):
         if number == stop:

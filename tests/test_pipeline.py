@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 from conftest import QUICK, make_rows
 from datasets import load_dataset
+from safetensors.numpy import load_file, save_file
 from test_invariants import lora
+from test_versions import refused, with_version
 from trl import DPOTrainer, ModelConfig, TrlParser
 
 from trl_ama import AMAConfig, AMAError, AMATrainer, TaskMixtureConfig, join_reference_losses, run_pipeline
 from trl_ama.fingerprint import read_json, write_json
+from trl_ama.html_report import collect
+from trl_ama.loss_dataset import read_note
 from trl_ama.loss_loading import load_reference_losses
 from trl_ama.pipeline import check_recipe
 from trl_ama.pipeline_arguments import PipelineArguments
@@ -21,6 +25,7 @@ from trl_ama.reference_losses import joined_data
 from trl_ama.report import result_table
 from trl_ama.run_settings import RunSettings
 from trl_ama.specialists import quality_warning
+from trl_ama.versions import VERSIONS
 
 
 SIZES = {"list": 48, "sort": 12, "brief": 48}
@@ -468,3 +473,58 @@ def test_nothing_to_evaluate_on(recipe, copy, no_training, capsys):
     del settings.data["test"]
     with pytest.raises(AMAError, match="No task has held-out pairs"):
         evaluate_policies(settings, {})
+
+
+def test_a_specialist_that_gives_no_numbers(copy, recipe, no_training):
+    path = copy / "specialists" / "sort" / "adapter_model.safetensors"
+    save_file({name: weight * np.nan for name, weight in load_file(path).items()}, path)
+    shutil.rmtree(copy / "reference_losses" / "sort")
+    with pytest.raises(
+        AMAError, match=r"'.*specialists/sort' gives no finite log-probs of 32 of 32 pairs of task 'sort'"
+    ):
+        run_pipeline(*recipe(copy), stages=("losses",))
+    assert not (copy / "reference_losses" / "sort").exists()
+
+
+# ---- Versions ----
+
+
+def test_every_file_of_a_run_has_its_version(finished):
+    folder = finished[0]
+    paths = [path for name in VERSIONS for path in folder.rglob(name) if name != "trainer_state.json"]
+    assert {path.name for path in paths} == {"stage.json", "results.json", "run.json", "fingerprint.json"}
+    assert all(read_json(path)["version"] == VERSIONS[path.name] for path in paths)
+    state = max(folder.glob("generalists/ama_s/checkpoint-*/trainer_state.json"))
+    assert read_json(state)["stateful_callbacks"]["ama"]["version"] == VERSIONS["trainer_state.json"]
+
+
+@pytest.mark.parametrize("name", ["specialists/list/stage.json", "generalists/ama_s/stage.json", "results.json"])
+def test_a_runs_files(copy, recipe, no_training, finished, name):
+    path = copy / name
+    with_version(path, 99)
+    with pytest.raises(AMAError, match=refused(path.name)) as caught:
+        run_pipeline(*recipe(copy))
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    with_version(path, None)  # as the first releases wrote it
+    assert run_pipeline(*recipe(copy))["policies"] == finished[1]["policies"]
+
+
+def test_notes_of_reference_losses(copy):
+    folder = copy / "reference_losses" / "list"
+    with_version(folder / "fingerprint.json", 99)
+    with pytest.raises(
+        AMAError, match=r"version 99 \('fingerprint.json'\), this trl-ama reads version 2\. Update trl-ama"
+    ):
+        read_note(folder)
+    with_version(folder / "fingerprint.json", 1)  # without the files' hashes
+    with pytest.raises(AMAError, match=r"version 1 .* reads version 2\. Use the trl-ama that made them"):
+        read_note(folder)
+
+
+def test_a_page_leaves_out_what_is_newer(copy):
+    with_version(copy / "results.json", 99)
+    data = collect(copy)
+    assert data["results"] is None
+    assert any(
+        "results.json is of version 99, newer than this trl-ama, and was left out" in text for text in data["missing"]
+    )
