@@ -1,5 +1,7 @@
 """The four log-prob columns that let a dataset carry its reference losses, and what may be wrong with them."""
 
+from typing import Any
+
 import numpy as np
 from datasets import Dataset
 from trl import DPOTrainer
@@ -17,8 +19,8 @@ LOGP_COLUMNS = REFERENCE_COLUMNS + SPECIALIST_COLUMNS
 TOKEN_COLUMNS = ("chosen_tokens", "rejected_tokens")  # how many tokens they were summed over
 
 
-def has_columns(dataset: Dataset, columns: tuple[str, ...], role: str) -> bool:
-    """Whether the dataset has all of `columns`.
+def has_columns(dataset: Dataset | Any, columns: tuple[str, ...], role: str) -> bool:
+    """Whether the dataset has all of `columns`. Of streams only their names are looked at.
 
     Raises:
         AMAError: If it has only some of them, or they hold values that are missing or not finite.
@@ -31,7 +33,7 @@ def has_columns(dataset: Dataset, columns: tuple[str, ...], role: str) -> bool:
             f"{role} has {[column for column in columns if column not in missing]} but lacks {missing}. Give all of them, "
             "or none."
         )
-    for column in columns:
+    for column in columns if isinstance(dataset, Dataset) else ():
         values = numpy_column(dataset, column).astype(np.float64)
         bad = np.flatnonzero(~np.isfinite(values))
         if len(bad):
