@@ -167,9 +167,9 @@ class BlockSampler(Sampler[int]):
         grid = (rng.random() + np.arange(size)) / size
         tasks = np.searchsorted(np.cumsum(probabilities), grid, side="right").clip(max=len(probabilities) - 1)
         rng.shuffle(tasks)  # else every micro-batch would hold a single task
-        rows = []
-        for task in tasks.tolist():
-            rows.append(self._take(task))
+        rows = tasks.tolist()
+        for place, task in enumerate(rows):
+            rows[place] = self._take(task)
             self._cursors[task] += 1
         return Block(rows, probabilities.tolist())
 
