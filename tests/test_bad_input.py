@@ -191,9 +191,9 @@ def test_a_dpo_config(refuse, quick_args):
     assert "takes an AMAConfig as `args`, got DPOConfig" in text
 
 
-def test_streaming(refuse):
+def test_one_stream_of_unknown_tasks(refuse):
     text = refuse(IterableDataset.from_generator(lambda: iter(make_dataset(SIZES))))
-    assert "IterableDataset" in text and "without streaming" in text
+    assert "one IterableDataset, whose tasks cannot be known" in text and "a stream per task" in text
 
 
 def test_arguments_that_contradict_the_strategy(refuse, quick_args):

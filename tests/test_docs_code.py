@@ -216,6 +216,16 @@ def test_python_about_a_finished_run(finished, monkeypatch):
     assert str(one_gpu["model"].dtype) == "torch.bfloat16"
 
 
+def test_python_about_streams(base_and_pairs, finished, monkeypatch):  # noqa: F811
+    """The losses that a run of the pipeline has left, with their texts, log-probs and numbers of tokens."""
+    monkeypatch.chdir(finished)
+    trainer = run_python("docs/streaming.md", {})["trainer"]
+    assert trainer.state.global_step == 2 and trainer.ref_model is None and trainer.has_reference_losses
+    assert {"ama/excess/helpful", "ama/probability/code"} <= {
+        key for entry in trainer.state.log_history for key in entry
+    }
+
+
 def test_python_of_the_trainer_and_the_installation(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run_python("docs/trainer.md", {}, "use_cpu=True, bf16=False")["args"].load_best_model_at_end

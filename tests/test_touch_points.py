@@ -5,19 +5,24 @@ docs/touch_points.md lists them. If an upgrade breaks one, the test that fails s
 
 import copy
 import inspect
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_dataset, make_model, make_rows
-from datasets import Dataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets.distributed import split_dataset_by_node
+from datasets.iterable_dataset import BufferShuffledExamplesIterable
 from test_invariants import lora, with_reference_columns
 from transformers import Trainer
 from trl import DPOConfig, DPOTrainer
 
 from trl_ama import AMAConfig, AMATrainer
 from trl_ama.recorded_forward import RecordedForward
+from trl_ama.stream_sources import _own_copy
+from trl_ama.streaming import StreamSampler
 
 
 DOC = Path(__file__).parent.parent / "docs" / "touch_points.md"
@@ -661,6 +666,87 @@ def test_83_the_parser_of_accelerate_launch():
 def test_84_a_datasets_fingerprint_is_of_its_rows():
     data = make_dataset({"list": 4})
     assert data._fingerprint != data.select([0, 1])._fingerprint != data.shuffle(seed=0)._fingerprint
+
+
+def numbers(count=10):
+    for number in range(count):
+        yield {"number": number}
+
+
+def test_60_streams_continue_from_their_state():
+    stream = IterableDataset.from_generator(numbers).map(lambda row: {"twice": 2 * row["number"]})
+    stream = stream.filter(lambda row: row["number"] != 5)
+    rows = iter(stream)
+    assert [next(rows)["twice"] for _ in range(3)] == [0, 2, 4]
+    state = json.loads(json.dumps(stream.state_dict()))
+    stream.load_state_dict(state)
+    assert [row["number"] for row in stream] == [3, 4, 6, 7, 8, 9]
+    stream.load_state_dict(None)
+    assert next(iter(stream))["number"] == 0
+
+
+def test_61_a_stream_is_a_chain_of_objects_that_note_how_far_they_were_read():
+    whole = IterableDataset.from_generator(numbers)
+    even, odd = (
+        whole.filter(lambda row, rest: row["number"] % 2 == rest, fn_kwargs={"rest": rest}) for rest in (0, 1)
+    )
+    assert even._ex_iterable.ex_iterable is not None
+    joined = concatenate_datasets([even, odd])
+    assert [type(part).__name__ for part in joined._ex_iterable.ex_iterables] == ["FilteredExamplesIterable"] * 2
+    ours, theirs = (_own_copy(stream, "list") for stream in (even, odd))
+    for own, rest in ((ours, 0), (theirs, 1)):
+        rows = iter(own)
+        assert [next(rows)["number"] for _ in range(2)] == [rest, rest + 2]
+    for own, rest in ((ours, 0), (theirs, 1)):  # neither has moved the other
+        own.load_state_dict(own.state_dict())
+        assert next(iter(own))["number"] == rest + 4
+    assert next(iter(even))["number"] == 0
+
+
+def test_62_shuffled_and_split_streams_can_be_told():
+    stream = IterableDataset.from_generator(numbers)
+    assert stream._distributed is None
+    assert isinstance(stream.shuffle(seed=1)._ex_iterable, BufferShuffledExamplesIterable)
+    assert split_dataset_by_node(stream, 0, 2)._distributed is not None
+
+
+def test_63_dpo_prepares_a_stream_lazily(dpo):
+    read = []
+
+    def rows():
+        for row in make_rows("list", 20, 0):
+            read.append(row)
+            yield {**row, "task": "list"}
+
+    stream = IterableDataset.from_generator(rows)
+    prepared = dpo._prepare_dataset(stream, dpo.processing_class, dpo.args, "train")
+    assert len(read) < 5
+    expected = [{**row, "task": "list"} for row in make_rows("list", 20, 0)]
+    in_memory = dpo._prepare_dataset(Dataset.from_list(expected), dpo.processing_class, dpo.args, "train")
+    names = ("task", "prompt_ids", "chosen_ids", "rejected_ids")
+    for ours, theirs in zip(prepared, in_memory, strict=True):
+        assert {name: ours[name] for name in names} == {name: theirs[name] for name in names}
+    short = copy.copy(dpo.args)
+    short.max_length = 7
+    kept = list(dpo._prepare_dataset(stream, dpo.processing_class, short, "train"))
+    assert 0 < len(kept) < 20 and all(len(row["prompt_ids"]) < 7 for row in kept)
+
+
+def test_64_trainer_takes_any_dataset_and_a_sampler_whose_length_is_the_run(model_dir, quick_args):
+    """One epoch of `max_steps` steps; rows lose what the collator does not know; no process reads for another."""
+    data = with_reference_columns(make_dataset({"list": 6, "sort": 5})).remove_columns("task")
+    parts = {"list": data.select(range(6)), "sort": data.select(range(6, 11))}
+    trainer = AMATrainer(
+        model_dir,
+        args=quick_args(max_steps=5, per_device_train_batch_size=4, gradient_accumulation_steps=2),
+        train_dataset={task: part.to_iterable_dataset() for task, part in parts.items()},
+        peft_config=lora(),
+    )
+    loader = trainer.get_train_dataloader()
+    assert isinstance(trainer.mixture.sampler, StreamSampler) and len(trainer.mixture.sampler) == 40
+    assert trainer.args.accelerator_config.dispatch_batches is False
+    assert trainer.set_initial_training_values(trainer.args, loader)[:2] == (1, 5)
+    assert "prompt" not in next(iter(loader))
 
 
 def test_every_touch_point_is_documented():

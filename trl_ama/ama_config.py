@@ -52,6 +52,9 @@ class AMAConfig(DPOConfig):
             Whether prompt, chosen and rejected run through the model as one sequence, which computes each prompt once and
             pads nothing. `"auto"`: where it gives the same numbers, which is tried on every model. `True`: raise an error
             where it does not. `False`: never.
+        streaming_buffer (`int`, *optional*, defaults to `1000`):
+            Pairs of a task that are held and shuffled at a time if the task is streamed. A task that has no more is drawn as if
+            it were in memory.
     """
 
     _VALID_DICT_FIELDS = DPOConfig._VALID_DICT_FIELDS + ["specialists"]
@@ -101,6 +104,10 @@ class AMAConfig(DPOConfig):
             "numbers), `true` (insist) or `false`."
         },
     )
+    streaming_buffer: int = field(
+        default=1000,
+        metadata={"help": "Pairs of a task that are held and shuffled at a time if the task is streamed."},
+    )
 
     def __repr__(self) -> str:
         # TRL's masks `hub_token`; a dataclass's own would show it
@@ -146,6 +153,8 @@ class AMAConfig(DPOConfig):
         self.prefix_sharing = _parse_prefix_sharing(self.prefix_sharing)
         if not 0.0 <= self.smoothing <= 1.0:
             raise AMAError(f"smoothing is the share of uniform draws and must lie in [0, 1], got {self.smoothing}.")
+        if not isinstance(self.streaming_buffer, int) or self.streaming_buffer < 1:
+            raise AMAError(f"streaming_buffer is a number of pairs, at least 1, got {self.streaming_buffer!r}.")
         # The command line checks `choices` itself; YAML and Python come here
         for name, known in (("excess_clip", _EXCESS_CLIPS), ("sampling", _SAMPLINGS)):
             if getattr(self, name) not in known:

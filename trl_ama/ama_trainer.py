@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import (
     BitsAndBytesConfig,
@@ -30,6 +30,7 @@ from .processes import is_sharded, sum_of_all
 from .recorded_forward import RecordedForward
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS, add_logp_columns
 from .step_recorder import TaskCollator
+from .stream_sources import StreamedTasks, is_streamed, stream_arguments
 from .task_evaluation import TaskEvaluationTrainer
 from .tasks import TASK_COLUMN, task_names_of, with_task_labels
 from .trainer_checks import (
@@ -92,8 +93,8 @@ peft_config:
             As in [`~trl.DPOTrainer`].
         args ([`AMAConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
-        train_dataset ([`~datasets.Dataset`]):
-            Preference pairs with a `task` column (string or `ClassLabel`). With the columns `ref_chosen_logps` and
+        train_dataset ([`~datasets.Dataset`], or `dict[str, IterableDataset]`):
+            Preference pairs with a `task` column (string or `ClassLabel`), or task → stream of its pairs. With the columns `ref_chosen_logps` and
             `ref_rejected_logps`, no reference model is loaded or run; with `specialist_chosen_logps` and
             `specialist_rejected_logps` as well, these are the reference losses.
         eval_dataset (*optional*):
@@ -113,7 +114,7 @@ peft_config:
         ref_model: PreTrainedModel | None = None,
         args: AMAConfig | None = None,
         data_collator: DataCollator | None = None,
-        train_dataset: Dataset | None = None,
+        train_dataset: Dataset | IterableDataset | dict[str, IterableDataset] | None = None,
         eval_dataset: Dataset | DatasetDict | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
@@ -129,8 +130,13 @@ peft_config:
         check_config(args)
         check_train_dataset(train_dataset)
         check_eval_dataset(eval_dataset)
-        self.task_names = task_names_of(train_dataset)
-        train_dataset = with_task_labels(train_dataset, self.task_names)
+        streams = None
+        if is_streamed(train_dataset):
+            train_dataset = streams = StreamedTasks(train_dataset)
+            self.task_names = streams.names
+        else:
+            self.task_names = task_names_of(train_dataset)
+            train_dataset = with_task_labels(train_dataset, self.task_names)
         eval_dataset = label_eval(eval_dataset, self.task_names)
         specialists = check_specialists(specialists if specialists is not None else args.specialists, self.task_names)
         base_model = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -149,6 +155,8 @@ peft_config:
         strategy = strategy_for(args, train_dataset, self.task_names)
         check_arguments(args, strategy, self.has_reference_losses)
         check_best_metric(args, strategy, eval_dataset, has_specialist, specialists is not None)
+        if streams is not None:
+            args = stream_arguments(args, strategy, has_reference, has_specialist, specialists)
         # DPOTrainer then loads no reference model; `_precompute_ref_logps` below computes nothing that is there
         if has_reference and peft_config is None and not (not isinstance(model, str) and is_peft_model(model)):
             args = copy.copy(args)  # the caller's stays as it is
@@ -159,7 +167,7 @@ peft_config:
             ref_model=ref_model,
             args=args,
             data_collator=data_collator,
-            train_dataset=train_dataset,
+            train_dataset=train_dataset if streams is None else streams.first,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             compute_metrics=compute_metrics,
@@ -168,8 +176,13 @@ peft_config:
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        check_no_task_lost(train_dataset, self.train_dataset, self.task_names, args.max_length)
-        for role, part in {"train_dataset": self.train_dataset, **eval_parts(self.eval_dataset)}.items():
+        parts = eval_parts(self.eval_dataset)
+        if streams is None:
+            check_no_task_lost(train_dataset, self.train_dataset, self.task_names, args.max_length)
+            parts["train_dataset"] = self.train_dataset
+        else:
+            self.train_dataset = streams.prepared(self)
+        for role, part in parts.items():
             check_token_counts(part, role, args.max_length, args.truncation_mode)
         strategy = strategy_for(args, self.train_dataset, self.task_names)  # over the pairs that are left
         self._has_excess = self.has_reference_losses or strategy.objective == "excess"
@@ -212,7 +225,7 @@ peft_config:
 
     # Reference log-probs that the dataset carries are not computed again
     def _precompute_ref_logps(self, dataset, name, batch_size):
-        if REFERENCE_COLUMNS[0] in dataset.column_names:
+        if isinstance(dataset, IterableDataset) or REFERENCE_COLUMNS[0] in dataset.column_names:
             return dataset
         return super()._precompute_ref_logps(dataset, name, batch_size)
 

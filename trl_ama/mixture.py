@@ -11,8 +11,9 @@ from .columns import numpy_column
 from .errors import AMAError
 from .mixing import MixingStrategy, StepStatistics
 from .mixing.monitor import MixtureMonitor
-from .sampler import TaskMixtureSampler
+from .sampler import BlockSampler, TaskMixtureSampler
 from .step_recorder import StepRecorder
+from .streaming import StreamSampler, TaskStreams
 from .tasks import TASK_COLUMN
 from .versions import VERSIONS, check_version
 
@@ -33,7 +34,7 @@ class Mixture:
     def __init__(self, strategy: MixingStrategy, task_names: list[str], excess_range: float, has_excess: bool = True):
         self.strategy = strategy
         self.recorder = StepRecorder(len(task_names))
-        self.sampler: TaskMixtureSampler | None = None
+        self.sampler: BlockSampler | None = None
         self._task_names = task_names
         self._excess_range = excess_range
         self._has_excess = has_excess
@@ -45,9 +46,13 @@ class Mixture:
         self.broken_pairs: dict[str, int] = {}
         self.step_pairs = 0
 
-    def make_sampler(self, dataset: Dataset, args: AMAConfig, batch_size: int) -> TaskMixtureSampler:
+    def make_sampler(self, dataset: Dataset | TaskStreams, args: AMAConfig, batch_size: int) -> BlockSampler:
         """A new sampler over the dataset's tasks, for one `train()`, whose loaders have batches of `batch_size`."""
         per_loader_step = batch_size * args.world_size
+        if isinstance(dataset, TaskStreams):
+            block_size = per_loader_step * args.gradient_accumulation_steps
+            self.sampler = StreamSampler(dataset, self.strategy, block_size, args.max_steps)
+            return self.sampler
         length = len(dataset)
         self.sampler = TaskMixtureSampler(
             numpy_column(dataset, TASK_COLUMN),

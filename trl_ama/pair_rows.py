@@ -27,7 +27,7 @@ def check_rows(dataset: Dataset, task: str, split: str) -> None:
     for batch in dataset.select_columns(columns).iter(batch_size=1000):
         for values in zip(*(batch[name] for name in columns), strict=True):
             where = f"Task '{task}', row {row} of the {split} pairs"
-            kind = _check(dict(zip(columns, values, strict=True)), where)
+            kind = check_pair(dict(zip(columns, values, strict=True)), where)
             if None not in (kind, first_kind) and kind != first_kind:
                 raise AMAError(
                     f"{where} is {kind}, but the rows before it are {first_kind}. Bring all rows into one form: all strings, or all "
@@ -36,8 +36,12 @@ def check_rows(dataset: Dataset, task: str, split: str) -> None:
             first_kind, row = first_kind or kind, row + 1
 
 
-def _check(pair: dict[str, Any], where: str) -> str | None:
-    """The kind of one pair, `_TEXT` or `_MESSAGES`; `None` if there is nothing in it."""
+def check_pair(pair: dict[str, Any], where: str) -> str | None:
+    """The kind of one pair, plain text or messages; `None` if there is nothing in it.
+
+    Raises:
+        AMAError: If it is neither, or both. `where` says which one it is.
+    """
     if "prompt" in pair and pair["prompt"] is None:
         raise AMAError(
             f"{where} has no prompt. Drop such rows, or leave the column out of all (`columns: [chosen, rejected]`) if the answers "

@@ -1,5 +1,7 @@
 """The four log-prob columns that let a dataset carry its reference losses, and what may be wrong with them."""
 
+from typing import Any
+
 import numpy as np
 from datasets import Dataset, Value
 from trl import DPOTrainer
@@ -17,8 +19,8 @@ LOGP_COLUMNS = REFERENCE_COLUMNS + SPECIALIST_COLUMNS
 TOKEN_COLUMNS = ("chosen_tokens", "rejected_tokens")  # how many tokens they were summed over
 
 
-def has_columns(dataset: Dataset, columns: tuple[str, ...], role: str) -> bool:
-    """Whether the dataset has all of `columns`.
+def has_columns(dataset: Dataset | Any, columns: tuple[str, ...], role: str) -> bool:
+    """Whether the dataset has all of `columns`. Of streams only their names are looked at.
 
     Raises:
         AMAError: If it has only some of them, or they hold values that are missing or not finite.
@@ -31,6 +33,8 @@ def has_columns(dataset: Dataset, columns: tuple[str, ...], role: str) -> bool:
             f"{role} has {[column for column in columns if column not in missing]} but lacks {missing}. Give all of them, "
             "or none."
         )
+    if not isinstance(dataset, Dataset):
+        return True
     for column in columns:
         kind = dataset.features[column]
         if not (isinstance(kind, Value) and kind.dtype.startswith(("float", "int", "uint"))):

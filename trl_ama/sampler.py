@@ -5,6 +5,7 @@ do not depend on how the step is split. Loaders read ahead: a block is therefore
 drawn until the trainer says that it was trained on, and those blocks are part of the state.
 """
 
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,19 @@ from .mixing import MixingStrategy
 
 # Salts that keep the two kinds of random streams of one seed apart
 _ALLOCATION_STREAM, _SHUFFLE_STREAM = 0, 1
+# Fields of a state, as messages call them; only streams have a buffer
+_NAMES = {
+    "seed": "seed",
+    "length": "number of training pairs",
+    "block_size": "pairs per optimizer step",
+    "buffer": "streaming_buffer",
+}
 _CHUNK = 1 << 18  # rows; bounds the memory that counting and sorting need beside their results
+
+
+def shuffle_stream(seed: int, task: int, task_pass: int, *window: int) -> np.random.Generator:
+    """The random stream that shuffles a pass over a task's rows, or a later window of a streamed pass."""
+    return np.random.default_rng([_SHUFFLE_STREAM, seed, task, task_pass, *window])
 
 
 @dataclass
@@ -79,54 +92,45 @@ class _RowsByTask:
         return np.arange(first, last, dtype=self._dtype) if self._is_grouped else self._order[first:last].copy()
 
 
-class TaskMixtureSampler(Sampler[int]):
-    """Yields row numbers; an epoch is N = Σ n_i draws.
+class BlockSampler(Sampler[int]):
+    """What samplers of tasks share: blocks, what is drawn ahead of training, and the state.
 
     Every process of a distributed run holds the same sampler in the same state and draws the same rows; Accelerate's
-    shards split them.
+    shards split them. Subclasses say in `_take` what a draw of a task yields.
 
     Args:
-        task_ids (`np.ndarray`): Task of each row. # (N,)
         strategy ([`MixingStrategy`]): Asked for its probabilities before each block.
         block_size (`int`): Pairs of one optimizer step, over all micro-batches and processes.
         seed (`int`): Seed of all draws.
-        epoch_draws (`int`, *optional*): Draws of an epoch that reach the trainer; less than N when the last, incomplete
-            batch is dropped.
+        length (`int`): Draws of an epoch.
+        epoch_draws (`int`, *optional*): Draws of an epoch that reach the trainer; less than `length` when the last,
+            incomplete batch is dropped.
 
     Raises:
         AMAError: If `block_size` is not positive.
     """
 
     def __init__(
-        self,
-        task_ids: np.ndarray,
-        strategy: MixingStrategy,
-        block_size: int,
-        seed: int,
-        epoch_draws: int | None = None,
+        self, strategy: MixingStrategy, block_size: int, seed: int, length: int, epoch_draws: int | None = None
     ):
         if block_size < 1:
             raise AMAError(f"block_size is the number of pairs of an optimizer step, got {block_size}.")
-        task_ids = np.asarray(task_ids)
-        self._rows = _RowsByTask(task_ids, strategy.num_tasks)
         self._strategy = strategy
         self._block_size = block_size
         self._seed = seed
-        self._length = len(task_ids)
+        self._length = length
         self._epoch_draws = self._length if epoch_draws is None else epoch_draws
         self._blocks_drawn = 0  # over the whole run: the counter of the allocation's random stream
         self._cursors = [0] * strategy.num_tasks  # pairs taken of each task, over all its passes
         self._ahead: deque[Block] = deque()  # drawn and not yet trained on
         self._trained_draws = 0  # of this epoch
         self._resume_at: int | None = None
-        self._epoch_start: list[
-            int
-        ] = []  # its first block, which several processes repeat where the epoch's end is uneven
-        self._forget_passes()
+        # Its first block, which several processes repeat where the epoch's end is uneven
+        self._epoch_start: list[int] = []
 
-    def _forget_passes(self) -> None:
-        # What is left of each task's pass, which is made when the task is drawn
-        self._passes: list[Iterator[int]] = [iter(()) for _ in self._cursors]
+    @abstractmethod
+    def _take(self, task: int) -> int:
+        """What draw number `self._cursors[task]` of a task yields."""
 
     def __len__(self) -> int:
         return self._length
@@ -171,23 +175,11 @@ class TaskMixtureSampler(Sampler[int]):
         grid = (rng.random() + np.arange(size)) / size
         tasks = np.searchsorted(np.cumsum(probabilities), grid, side="right").clip(max=len(probabilities) - 1)
         rng.shuffle(tasks)  # else every micro-batch would hold a single task
-        rows = []
-        for task in tasks.tolist():
-            row = next(self._passes[task], None)
-            if row is None:
-                self._passes[task] = self._pass_from(task, self._cursors[task])
-                row = next(self._passes[task])
+        rows = tasks.tolist()
+        for place, task in enumerate(rows):
+            rows[place] = self._take(task)
             self._cursors[task] += 1
-            rows.append(row)
         return Block(rows, probabilities.tolist())
-
-    def _pass_from(self, task: int, cursor: int) -> Iterator[int]:
-        """The rows of the pass over `task` that its draw number `cursor` lies in, from that draw on."""
-        task_pass, position = divmod(cursor, int(self._rows.sizes[task]))
-        rows = self._rows.copy_of(task)
-        # Shuffling the rows themselves gives `rows[rng.permutation(n)]`, without a second array
-        np.random.default_rng([_SHUFFLE_STREAM, self._seed, task, task_pass]).shuffle(rows)
-        return iter(memoryview(rows)[position:])  # hands out Python integers, made as they are drawn
 
     def state_dict(self) -> dict[str, Any]:
         """State at the head of the draws plus the blocks drawn ahead and not yet trained on, as JSON types."""
@@ -202,6 +194,10 @@ class TaskMixtureSampler(Sampler[int]):
             "ahead": [dict(vars(block)) for block in self._ahead],
         }
 
+    def _must_equal(self) -> dict[str, Any]:
+        """What a state must have been written with to be continued."""
+        return {"seed": self._seed, "length": self._length, "block_size": self._block_size, "buffer": None}
+
     def load_state_dict(self, state: dict[str, Any], skips_data: bool = True) -> None:
         """Continue from a `state_dict`: the next `__iter__` goes on where training stopped.
 
@@ -213,12 +209,10 @@ class TaskMixtureSampler(Sampler[int]):
         Raises:
             AMAError: If the data, the seed or the pairs per optimizer step are not those of the state.
         """
-        ours = {"seed": self._seed, "length": self._length, "block_size": self._block_size}
-        names = {"seed": "seed", "length": "number of training pairs", "block_size": "pairs per optimizer step"}
-        for field, value in ours.items():
-            if state[field] != value:
+        for field, value in self._must_equal().items():
+            if state.get(field) != value:
                 raise AMAError(
-                    f"The checkpoint was written with {names[field]} {state[field]}, this run has {value}, so its draws "
+                    f"The checkpoint was written with {_NAMES[field]} {state.get(field)}, this run has {value}, so its draws "
                     "cannot be continued. Resume with the same settings and data, or start a new output_dir."
                 )
         self._blocks_drawn = state["blocks_drawn"]
@@ -226,10 +220,54 @@ class TaskMixtureSampler(Sampler[int]):
         self._trained_draws = state["trained_draws"]
         self._epoch_start = list(state.get("epoch_start", ()))  # not in the states of trl-ama 0.1
         self._ahead = deque(Block(**block) for block in state["ahead"])
-        self._forget_passes()
         if self._trained_draws >= self._epoch_draws:  # the checkpoint was written at an epoch's end
             self._resume_at = None
         else:
             if not skips_data:  # the trainer begins this epoch's count anew
                 self._trained_draws = 0
             self._resume_at = self._trained_draws
+
+
+class TaskMixtureSampler(BlockSampler):
+    """Yields row numbers of a dataset; an epoch is N = Σ n_i draws.
+
+    Args:
+        task_ids (`np.ndarray`): Task of each row. # (N,)
+        strategy, block_size, seed, epoch_draws: As in [`BlockSampler`].
+    """
+
+    def __init__(
+        self,
+        task_ids: np.ndarray,
+        strategy: MixingStrategy,
+        block_size: int,
+        seed: int,
+        epoch_draws: int | None = None,
+    ):
+        task_ids = np.asarray(task_ids)
+        super().__init__(strategy, block_size, seed, len(task_ids), epoch_draws)
+        self._rows = _RowsByTask(task_ids, strategy.num_tasks)
+        self._forget_passes()
+
+    def _forget_passes(self) -> None:
+        # What is left of each task's pass, which is made when the task is drawn
+        self._passes: list[Iterator[int]] = [iter(()) for _ in self._cursors]
+
+    def _take(self, task: int) -> int:
+        row = next(self._passes[task], None)
+        if row is None:
+            self._passes[task] = self._pass_from(task, self._cursors[task])
+            row = next(self._passes[task])
+        return row
+
+    def _pass_from(self, task: int, cursor: int) -> Iterator[int]:
+        """The rows of the pass over `task` that its draw number `cursor` lies in, from that draw on."""
+        task_pass, position = divmod(cursor, int(self._rows.sizes[task]))
+        rows = self._rows.copy_of(task)
+        # Shuffling the rows themselves gives `rows[rng.permutation(n)]`, without a second array
+        shuffle_stream(self._seed, task, task_pass).shuffle(rows)
+        return iter(memoryview(rows)[position:])  # hands out Python integers, made as they are drawn
+
+    def load_state_dict(self, state: dict[str, Any], skips_data: bool = True) -> None:
+        super().load_state_dict(state, skips_data)
+        self._forget_passes()

@@ -17,6 +17,13 @@ _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NO_FOLDER = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*\.\..*|.*\.")
 
 
+# To those who come from `trl dpo`, where a mixture may stream
+NO_STREAMING = (
+    "The pipeline scores every pair before it trains, so it loads its tasks without streaming; the reference losses that it "
+    "makes can be streamed into AMATrainer."
+)
+
+
 def _is_folder_name(name: Any) -> bool:
     return isinstance(name, str) and bool(_TASK_NAME.fullmatch(name)) and not _NO_FOLDER.fullmatch(name)
 
@@ -114,7 +121,8 @@ class TaskConfig:
         known = [field.name for field in fields(cls)]
         for key in entry:
             if key not in known:
-                hint = " The mixing strategy sets the shares." if key == "fraction" else nearest(str(key), known)
+                hints = {"fraction": " The mixing strategy sets the shares.", "streaming": f" {NO_STREAMING}"}
+                hint = hints.get(key) or nearest(str(key), known)
                 raise AMAError(
                     f"Unknown key '{key}' in task {short(entry.get('task', '?'))}; known are {known}.{hint}"
                 )

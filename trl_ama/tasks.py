@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, IterableDataset, Value, concatenate_datasets
+from datasets import ClassLabel, Dataset, Value, concatenate_datasets
 
 from .columns import encoded_column, with_class_labels
 from .errors import AMAError, nearest
@@ -102,14 +102,6 @@ def add_pair_ids(dataset: Dataset) -> Dataset:
     if PAIR_ID_COLUMN in dataset.column_names:
         return dataset
     return dataset.map(lambda row: {PAIR_ID_COLUMN: pair_id_of(row)}, desc="Naming the pairs")
-
-
-def refuse_streaming(dataset: Any, role: str) -> None:
-    """Raise an `AMAError` for an `IterableDataset`: draws by task need random access."""
-    if isinstance(dataset, IterableDataset):
-        raise AMAError(
-            f"{role} is an IterableDataset, and draws by task need random access. Load it without streaming."
-        )
 
 
 def concatenate_tasks(parts: dict[str, Dataset], names: list[str] | None = None) -> Dataset:

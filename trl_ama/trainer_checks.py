@@ -14,7 +14,7 @@ from .errors import AMAError, nearest
 from .mixing import MixingStrategy, build_strategy
 from .reference_columns import REFERENCE_COLUMNS, SPECIALIST_COLUMNS, TOKEN_COLUMNS, has_columns
 from .sampler import count_tasks
-from .tasks import TASK_COLUMN, refuse_streaming, with_task_labels
+from .tasks import TASK_COLUMN, with_task_labels
 
 
 def check_config(args: Any) -> None:
@@ -30,15 +30,12 @@ def check_train_dataset(train_dataset: Any) -> None:
     """Raise an `AMAError` unless there are pairs that can be drawn by task."""
     if train_dataset is None:
         raise AMAError("AMATrainer needs a `train_dataset` of preference pairs with a `task` column, got None.")
-    refuse_streaming(train_dataset, "train_dataset")
-    if not isinstance(train_dataset, Dataset):
-        fix = (
-            "Choose a split of it, e.g. dataset['train']."
-            if isinstance(train_dataset, dict)
-            else "See Dataset.from_list."
+    if not isinstance(train_dataset, (Dataset, IterableDataset, dict)):
+        raise AMAError(
+            f"train_dataset must be a datasets.Dataset, got {type(train_dataset).__name__}. See Dataset.from_list, and for streams "
+            "give a dict of tasks."
         )
-        raise AMAError(f"train_dataset must be a datasets.Dataset, got {type(train_dataset).__name__}. {fix}")
-    if len(train_dataset) == 0:
+    if isinstance(train_dataset, (Dataset, dict)) and len(train_dataset) == 0:
         raise AMAError("train_dataset has no rows. Give it preference pairs with a `task` column.")
 
 
@@ -100,7 +97,7 @@ def check_specialists(specialists: dict[str, Any] | None, task_names: list[str])
     return specialists
 
 
-def check_columns(train_dataset: Dataset, eval_dataset: Any, ref_model: Any) -> tuple[bool, bool]:
+def check_columns(train_dataset: Dataset | Any, eval_dataset: Any, ref_model: Any) -> tuple[bool, bool]:
     """Whether the training pairs carry reference log-probs, and specialists' log-probs.
 
     Raises:
@@ -123,11 +120,15 @@ def check_columns(train_dataset: Dataset, eval_dataset: Any, ref_model: Any) -> 
     return has_reference, has_specialist
 
 
-def strategy_for(args: AMAConfig, train_dataset: Dataset, task_names: list[str]) -> MixingStrategy:
-    """Build the strategy that `args` asks for, over the tasks' numbers of pairs."""
+def strategy_for(args: AMAConfig, train_dataset: Dataset | Any, task_names: list[str]) -> MixingStrategy:
+    """Build the strategy that `args` asks for, over the tasks' numbers of pairs: 1 each if they are streamed."""
+    if isinstance(train_dataset, Dataset):
+        sizes = count_tasks(numpy_column(train_dataset, TASK_COLUMN), len(task_names))
+    else:
+        sizes = np.ones(len(task_names))
     return build_strategy(
         args.mixing,
-        count_tasks(numpy_column(train_dataset, TASK_COLUMN), len(task_names)),
+        sizes,
         mixing_lr=None if args.mixing_lr == "auto" else args.mixing_lr,
         smoothing=args.smoothing,
         excess_clip=args.excess_clip,
@@ -146,6 +147,14 @@ def check_no_task_lost(before: Dataset, after: Dataset, task_names: list[str], m
             )
 
 
+def kept_tokens(prompts: Any, answers: Any, max_length: int | None, truncation_mode: str) -> Any:
+    """How many tokens of answers truncation leaves, given numbers of tokens: arrays, or one each. # (N,)"""
+    if max_length is None:
+        return answers
+    room = max_length - prompts if truncation_mode == "keep_start" else max_length
+    return np.minimum(answers, np.maximum(room, 0))
+
+
 def check_token_counts(dataset: Dataset, role: str, max_length: int | None, truncation_mode: str) -> None:
     """Raise an `AMAError` if log-probs in the data were summed over other numbers of tokens than the answers have here."""
     if any(
@@ -154,10 +163,7 @@ def check_token_counts(dataset: Dataset, role: str, max_length: int | None, trun
         return
     prompts = list_lengths(dataset, "prompt_ids")
     for column, ids in zip(TOKEN_COLUMNS, ("chosen_ids", "rejected_ids"), strict=True):
-        ours = list_lengths(dataset, ids)
-        if max_length is not None:
-            room = max_length - prompts if truncation_mode == "keep_start" else np.full_like(prompts, max_length)
-            ours = np.clip(ours, 0, np.maximum(room, 0))
+        ours = kept_tokens(prompts, list_lengths(dataset, ids), max_length, truncation_mode)
         theirs = numpy_column(dataset, column)
         other = np.flatnonzero(ours != theirs)
         if len(other):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from trl_ama.errors import AMAError, nearest
+from trl_ama.task_config import NO_STREAMING
 from trl_ama.value_types import check_value
 
 
@@ -160,6 +161,10 @@ def option_names(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     }
 
 
+def _hint(name: str, known: list[str]) -> str:
+    return f" {NO_STREAMING}" if name == "streaming" else nearest(name, known)
+
+
 def check_keys(config: Config | None, parser: argparse.ArgumentParser, launch_parser: argparse.ArgumentParser) -> None:
     """Raise an `AMAError` for the first key of `config` that nobody knows, or whose value is of a wrong type."""
     if config is None:
@@ -172,7 +177,7 @@ def check_keys(config: Config | None, parser: argparse.ArgumentParser, launch_pa
             where = f", line {config.lines[key]}," if key in config.lines else ""
             raise AMAError(
                 f"The config file {config.path}{where} has the key '{key}', which neither the command nor `accelerate "
-                f"launch` knows.{nearest(key, sorted(known))}"
+                f"launch` knows.{_hint(key, sorted(known))}"
             )
     for key, value in config.values.items():
         where = f"The config file {config.path}" + (f", line {config.lines[key]}:" if key in config.lines else ":")
@@ -199,7 +204,7 @@ def check_flags(flags: list[str], parser: argparse.ArgumentParser, launch_parser
     if unknown:
         name = unknown[0].partition("=")[0]
         known = ["config", *RESERVED_KEYS[1:], *option_names(parser), *option_names(launch_parser)]
-        guess = nearest(name.lstrip("-"), known).replace("'", "'--", 1)
+        guess = _hint(name.lstrip("-"), known).replace("'", "'--", 1)
         raise AMAError(f"The flag '{name}' is known neither to the command nor to `accelerate launch`.{guess}")
     if parsed.training_script != script:
         raise AMAError(f"The value '{parsed.training_script}' follows no flag that takes it; put its flag before it.")
