@@ -46,6 +46,10 @@ class AMAConfig(DPOConfig):
             Whether prompt, chosen and rejected run through the model as one sequence, which computes each prompt once and
             pads nothing. `"auto"`: where it gives the same numbers, which is tried on every model. `True`: raise an error
             where it does not. `False`: never.
+        save_on_signal (`bool`, *optional*, defaults to `True`):
+            Whether SIGTERM and the first Ctrl-C save a checkpoint at the end of the optimizer step and then leave with exit code
+            75; a second Ctrl-C stops at once. Nothing is saved if `save_strategy` is `"no"`. Off, signals do what they do in
+            [`~trl.DPOTrainer`].
     """
 
     _VALID_DICT_FIELDS = DPOConfig._VALID_DICT_FIELDS + ["specialists"]
@@ -93,6 +97,13 @@ class AMAConfig(DPOConfig):
         metadata={
             "help": "Run prompt, chosen and rejected through the model as one sequence: `auto` (where it gives the same "
             "numbers), `true` (insist) or `false`."
+        },
+    )
+    save_on_signal: bool = field(
+        default=True,
+        metadata={
+            "help": "Save a checkpoint on SIGTERM and on the first Ctrl-C, and leave with exit code 75; a second Ctrl-C stops at "
+            "once."
         },
     )
 

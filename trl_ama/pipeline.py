@@ -1,7 +1,9 @@
 """The stages in order, each skipping what is there already: specialists, reference losses, generalists, evaluation."""
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -10,8 +12,9 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 from trl import ModelConfig
 
+from . import interruption
 from .ama_config import AMAConfig
-from .errors import AMAError
+from .errors import AMAError, first_line
 from .evaluation import evaluate_policies, evaluation_fingerprint
 from .fingerprint import read_json, write_json
 from .generalist_card import write_card
@@ -24,8 +27,10 @@ from .publishing import Publisher
 from .quantized import check_optimizer, check_quantization
 from .reference_losses import reference_losses_done, reference_losses_of
 from .report import plot_mixture, result_table
+from .run_lock import folder_held
 from .run_note import leave_page
 from .run_settings import RunSettings
+from .safe_files import check_seal, is_full, sealed
 from .specialists import require_specialists, specialist_stage, train_specialists
 from .task_config import TaskMixtureConfig
 from .task_loading import prompt_fits_into
@@ -54,7 +59,9 @@ def run_pipeline(
 
     Raises:
         AMAError: If the recipe, the data or what earlier runs left do not fit together, or `push_to_hub` is on and the token
-            may not push, before anything is trained; or at the end, if a push failed.
+            may not push, before anything is trained; or at the end, if a push failed. If another process runs in the output
+            folder, or its disk is full.
+        Interrupted: A `SystemExit` with code 75, on SIGTERM and Ctrl-C, when what was under way is saved.
     """
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown:
@@ -65,15 +72,41 @@ def run_pipeline(
     pushes = training_args.push_to_hub and PartialState().is_main_process
     user = check_login(training_args.hub_token) if pushes else None  # a wrong token would fail every download too
     settings = RunSettings(pipeline_args, training_args, model_args, task_args)
-    check_recipe(settings, stages)
-    plan = describe_plan(settings, stages)
-    if PartialState().is_main_process:
-        print("\n".join(plan), flush=True)
-    with time_limit():
-        publisher = Publisher(settings, stages, user)
-        results = _run_stages(settings, publisher, stages)
-    publisher.finish()
+    with (
+        interruption.caught(training_args.save_on_signal),
+        folder_held(settings.output_dir, _tasks_alone(settings, stages)),
+        _enough_room(settings),
+    ):
+        check_recipe(settings, stages)
+        plan = describe_plan(settings, stages)
+        if PartialState().is_main_process:
+            print("\n".join(plan), flush=True)
+        with time_limit():
+            publisher = Publisher(settings, stages, user)
+            results = _run_stages(settings, publisher, stages)
+        publisher.finish()
     return results
+
+
+def _tasks_alone(settings: RunSettings, stages: Sequence[str]) -> list[str] | None:
+    """The tasks of a run that writes nothing but theirs, and shares its folder with others like it; `None` for any other."""
+    only = getattr(settings.pipeline_args, "only_tasks", None)
+    if only:
+        return list(only)
+    return settings.task_names if set(stages) == {"specialists"} else None
+
+
+@contextlib.contextmanager
+def _enough_room(settings: RunSettings) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise AMAError(
+            f"The disk of '{settings.output_dir}' is full ({first_line(error)}). What was finished is intact: make room, and run the "
+            "same command again to go on."
+        ) from error
 
 
 def _run_stages(settings: RunSettings, publisher: Publisher, stages: Sequence[str]) -> dict[str, Any] | None:
@@ -237,13 +270,26 @@ def evaluate(settings: RunSettings, published: dict[str, str] | None = None) -> 
     policies = {strategy: str(settings.generalist_dir(strategy)) for strategy in settings.strategies}
     made_from = evaluation_fingerprint(settings, policies)
     path = settings.output_dir / "results.json"
-    results = read_json(path)
+    results = _results_in(path)
     if results is None or results.get("made_from") != made_from:
-        results = {**evaluate_policies(settings, policies), "made_from": made_from}
+        results = sealed({**evaluate_policies(settings, policies), "made_from": made_from})
     if not PartialState().is_main_process:
         return results
     write_json(path, results)
     report(settings, results, published or {})
+    return results
+
+
+def _results_in(path: Path) -> dict[str, Any] | None:
+    """The results that are there; `None` if there are none, or they are damaged."""
+    try:
+        results = read_json(path)
+        if results is not None and set(results) != {"tasks", "policies", "made_from"}:  # as before they were sealed
+            check_seal(results, path)
+    except AMAError as error:
+        if PartialState().is_main_process:
+            warnings.warn(f"{str(error).split(' Delete it')[0]} It is made again.", UserWarning, stacklevel=2)
+        return None
     return results
 
 

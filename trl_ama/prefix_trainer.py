@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from trl import DPOTrainer
 
+from .exact_resume import ExactResume
 from .prefix_support import PrefixSharing
 from .quantized import keep_weights
 
@@ -54,11 +55,11 @@ class PrefixSharingTrainer(DPOTrainer):
             self.precompute_ref_logps = before
 
 
-class SpecialistTrainer(PrefixSharingTrainer):
+class SpecialistTrainer(ExactResume, PrefixSharingTrainer):
     """
-    Trainer of one task's specialist: TRL's DPO, with every forward pass on the fast path.
+    Trainer of one task's specialist: TRL's DPO, with every forward pass on the fast path and checkpoints that are exact.
 
-    Its whole difference from [`~trl.DPOTrainer`]: the loss is given a stand-in for the model.
+    Its whole difference from [`~trl.DPOTrainer`] in the numbers: the loss is given a stand-in for the model.
     """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -84,9 +84,9 @@ def train_specialist(settings: RunSettings, task: str) -> dict[str, float]:
     result = {"steps": trainer.state.global_step, "train_loss": history[-1] if history else None}
     if held_out is not None and len(trainer.eval_dataset):
         result |= _held_out_figures(trainer, task)
-    stage.finish(result)
     if trainer.accelerator.is_main_process:
         write_specialist_card(settings, task, result)
+    stage.finish(result)
     del trainer
     gc.collect()
     return result
