@@ -135,7 +135,8 @@ def training(model_dir, quick_args, tmp_path):
             "gradient_accumulation_steps": 2,
         }
         args = quick_args(output_dir=str(tmp_path / folder), **{**settings, **overrides})
-        return AMATrainer(model_dir, args=args, train_dataset=rows, eval_dataset=rows, peft_config=lora())
+        held_out = dataset.select(range(0, 80, 10))
+        return AMATrainer(model_dir, args=args, train_dataset=rows, eval_dataset=held_out, peft_config=lora())
 
     return build
 
@@ -172,7 +173,7 @@ def test_a_resumed_run_has_the_same_log(training, tmp_path, settings):
     whole = training("whole", **everything)
     output = whole.train()
     assert output.training_loss == output.metrics["train_loss"]
-    for step in (2, 8, 10, 14):
+    for step in (8, 10, 14):
         shutil.rmtree(tmp_path / "resumed", ignore_errors=True)
         shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
         for path in (tmp_path / "resumed").glob("checkpoint-*"):
@@ -186,8 +187,8 @@ def test_a_resumed_run_has_the_same_log(training, tmp_path, settings):
 
 def test_other_draws_are_refused_with_the_reason(training, tmp_path):
     """Where draws are by epochs it is not the sampler that would notice."""
-    training("whole", mixing="proportional", max_steps=4).train()
-    checkpoint = str(tmp_path / "whole" / "checkpoint-4")
+    training("whole", mixing="proportional", max_steps=2).train()
+    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
     for settings, text in (
         ({"per_device_train_batch_size": 8}, "pairs per optimizer step 8, this run has 16"),
         (
@@ -197,26 +198,14 @@ def test_other_draws_are_refused_with_the_reason(training, tmp_path):
         ({"seed": 8}, "seed 7, this run has 8"),
     ):
         with pytest.raises(AMAError, match=text):
-            training("other", **{"mixing": "proportional", "max_steps": 8, **settings}).train(checkpoint)
+            training("other", **{"mixing": "proportional", "max_steps": 4, **settings}).train(checkpoint)
     same = training(
-        "same", mixing="proportional", max_steps=8, per_device_train_batch_size=2, gradient_accumulation_steps=4
+        "same", mixing="proportional", max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=4
     )
     same.train(checkpoint)
-    whole = training("undisturbed", mixing="proportional", max_steps=8)
+    whole = training("undisturbed", mixing="proportional", max_steps=4)
     whole.train()
     assert losses_of(same) == pytest.approx(losses_of(whole), abs=1e-4)
-
-
-def test_processes_may_change_only_where_the_draws_do_not(training):
-    trainer = training("run", mixing="proportional")
-    saved = {"version": 1, **trainer._draws(), "processes": 2}
-    assert saved["pairs"] % saved["pairs_per_step"] == 0
-    trainer._check_draws(saved)
-    trainer.train_dataset = trainer.train_dataset.select(range(79))
-    with pytest.raises(
-        AMAError, match=r"written by 2 processes, this run has 1, and they would fill the last step .* 79 pairs"
-    ):
-        trainer._check_draws({**saved, "pairs": 79})
 
 
 def test_a_damaged_checkpoint_is_refused_or_passed_over(training, tmp_path, caplog):

@@ -130,12 +130,12 @@ class ExactResume:
         return {
             "version": _VERSION,
             **self._draws(),
-            "processes": self.args.world_size,
             "losses": losses.tolist(),
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
             "figures": {name: list(values) for name, values in self._metrics["train"].items()},
             "tokens": self._total_train_tokens,
+            "training": self.model.training,  # decides which figures the next log entry has
         }
 
     def _draws(self) -> dict[str, Any]:
@@ -163,6 +163,7 @@ class ExactResume:
         self._metrics["train"].clear()
         self._metrics["train"].update({name: list(values) for name, values in saved["figures"].items()})
         self._total_train_tokens = saved["tokens"]
+        self.model.train(saved["training"])
         best = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
         if state.best_global_step and state.best_model_checkpoint is None and best.is_dir():
             state.best_model_checkpoint = str(best)  # the folder has moved since
@@ -181,12 +182,6 @@ class ExactResume:
                     f"The checkpoint was written with {name} {saved[field]}, this run has {ours[field]}, so its draws cannot be "
                     "continued. Resume with the same settings and data, or start a new output_dir."
                 )
-        processes, pairs = self.args.world_size, ours["pairs"]
-        if saved["processes"] != processes and (pairs is None or pairs % ours["pairs_per_step"]):
-            raise AMAError(
-                f"The checkpoint was written by {saved['processes']} processes, this run has {processes}, and they would fill the last "
-                f"step of an epoch of {pairs} pairs with others. Resume with {saved['processes']} processes, or start a new output_dir."
-            )
 
     def log(self, logs, start_time=None):
         if self._resumed and "train_loss" in logs:  # the Trainer's is the mean since it was resumed
@@ -296,6 +291,6 @@ def _whole(checkpoint: Path) -> str:
     reason = damage_of(checkpoint)
     if reason is None:
         return str(checkpoint)
-    good = newest_good_checkpoint(checkpoint.parent, unlisted=True, exact=False, by_size=True).good
+    good = newest_good_checkpoint(checkpoint.parent, unlisted=True, exact=False).good
     fix = f"Resume from '{good}'" if good is not None else "Start without resume_from_checkpoint"
     raise AMAError(f"The checkpoint '{checkpoint}' cannot be used: {reason}. {fix}.")

@@ -39,6 +39,7 @@ from .trainer_checks import check_arguments, strategy_for
 
 
 STAGES = ("specialists", "losses", "train", "eval")
+_MOST_LOCKS = 100  # open files; a job of more tasks holds the whole folder
 
 
 def run_pipeline(
@@ -90,10 +91,10 @@ def run_pipeline(
 
 def _tasks_alone(settings: RunSettings, stages: Sequence[str]) -> list[str] | None:
     """The tasks of a run that writes nothing but theirs, and shares its folder with others like it; `None` for any other."""
-    only = getattr(settings.pipeline_args, "only_tasks", None)
-    if only:
-        return list(only)
-    return settings.task_names if set(stages) == {"specialists"} else None
+    tasks = getattr(settings.pipeline_args, "only_tasks", None)
+    if not tasks:
+        tasks = settings.task_names if set(stages) <= {"specialists", "losses"} else []
+    return list(tasks) if 0 < len(tasks) <= _MOST_LOCKS else None
 
 
 @contextlib.contextmanager
