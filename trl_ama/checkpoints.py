@@ -61,12 +61,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     note = read_json(path)
     if note is None:
         return None
-    check_seal(note, path)
-    if note["version"] != _VERSION:
+    version = note.get("version") if isinstance(note, dict) else None
+    if type(version) is int and version > _VERSION:
         raise AMAError(
-            f"The checkpoint '{folder}' is of version {note['version']!r}, this trl-ama reads version {_VERSION}. Resume with the "
+            f"The checkpoint '{folder}' is of version {version}, this trl-ama reads version {_VERSION}. Resume with the "
             "trl-ama that wrote it."
         )
+    check_seal(note, path)
     return note
 
 

@@ -48,7 +48,9 @@ class _CheckpointFlow(TrainerCallback):
         if self._trainer._handles_signals and interruption.asked(self._trainer.accelerator):
             self._trainer._leaving = True
             if args.save_strategy == SaveStrategy.NO:
-                self._trainer._leave(None)
+                self._trainer._leave("save_strategy is 'no'")
+            if not getattr(self._trainer, "may_save", lambda: True)():
+                self._trainer._leave("the policy gives no finite numbers there")
             control.should_save = control.should_training_stop = True
         # The end of an epoch may evaluate and log. What is saved before would have to do that when it is resumed
         if control.should_save and (control.should_training_stop or float(state.epoch).is_integer()):
@@ -272,13 +274,15 @@ class ExactResume:
             if self._saved_at is None or self._saved_at.name != f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}":
                 self._save_checkpoint(model, trial)  # save_strategy="best" saves only what is
                 self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-            self._leave(self._saved_at)
+            self._leave()
 
-    def _leave(self, checkpoint: Path | None) -> None:
-        step, what = self.state.global_step, self.stage_name
-        if checkpoint is None:
-            done = f"step {step}{f' of {what}' if what else ''} is not saved, as save_strategy is 'no'"
-            interruption.leave(done, interruption.AGAIN if what else "Training begins again.")
+    def _leave(self, unsaved_because: str | None = None) -> None:
+        step, what, checkpoint = self.state.global_step, self.stage_name, self._saved_at
+        if unsaved_because is not None:
+            done = f"step {step}{f' of {what}' if what else ''} is not saved, as {unsaved_because}"
+            interruption.leave(
+                done, interruption.AGAIN if what else "Training goes on from the checkpoint before, if any."
+            )
         elif what:
             interruption.leave(f"saved at step {step} of {what}")
         else:

@@ -285,7 +285,8 @@ def _results_in(path: Path) -> dict[str, Any] | None:
     """The results that are there; `None` if there are none, or they are damaged."""
     try:
         results = read_json(path)
-        if results is not None and set(results) != {"tasks", "policies", "made_from"}:  # as before they were sealed
+        known = isinstance(results, dict) and set(results) - {"version"} == {"tasks", "policies", "made_from"}
+        if results is not None and not known:  # as they were before they were sealed
             check_seal(results, path)
     except AMAError as error:
         if PartialState().is_main_process:

@@ -13,7 +13,7 @@ from typing import Any
 from .errors import AMAError
 
 
-_SEAL = "sha256"  # of everything else in a sealed JSON file
+_SEAL = "sha256"  # of everything else in a sealed JSON file, but its version, which is checked first
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -96,14 +96,14 @@ def sealed(content: dict[str, Any]) -> dict[str, Any]:
 
 def check_seal(content: Any, path: Path) -> None:
     """Raise an `AMAError` unless a JSON object is what `sealed` returned."""
-    rest = {key: value for key, value in content.items() if key != _SEAL} if isinstance(content, dict) else None
-    if rest is None or content.get(_SEAL) != _hash_of(rest):
+    if not isinstance(content, dict) or content.get(_SEAL) != _hash_of(content):
         raise AMAError(
             f"'{path}' is damaged (its content is not what was written). Delete it, and its stage is done again."
         )
 
 
 def _hash_of(content: dict[str, Any]) -> str:
+    content = {key: value for key, value in content.items() if key not in (_SEAL, "version")}
     content = json.loads(json.dumps(content))  # as it will be read
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -28,7 +28,7 @@ logger = get_logger(__name__)
 
 _STAGE_FILE = "stage.json"
 _VERSION = 1
-_OLD_KEYS = {"fingerprint", "result"}  # of notes before they had a version, a seal and a list of files
+_OLD_KEYS = {"fingerprint", "result"}  # of notes before they had a seal and a list of files
 # Files of the final model that may change later: cards, and what nobody reads as numbers
 _NOT_TRUSTED = {_STAGE_FILE, "README.md", "training_args.bin"}
 _named: set[str] = set()  # damages that were told
@@ -42,14 +42,14 @@ def read_stage(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / _STAGE_FILE
     note = read_json(path)
-    if note is None or (isinstance(note, dict) and set(note) == _OLD_KEYS):
-        return note
-    check_seal(note, path)
-    if note["version"] != _VERSION:
+    version = note.get("version", _VERSION) if isinstance(note, dict) else _VERSION
+    if version != _VERSION:
         raise AMAError(
-            f"'{path}' is of version {note['version']!r}, this trl-ama reads version {_VERSION}. Use the trl-ama that wrote it, or "
-            "choose another output_dir."
+            f"'{path}' is of version {version!r:.40}, this trl-ama reads version {_VERSION}. Use the trl-ama that wrote it, or choose "
+            "another output_dir."
         )
+    if note is not None and not (isinstance(note, dict) and set(note) - {"version"} == _OLD_KEYS):
+        check_seal(note, path)
     return note
 
 
@@ -115,7 +115,7 @@ class TrainingStage:
         note = read_stage(self.folder)
         if note is None:
             return Found()
-        return newest_good_checkpoint(self.folder, best=best, unlisted="version" not in note, by_size=by_size)
+        return newest_good_checkpoint(self.folder, best=best, unlisted="files" not in note, by_size=by_size)
 
     def _begin(self, best: bool) -> str | None:
         """Find the checkpoint to go on from, and put what cannot be used out of the way; on the main process."""
