@@ -51,7 +51,7 @@ class _CheckpointFlow(TrainerCallback):
                 self._trainer._leave("save_strategy is 'no'")
             if not getattr(self._trainer, "may_save", lambda: True)():
                 self._trainer._leave("the policy gives no finite numbers there")
-            control.should_save = control.should_training_stop = True
+            control.should_save = True
         # The end of an epoch may evaluate and log. What is saved before would have to do that when it is resumed
         if control.should_save and (control.should_training_stop or float(state.epoch).is_integer()):
             control.should_save, self._due = False, True
