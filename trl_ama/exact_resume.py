@@ -156,7 +156,8 @@ class ExactResume:
         saved = state.stateful_callbacks.get(_KEY)
         if not self._resumed or not isinstance(saved, dict):  # a new training, or a checkpoint of an older version
             return
-        self._check_draws(saved)
+        if not args.ignore_data_skip:  # with which a user says that the draws need not go on
+            self._check_draws(saved)
         losses = saved["losses"]
         ours = losses[args.process_index] if len(losses) == args.world_size else sum(losses) / len(losses)
         self._tr_loss.fill_(ours)
