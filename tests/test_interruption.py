@@ -17,7 +17,7 @@ from test_checkpoints import assert_same, recipe, training  # noqa: F401
 from transformers import TrainerCallback
 from trl import DPOTrainer
 
-from trl_ama import cli, exact_resume, interruption, loss_shards, run_pipeline, scoring
+from trl_ama import cli, exact_resume, interruption, run_pipeline, scoring
 from trl_ama.interruption import Interrupted, asked, caught, finishing
 
 
@@ -218,8 +218,9 @@ def test_switched_off_it_is_as_in_trl(training):  # noqa: F811
 
 
 def test_a_stage_is_named_and_the_next_run_goes_on(recipe, tmp_path, monkeypatch):  # noqa: F811
-    flags = ["--output_dir", tmp_path / "run"]
-    whole = run_pipeline(*parse(recipe, "--output_dir", tmp_path / "whole"))
+    small = ["--per_device_eval_batch_size", "2"]
+    flags = ["--output_dir", tmp_path / "run", *small]
+    whole = run_pipeline(*parse(recipe, "--output_dir", tmp_path / "whole", *small))
     step = DPOTrainer.training_step
 
     def interrupted(self, *args, **kwargs):
@@ -248,12 +249,9 @@ def test_a_stage_is_named_and_the_next_run_goes_on(recipe, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(scoring, "packed_forward", third)
         with pytest.raises(Interrupted, match=r"saved \d+ of 34 scored pairs \(Reference losses, list\)"):
-            run_pipeline(*parse(recipe, *flags, "--per_device_eval_batch_size", "2"))
+            run_pipeline(*parse(recipe, *flags))
     assert list((tmp_path / "run" / "reference_losses" / ".list.shards").glob("*.parquet"))
-    assert run_pipeline(*parse(recipe, *flags, "--per_device_eval_batch_size", "2"))["policies"] == pytest.approx(
-        whole["policies"]
-    )
-    assert loss_shards.SHARD_SECONDS == 60
+    assert run_pipeline(*parse(recipe, *flags)) == whole
 
 
 def wait_for(path: Path, pattern: str, process: subprocess.Popen) -> None:
