@@ -123,7 +123,8 @@ class Numbers(torch.utils.data.Dataset):
 def test_data_loaders_outlive_a_signal_to_the_whole_group():
     with pytest.raises(Interrupted), caught(), finishing():
         found = []
-        for batch in torch.utils.data.DataLoader(Numbers(), num_workers=1):
+        outliving = interruption.OutlivingWorker(None)
+        for batch in torch.utils.data.DataLoader(Numbers(), num_workers=1, worker_init_fn=outliving):
             if not found:
                 for number in (signal.SIGTERM, signal.SIGINT):
                     for child in interruption_children():

@@ -553,24 +553,39 @@ def test_47_the_elastic_agent_passes_signals_on():
     assert 'kwargs["start_new_session"]=True' in source_of(SubprocessHandler._popen)
 
 
-def test_48_a_data_loaders_processes_know_what_they_are():
-    class Who(torch.utils.data.Dataset):
-        def __len__(self):
-            return 2
+class WhoHandles(torch.utils.data.Dataset):
+    """Says whether a data loader's process has our handlers of two signals."""
 
-        def __getitem__(self, index):
-            import signal
+    def __len__(self):
+        return 4
 
-            return int(torch.utils.data.get_worker_info() is not None and signal.getsignal(signal.SIGUSR1) is handler)
+    def __getitem__(self, index):
+        import signal
 
+        ours = [signal.getsignal(number) is _a_handler for number in (signal.SIGUSR1, signal.SIGTERM)]
+        return [int(torch.utils.data.get_worker_info() is not None), *map(int, ours)]
+
+
+def _a_handler(number, frame):
+    pass
+
+
+def _take_sigterm(worker):
     import signal
 
-    def handler(number, frame):
-        pass
+    signal.signal(signal.SIGTERM, _a_handler)
 
-    before = signal.signal(signal.SIGUSR1, handler)
+
+def test_48_signals_in_a_data_loaders_processes():
+    import signal
+
+    from accelerate import skip_first_batches
+
+    before = signal.signal(signal.SIGUSR1, _a_handler)
     try:
-        assert next(iter(torch.utils.data.DataLoader(Who(), batch_size=2, num_workers=1))).tolist() == [1, 1]
+        loader = torch.utils.data.DataLoader(WhoHandles(), batch_size=2, num_workers=1, worker_init_fn=_take_sigterm)
+        for one in (loader, skip_first_batches(loader, 1)):
+            assert [column.tolist() for column in next(iter(one))] == [[1, 1]] * 3
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert torch.utils.data.get_worker_info() is None

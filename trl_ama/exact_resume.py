@@ -92,7 +92,12 @@ class ExactResume:
             if self._handles_signals:
                 stack.enter_context(interruption.caught())
                 stack.enter_context(interruption.finishing())
-            output = super().train(checkpoint, *args, **kwargs)
+            try:
+                output = super().train(checkpoint, *args, **kwargs)
+            except RuntimeError as error:
+                if not (interruption.asked() and "DataLoader worker" in str(error)):
+                    raise
+                self._leave("the processes of a data loader were ended first")
         return output._replace(training_loss=output.metrics.get("train_loss", output.training_loss))
 
     @property
@@ -276,6 +281,12 @@ class ExactResume:
                 self._save_checkpoint(model, trial)  # save_strategy="best" saves only what is
                 self.control = self.callback_handler.on_save(self.args, self.state, self.control)
             self._leave()
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        if self._handles_signals and getattr(loader, "num_workers", 0):
+            loader.worker_init_fn = interruption.OutlivingWorker(loader.worker_init_fn)
+        return loader
 
     def _leave(self, unsaved_because: str | None = None) -> None:
         step, what, checkpoint = self.state.global_step, self.stage_name, self._saved_at

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 
@@ -139,13 +139,28 @@ def _handle(number: int, frame: Any) -> None:
 def _handle_in_child(number: int) -> None:
     """A process that was forked while we handle signals has our handlers, too."""
     torch_data = sys.modules.get("torch.utils.data")
-    if torch_data is not None and torch_data.get_worker_info() is not None:
-        # Of a data loader, which has to go on until the step is over, and then is told to end. A signal to the whole group
-        # of processes reaches it as well; the second one does end it
-        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
-        return
+    if number == signal.SIGINT and torch_data is not None and torch_data.get_worker_info() is not None:
+        return  # a data loader's, which a terminal tells as well; it has to go on until the step is over
     signal.signal(number, _state.before.get(number, signal.SIG_DFL))
     signal.raise_signal(number)
+
+
+class OutlivingWorker:
+    """A `worker_init_fn` of a data loader whose processes outlive one SIGTERM while signals are handled here: one that goes to
+    the whole group of processes would otherwise end them before the step is over, and with them the training.
+
+    Args:
+        inner (`Callable`, *optional*): The loader's own.
+    """
+
+    def __init__(self, inner: Callable[[int], None] | None):
+        self._inner = inner
+
+    def __call__(self, worker: int) -> None:
+        if self._inner is not None:
+            self._inner(worker)
+        if signal.SIGTERM in _state.before:  # as it was when this process was forked
+            signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 def _say(message: str) -> None:
