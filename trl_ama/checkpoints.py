@@ -67,7 +67,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             f"The checkpoint '{folder}' is of version {version}, this trl-ama reads version {_VERSION}. Resume with the "
             "trl-ama that wrote it."
         )
-    check_seal(note, path)
+    check_seal(note if version == _VERSION else None, path)
     return note
 
 
@@ -168,4 +168,4 @@ def could_not_write(error: Exception) -> bool:
     """Whether an error says that a file could not be written; torch and safetensors have their own for that."""
     if isinstance(error, (OSError, SafetensorError)) and not isinstance(error, (ConnectionError, TimeoutError)):
         return True
-    return any(words in str(error) for words in ("PytorchStreamWriter", "file write failed", "No space left"))
+    return any(words in str(error) for words in ("PytorchStreamWriter", "iostream error", "No space left"))
