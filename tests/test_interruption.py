@@ -157,12 +157,12 @@ class At(TrainerCallback):
 @pytest.mark.parametrize(
     ("step", "number", "settings"),
     [
-        (4, signal.SIGTERM, {}),
-        (9, signal.SIGINT, {"eval_strategy": "epoch", "logging_strategy": "epoch"}),  # the last one of an epoch
-        (13, signal.SIGTERM, {}),  # and of the run
-        (5, signal.SIGTERM, {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 6, "load_best_model_at_end": True,
+        (2, signal.SIGTERM, {}),
+        (4, signal.SIGINT, {"eval_strategy": "epoch", "logging_strategy": "epoch"}),  # the last one of an epoch
+        (6, signal.SIGTERM, {}),  # and of the run
+        (5, signal.SIGTERM, {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True,
                              "metric_for_best_model": "eval_worst_excess", "greater_is_better": True}),  # no best one
-        (6, signal.SIGTERM, {"dataloader_num_workers": 2, "enable_jit_checkpoint": True}),
+        (3, signal.SIGTERM, {"dataloader_num_workers": 2, "enable_jit_checkpoint": True}),
     ],
     ids=["step", "epoch", "run", "best", "workers"],
 )  # fmt: skip
