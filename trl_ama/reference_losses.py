@@ -24,6 +24,8 @@ from .tasks import PAIR_ID_COLUMN, TASK_COLUMN, add_pair_ids, task_names_of, wit
 
 logger = get_logger(__name__)
 
+_named: set[str] = set()  # damages that were told
+
 
 def reference_fingerprint(settings: RunSettings, task: str) -> dict[str, Any]:
     """Everything in this run that decides the log-probs of a task's pairs.
@@ -86,10 +88,13 @@ def reference_losses_done(settings: RunSettings, task: str) -> bool:
     )
     damaged = None if shared else damaged_file(folder, note)
     if damaged is not None:
-        logger.warning(
+        told = (
             f"The reference losses of task '{task}' in {where} are damaged: '{damaged}' is not what was written. They are computed "
             "again."
         )
+        if told not in _named:
+            logger.warning(told)
+            _named.add(told)
     return damaged is None
 
 
