@@ -168,4 +168,4 @@ def could_not_write(error: Exception) -> bool:
     """Whether an error says that a file could not be written; torch and safetensors have their own for that."""
     if isinstance(error, (OSError, SafetensorError)) and not isinstance(error, (ConnectionError, TimeoutError)):
         return True
-    return any(words in str(error) for words in ("PytorchStreamWriter", "iostream error", "No space left"))
+    return any(words in str(error) for words in ("inline_container.cc", "iostream error", "No space left"))
