@@ -13,6 +13,7 @@ Needs a system with fork, and no network. Prints a table, writes `chaos.json` in
 """
 
 import argparse
+import ctypes
 import json
 import os
 import random
@@ -122,6 +123,7 @@ def fork(target: Callable[[], None], log: Path, environ: dict[str, str] | None =
     code = 1
     try:
         os.setsid()
+        die_with_parent()
         os.environ.update(environ or {})
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
@@ -136,6 +138,14 @@ def fork(target: Callable[[], None], log: Path, environ: dict[str, str] | None =
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # not the parent's clean-up
+
+
+def die_with_parent() -> None:
+    """Where the system can do that: a suite that is stopped leaves nobody behind."""
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    except (AttributeError, OSError):
+        pass
 
 
 def kill(pids: list[int]) -> None:
