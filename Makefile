@@ -11,6 +11,8 @@ QUICKSTART_DIR ?= outputs/quickstart$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 QUICKSTART_CONFIG ?= recipes/quickstart/ama/config_lora.yaml
 QUICKSTART_ARGS ?=
 BENCH_DIR ?= outputs/bench
+CHAOS_DIR ?= outputs/chaos
+CHAOS_ARGS ?=
 DOCS_DIR ?= outputs/site
 # loadgroup: the tests that share an installed copy of the package run in one worker
 PYTEST_ARGS ?= -n 2 --dist loadgroup
@@ -19,7 +21,7 @@ CHECKED := trl_ama tests recipes docs
 # The quickstart and the tests build their own models and data: they must not reach for the network.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help venv quickstart test check style docs bench clean
+.PHONY: help venv quickstart test check style docs bench chaos clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -71,6 +73,9 @@ bench: venv  ## measure speed, memory and start-up against TRL; tables and JSON 
 		echo "== $$script"; \
 		HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/python tests/benchmarks/$$script.py --output $(BENCH_DIR) || exit 1; \
 	done
+
+chaos: venv  ## kill runs 25 times in every stage, resume them and compare; table and JSON in $(CHAOS_DIR)
+	$(OFFLINE) $(BIN)/python tests/chaos.py --output $(CHAOS_DIR) $(CHAOS_ARGS)
 
 clean:  ## remove the environment, caches and build products
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

@@ -184,10 +184,10 @@ import os, signal, sys
 from trl_ama import loss_shards, scoring
 place, number = sys.argv.pop(1).split(":")
 calls = 0
-def killing(function):
+def killing(function, counts=lambda *args: True):
     def killed(*args, **kwargs):
         global calls
-        calls += 1
+        calls += counts(*args)
         if calls == int(number):
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
@@ -195,7 +195,7 @@ def killing(function):
 if place == "forward":
     scoring.packed_forward = killing(scoring.packed_forward)
 else:
-    loss_shards.os.replace = killing(os.replace)
+    loss_shards.os.replace = killing(os.replace, lambda source, target: str(target).endswith(".parquet"))
 loss_shards.SHARD_SECONDS = 0.0
 from trl_ama.scripts.ama_losses import main, make_parser
 from trl_ama.scripts.common import run_script

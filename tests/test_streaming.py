@@ -57,7 +57,7 @@ def of_task(streams: TaskStreams, task: int, count: int) -> np.ndarray:
 @pytest.mark.parametrize("buffer", [1, 3, 4, 7, 20, 1000])
 def test_each_pass_has_each_row_once_in_windows_of_the_buffer(buffer):
     streams = make_streams(buffer)
-    for task in range(len(SIZES)):
+    for task, (name, size) in enumerate(SIZES.items()):
         rows = of_task(streams, task, 5 * size).reshape(5, size) - FIRSTS[name]
         for one_pass in rows:
             np.testing.assert_array_equal(np.sort(one_pass), np.arange(size))

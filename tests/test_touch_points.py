@@ -749,6 +749,178 @@ def test_64_trainer_takes_any_dataset_and_a_sampler_whose_length_is_the_run(mode
     assert "prompt" not in next(iter(loader))
 
 
+def source_of(function) -> str:
+    """A function's code without white space, as lines may be broken elsewhere."""
+    return re.sub(r"\s", "", inspect.getsource(function))
+
+
+def test_40_checkpoints_are_pushed_and_rotated_when_their_files_are_there():
+    from transformers.trainer_utils import rotate_checkpoints
+
+    source = source_of(Trainer._save_checkpoint)
+    steps = (
+        "self.save_model(output_dir,_internal_call=True)",
+        "self._save_optimizer_and_scheduler(output_dir)",
+        "self.state.save_to_json(",
+        "ifself.args.push_to_hub:self._push_from_checkpoint(output_dir)",
+        "rotate_checkpoints(output_dir=run_dir,save_total_limit=self.args.save_total_limit,",
+    )
+    places = [source.index(step) for step in steps]
+    assert places == sorted(places)
+    assert list(inspect.signature(rotate_checkpoints).parameters)[:4] == [
+        "output_dir", "save_total_limit", "best_model_checkpoint", "use_mtime",
+    ]  # fmt: skip
+
+
+def test_41_what_waits_for_the_next_log_entry(dpo):
+    source = source_of(Trainer._inner_training_loop)
+    begins = source.index("self.callback_handler.on_train_begin(")
+    for line in (
+        "self._tr_loss=torch.tensor(0.0",
+        "self._total_loss_scalar=0.0",
+        "self._globalstep_last_logged=self.state.global_step",
+    ):
+        assert source.index(line) < begins
+    assert 'metrics["train_loss"]=train_loss' in source_of(Trainer._finalize_training)
+    assert isinstance(dpo._metrics["train"], dict) and type(dpo._total_train_tokens) is int
+
+
+def test_42_an_epoch_does_a_step_also_when_all_are_done():
+    assert "global_step>=" not in source_of(Trainer._run_epoch)
+    assert "self._run_epoch(" in source_of(Trainer._inner_training_loop)
+
+
+def test_43_evaluation_on_start():
+    assert list(inspect.signature(Trainer._evaluate).parameters)[1:] == [
+        "trial",
+        "ignore_keys_for_eval",
+        "skip_scheduler",
+    ]
+    start = "ifargs.eval_on_start:self._evaluate(trial,ignore_keys_for_eval,skip_scheduler=True)"
+    assert start in source_of(Trainer._inner_training_loop)
+    assert "skip_scheduler" not in source_of(Trainer._maybe_log_save_evaluate).split("):", 1)[1]
+
+
+def test_44_the_end_of_a_step():
+    assert list(inspect.signature(Trainer._maybe_log_save_evaluate).parameters)[1:5] == [
+        "tr_loss",
+        "grad_norm",
+        "model",
+        "trial",
+    ]
+    source = source_of(Trainer._run_epoch)
+    for event in ("on_step_end", "on_epoch_end"):
+        assert (
+            f"self.callback_handler.{event}(self.args,self.state,self.control)self._maybe_log_save_evaluate(" in source
+        )
+    source = source_of(Trainer._maybe_log_save_evaluate)
+    assert (
+        source.index("self.log(")
+        < source.index("self._evaluate(")
+        < source.index("self._save_checkpoint(model,trial)")
+    )
+
+
+def test_45_jit_checkpoints_take_a_signal(model_dir, tmp_path):
+    import signal
+
+    before = signal.getsignal(signal.SIGTERM)
+    args = {"bf16": False, "use_cpu": True, "report_to": "none", "max_length": 64, "enable_jit_checkpoint": True}
+    try:
+        for trainer, config, takes in ((DPOTrainer, DPOConfig, True), (AMATrainer, AMAConfig, False)):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            given = config(str(tmp_path), gradient_checkpointing=False, disable_tqdm=True, **args)
+            pairs = make_dataset({"list": 8, "sort": 8})
+            made = trainer(model_dir, args=given, train_dataset=pairs, peft_config=lora())
+            assert (signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL) is takes
+            assert given.enable_jit_checkpoint and made.args.enable_jit_checkpoint is takes
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_46_accelerate_launch_waits_for_its_child():
+    from accelerate.commands import launch
+
+    source = source_of(launch.simple_launcher)
+    assert "process=subprocess.Popen(cmd,env=current_env)process.wait()" in source
+    assert "raisesubprocess.CalledProcessError(returncode=process.returncode,cmd=cmd)" in source
+
+
+def test_47_the_elastic_agent_passes_signals_on():
+    import signal
+
+    from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
+
+    assert SignalException("…", signal.SIGTERM).sigval == signal.SIGTERM
+    assert "self._shutdown(e.sigval" in source_of(SimpleElasticAgent.run)
+    assert 'kwargs["start_new_session"]=True' in source_of(SubprocessHandler._popen)
+
+
+class WhoHandles(torch.utils.data.Dataset):
+    """Says whether a data loader's process has our handlers of two signals."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        import signal
+
+        ours = [signal.getsignal(number) is _a_handler for number in (signal.SIGUSR1, signal.SIGTERM)]
+        return [int(torch.utils.data.get_worker_info() is not None), *map(int, ours)]
+
+
+def _a_handler(number, frame):
+    pass
+
+
+def _take_sigterm(worker):
+    import signal
+
+    signal.signal(signal.SIGTERM, _a_handler)
+
+
+def test_48_signals_in_a_data_loaders_processes():
+    import signal
+
+    from accelerate import skip_first_batches
+
+    before = signal.signal(signal.SIGUSR1, _a_handler)
+    try:
+        loader = torch.utils.data.DataLoader(WhoHandles(), batch_size=2, num_workers=1, worker_init_fn=_take_sigterm)
+        for one in (loader, skip_first_batches(loader, 1)):
+            assert [column.tolist() for column in next(iter(one))] == [[1, 1]] * 3
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert torch.utils.data.get_worker_info() is None
+
+
+def test_49_errors_of_files_that_cannot_be_written(tmp_path):
+    import resource
+
+    from safetensors.torch import save_file
+
+    from trl_ama.checkpoints import could_not_write
+
+    limits, errors = resource.getrlimit(resource.RLIMIT_FSIZE), []
+    tensors = {"x": torch.zeros(5000)}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    try:
+        for save in (
+            lambda: torch.save(tensors, tmp_path / "x.pt"),
+            lambda: save_file(tensors, tmp_path / "x.safetensors"),
+        ):
+            try:
+                save()
+            except Exception as error:
+                errors.append(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(errors) == 2 and all(map(could_not_write, errors)), errors
+    assert not could_not_write(RuntimeError("CUDA out of memory")) and not could_not_write(ConnectionResetError())
+
+
 def test_every_touch_point_is_documented():
     numbered = {int(number) for number in re.findall(r"^\| (\d+) \|", DOC.read_text(), flags=re.MULTILINE)}
     tested = {int(match) for match in re.findall(r"def test_(\d+)_", Path(__file__).read_text())}

@@ -55,6 +55,10 @@ class AMAConfig(DPOConfig):
         streaming_buffer (`int`, *optional*, defaults to `1000`):
             Pairs of a task that are held and shuffled at a time if the task is streamed. A task that has no more is drawn as if
             it were in memory.
+        save_on_signal (`bool`, *optional*, defaults to `True`):
+            Whether SIGTERM and the first Ctrl-C save a checkpoint at the end of the optimizer step and then leave with exit code
+            75; a second Ctrl-C stops at once. Nothing is saved if `save_strategy` is `"no"`. Off, signals do what they do in
+            [`~trl.DPOTrainer`].
     """
 
     _VALID_DICT_FIELDS = DPOConfig._VALID_DICT_FIELDS + ["specialists"]
@@ -107,6 +111,13 @@ class AMAConfig(DPOConfig):
     streaming_buffer: int = field(
         default=1000,
         metadata={"help": "Pairs of a task that are held and shuffled at a time if the task is streamed."},
+    )
+    save_on_signal: bool = field(
+        default=True,
+        metadata={
+            "help": "Save a checkpoint on SIGTERM and on the first Ctrl-C, and leave with exit code 75; a second Ctrl-C stops at "
+            "once."
+        },
     )
 
     def __repr__(self) -> str:

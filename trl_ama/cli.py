@@ -4,15 +4,21 @@ They do what TRL's `TrainingCommand` does, parse here and run the script under `
 whatever is wrong with the input is said in one sentence before anything is launched.
 """
 
+import contextlib
 import importlib
+import os
+import signal
 import subprocess
 import sys
+import threading
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
 from trl.cli.commands.base import Command, CommandContext
 
 from trl_ama.errors import AMAError
+from trl_ama.interruption import EXIT_CODE
 
 
 COMMANDS = {
@@ -62,8 +68,9 @@ def _launch(script: Path, launch_args: list[str], script_args: list[str]) -> int
     from trl.cli.accelerate_launcher import launch_training_script
 
     try:
-        # TRL joins the name to its own scripts folder; joining an absolute path gives that path.
-        launch_training_script(str(script.resolve()), launch_args, script_args)
+        with _signals_passed_on():
+            # TRL joins the name to its own scripts folder; joining an absolute path gives that path.
+            launch_training_script(str(script.resolve()), launch_args, script_args)
     except subprocess.CalledProcessError as error:
         return _exit_code(error.returncode)
     except ValueError as error:  # how accelerate rejects flags that contradict each other
@@ -71,12 +78,49 @@ def _launch(script: Path, launch_args: list[str], script_args: list[str]) -> int
     except Exception as error:
         # torch's elastic agent, which runs several processes, raises a ChildFailedError; not imported to catch it
         # because that import is slow and a single process never needs it.
+        if getattr(error, "sigval", None) is not None:  # its SignalException: it has passed the signal on and waited
+            return EXIT_CODE
         failures = getattr(error, "failures", None)
         if not failures:
             raise
         first = min(failures.values(), key=lambda failure: failure.timestamp)
         return _exit_code(first.exitcode)
     return 0
+
+
+@contextlib.contextmanager
+def _signals_passed_on() -> Iterator[None]:
+    """While open, SIGTERM and Ctrl-C go to the launched process, which saves and leaves, and this one waits for its exit code.
+
+    Several processes are launched by torch's elastic agent, which does that by itself and then replaces these handlers.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def pass_on(number, frame):
+        if number == signal.SIGINT and _at_terminal():
+            return  # a terminal sends Ctrl-C to the launched process, too
+        import psutil
+
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                child.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _at_terminal() -> bool:
+    """Whether this process is in the foreground of a terminal."""
+    try:
+        return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except (AttributeError, OSError, ValueError):  # Windows, or no terminal
+        return False
 
 
 def _exit_code(returncode: int) -> int:

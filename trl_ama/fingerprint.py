@@ -1,12 +1,10 @@
 """Names for everything that decides a number: equal fingerprints, equal log-probs."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
 import os
-import tempfile
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from .errors import AMAError
 from .policy_files import hub_commit, split_revision
 from .recipe_text import is_secret
+from .safe_files import file_digest, write_file
 from .tasks import PAIR_ID_COLUMN
 
 
@@ -60,19 +59,12 @@ def _digest(*parts: str | bytes) -> str:
     return hasher.hexdigest()[:16]
 
 
-@functools.cache
-def _file_digest(path: str, size: int, modified: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _weight_digest(folder: Path) -> str:
     """Hash of a model folder's weights and of the settings that decide what is computed with them."""
     parts = []
     for path in sorted(path for path in folder.iterdir() if path.name.startswith(_WEIGHT_STEMS) and path.is_file()):
         if path.suffix in _WEIGHT_SUFFIXES:
-            stat = path.stat()
-            parts.append(_file_digest(str(path), stat.st_size, stat.st_mtime_ns))
+            parts.append(file_digest(path))
     for name in ("config.json", "adapter_config.json"):
         config = read_json(folder / name) or {}
         parts.append(json.dumps({key: config[key] for key in sorted(config) if key not in _NOT_THE_MODEL}))
@@ -182,16 +174,8 @@ def check_fingerprint(ours: dict[str, Any], theirs: dict[str, Any], what: str, f
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
-    ) as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    """Write JSON whole or not at all; it is on the disk when this returns."""
+    write_file(Path(path), (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_json(path: str | Path) -> Any | None:

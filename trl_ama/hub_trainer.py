@@ -3,12 +3,13 @@
 import textwrap
 from pathlib import Path
 
+from .exact_resume import ExactResume
 from .generalist_card import complete_card, template_for_trl
 from .hub import HubTarget, check_login, full_id, prepare, time_limit
 from .prefix_trainer import PrefixSharingTrainer
 
 
-class HubTrainer(PrefixSharingTrainer):
+class HubTrainer(ExactResume, PrefixSharingTrainer):
     """
     A [`~trl.DPOTrainer`] with AMA's card, whose pushes survive a bad network and can never hold a run up for ever.
     """

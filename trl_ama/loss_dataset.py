@@ -5,6 +5,7 @@ against the files before a row is read, and the rows against each other before a
 """
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from datasets import Dataset, Value, concatenate_datasets
 from .errors import AMAError
 from .fingerprint import read_json, write_json
 from .loss_checks import check_file, read_rows, sha256, shown
+from .safe_files import file_digest, sync
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, check_task_names
 from .versions import VERSIONS, is_known, is_newer
 
@@ -86,6 +88,7 @@ def save_task(
     for split, table in tables.items():
         path = temporary / f"{split}.parquet"
         _first_of_each_pair(table).to_parquet(str(path))
+        sync(path)
         files[path.name] = {"rows": pq.read_metadata(path).num_rows, "sha256": sha256(path)}
     note = {
         "version": NOTE_VERSION,
@@ -96,8 +99,13 @@ def save_task(
         "dropped": dropped,
     }
     write_json(temporary / NOTE_FILE, note)
-    shutil.rmtree(folder / task, ignore_errors=True)
-    temporary.rename(folder / task)
+    before = folder / f".{task}.before"
+    shutil.rmtree(before, ignore_errors=True)
+    if (folder / task).exists():
+        os.replace(folder / task, before)  # never a half removed folder under the task's own name
+    os.replace(temporary, folder / task)
+    sync(folder)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _texts(table: Dataset) -> dict[str, str]:
@@ -207,6 +215,15 @@ def _is_text(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def damaged_file(folder: Path, note: dict[str, Any]) -> str | None:
+    """The first file of a task that is not what its note says; `None` if all are."""
+    for name, noted in note["files"].items():
+        path = folder / name
+        if not path.is_file() or file_digest(path) != noted["sha256"]:
+            return name
+    return None
 
 
 def read_task(folder: Path, task: str, where: str | None = None) -> TaskLosses:

@@ -21,6 +21,7 @@ from accelerate.logging import get_logger
 
 from .errors import AMAError, first_line
 from .fingerprint import check_fingerprint, read_json, write_json
+from .safe_files import sync
 from .versions import VERSIONS, check_version
 
 
@@ -123,7 +124,9 @@ class LossShards:
             name = f"{self._rank:03d}-{number:05d}-{_hash(content)}.parquet"
             temporary = self.folder / f".{name}.tmp"
             temporary.write_bytes(content)
+            sync(temporary)
             os.replace(temporary, self.folder / name)
+            sync(self.folder)
             self._rows = []
         self._saved_at = time.monotonic()
 

@@ -1,7 +1,9 @@
 """The stages in order, each skipping what is there already: specialists, reference losses, generalists, evaluation."""
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -10,8 +12,9 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 from trl import ModelConfig
 
+from . import interruption
 from .ama_config import AMAConfig
-from .errors import AMAError
+from .errors import AMAError, first_line
 from .evaluation import evaluate_policies, evaluation_fingerprint
 from .fingerprint import read_json, write_json
 from .generalist_card import write_card
@@ -26,8 +29,10 @@ from .publishing import Publisher
 from .quantized import check_optimizer, check_quantization
 from .reference_losses import reference_losses_done, reference_losses_of
 from .report import plot_mixture, result_table
+from .run_lock import folder_held
 from .run_note import leave_page
 from .run_settings import RunSettings
+from .safe_files import check_seal, is_full, sealed
 from .specialists import require_specialists, specialist_stage, train_specialists
 from .task_config import TaskMixtureConfig
 from .task_loading import prompt_fits_into
@@ -37,6 +42,7 @@ from .versions import VERSIONS, check_version
 
 
 STAGES = ("specialists", "losses", "train", "eval")
+_MOST_LOCKS = 100  # open files; a job of more tasks holds the whole folder
 
 
 def run_pipeline(
@@ -57,7 +63,9 @@ def run_pipeline(
 
     Raises:
         AMAError: If the recipe, the data or what earlier runs left do not fit together, or `push_to_hub` is on and the token
-            may not push, before anything is trained; or at the end, if a push failed.
+            may not push, before anything is trained; or at the end, if a push failed. If another process runs in the output
+            folder, or its disk is full.
+        Interrupted: A `SystemExit` with code 75, on SIGTERM and Ctrl-C, when what was under way is saved.
     """
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown:
@@ -68,18 +76,23 @@ def run_pipeline(
     user = None
     if training_args.push_to_hub:  # a wrong token would fail every download too
         user = from_main(lambda: check_login(training_args.hub_token))
-    with main_first():  # which downloads, tokenises and caches; the others find it
-        settings = RunSettings(pipeline_args, training_args, model_args, task_args)
-        given, stages = stages, _stages_of(settings, stages)
-        check_recipe(settings, stages)
-        plan = describe_plan(settings, stages)
-    _say("\n".join(plan))
-    with time_limit():
-        publisher = Publisher(settings, stages, user)
-        results = _run_stages(settings, publisher, stages)
-    if pipeline_args.only_tasks:
-        _say(_what_is_left(settings, given))
-    publisher.finish()
+    settings = RunSettings(pipeline_args, training_args, model_args, task_args)
+    given, stages = stages, _stages_of(settings, stages)
+    with (
+        interruption.caught(training_args.save_on_signal),
+        folder_held(settings.output_dir, _tasks_alone(settings, stages)),
+        _enough_room(settings),
+    ):
+        with main_first():  # which downloads, tokenises and caches; the others find it
+            check_recipe(settings, stages)
+            plan = describe_plan(settings, stages)
+        _say("\n".join(plan))
+        with time_limit():
+            publisher = Publisher(settings, stages, user)
+            results = _run_stages(settings, publisher, stages)
+        if pipeline_args.only_tasks:
+            _say(_what_is_left(settings, given))
+        publisher.finish()
     return results
 
 
@@ -110,6 +123,27 @@ def _what_is_left(settings: RunSettings, stages: Sequence[str]) -> str:
         f"only_tasks was {settings.chosen_tasks}{ended}; {left}. `trl ama --config …` without only_tasks makes what is missing, "
         "the generalist and the page."
     )
+
+
+def _tasks_alone(settings: RunSettings, stages: Sequence[str]) -> list[str] | None:
+    """The tasks of a run that writes nothing but theirs, and shares its folder with others like it; `None` for any other."""
+    tasks = getattr(settings.pipeline_args, "only_tasks", None)
+    if not tasks:
+        tasks = settings.task_names if set(stages) <= {"specialists", "losses"} else []
+    return list(tasks) if 0 < len(tasks) <= _MOST_LOCKS else None
+
+
+@contextlib.contextmanager
+def _enough_room(settings: RunSettings) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise AMAError(
+            f"The disk of '{settings.output_dir}' is full ({first_line(error)}). What was finished is intact: make room, and run the "
+            "same command again to go on."
+        ) from error
 
 
 def _run_stages(settings: RunSettings, publisher: Publisher, stages: Sequence[str]) -> dict[str, Any] | None:
@@ -280,15 +314,34 @@ def evaluate(settings: RunSettings, published: dict[str, str] | None = None) -> 
     policies = {strategy: str(settings.generalist_dir(strategy)) for strategy in settings.strategies}
     made_from = evaluation_fingerprint(settings, policies)
     path = settings.output_dir / "results.json"
-    results = from_main(lambda: read_json(path))
-    if results is not None:
-        check_version(path, results, "delete it, and the generalists are evaluated again")
+    results = from_main(lambda: _results_in(path))
     if results is None or results.get("made_from") != made_from:
-        results = {"version": VERSIONS[path.name], **evaluate_policies(settings, policies), "made_from": made_from}
+        results = sealed(
+            {"version": VERSIONS[path.name], **evaluate_policies(settings, policies), "made_from": made_from}
+        )
     if not PartialState().is_main_process:
         return results
     write_json(path, results)
     report(settings, results, published or {})
+    return results
+
+
+def _results_in(path: Path) -> dict[str, Any] | None:
+    """The results that are there; `None` if there are none, or they are damaged."""
+    try:
+        results = read_json(path)
+        if results is None:
+            return None
+        if isinstance(results, dict):
+            check_version(path, results, "delete it, and the generalists are evaluated again")
+        known = isinstance(results, dict) and set(results) - {"version"} == {"tasks", "policies", "made_from"}
+        if not known:  # as they were before they were sealed
+            check_seal(results, path)
+    except AMAError as error:
+        if "of version" in str(error):
+            raise
+        warnings.warn(f"{str(error).split(' Delete it')[0]} It is made again.", UserWarning, stacklevel=2)
+        return None
     return results
 
 

@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from .errors import AMAError, first_line
+from .exact_resume import ExactResume
 from .finite_steps import FiniteStepTrainer
 from .pair_rows import first_failure
 from .preference_losses import PreferenceLossConfig, pair_losses
@@ -130,11 +131,11 @@ class PrefixSharingTrainer(FiniteStepTrainer):
             self.precompute_ref_logps = before
 
 
-class SpecialistTrainer(PrefixSharingTrainer):
+class SpecialistTrainer(ExactResume, PrefixSharingTrainer):
     """
-    Trainer of one task's specialist: TRL's DPO, with every forward pass on the fast path.
+    Trainer of one task's specialist: TRL's DPO, with every forward pass on the fast path and checkpoints that are exact.
 
-    Its whole difference from [`~trl.DPOTrainer`]: the loss is given a stand-in for the model.
+    Its whole difference from [`~trl.DPOTrainer`] in the numbers: the loss is given a stand-in for the model.
     """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

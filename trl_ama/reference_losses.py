@@ -8,17 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.logging import get_logger
 from datasets import Dataset, DatasetDict
 
 from .errors import AMAError
 from .fingerprint import check_fingerprint, model_identity, package_versions, pairs_identity, tokenizer_identity
-from .loss_dataset import TaskLosses, read_note, read_task, tasks_in
+from .loss_dataset import TaskLosses, damaged_file, read_note, read_task, tasks_in
 from .loss_shards import check_unfinished
 from .loss_sharing import ReferenceLosses
 from .reference_columns import LOGP_COLUMNS, TOKEN_COLUMNS, has_columns
 from .run_settings import RunSettings
 from .task_loading import prompt_fits_into
 from .tasks import PAIR_ID_COLUMN, TASK_COLUMN, add_pair_ids, task_names_of, with_task_labels
+
+
+logger = get_logger(__name__)
+
+_named: set[str] = set()  # damages that were told
 
 
 def reference_fingerprint(settings: RunSettings, task: str) -> dict[str, Any]:
@@ -80,7 +86,16 @@ def reference_losses_done(settings: RunSettings, task: str) -> bool:
         if shared
         else "Set the old value, or delete that folder and run `trl ama-losses --config …` again.",
     )
-    return True
+    damaged = None if shared else damaged_file(folder, note)
+    if damaged is not None:
+        told = (
+            f"The reference losses of task '{task}' in {where} are damaged: '{damaged}' is not what was written. They are computed "
+            "again."
+        )
+        if told not in _named:
+            logger.warning(told)
+            _named.add(told)
+    return damaged is None
 
 
 def shards_folder(settings: RunSettings, task: str) -> Path:

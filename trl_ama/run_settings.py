@@ -339,8 +339,10 @@ class RunSettings:
         return task not in self.external_specialists and task not in self.shared_tasks
 
     def has_specialist_folder(self, task: str) -> bool:
-        """Whether a specialist was trained here."""
-        return (self.specialist_dir(task) / "stage.json").is_file()
+        """Whether a specialist was trained here, to its end, and its files are what was written."""
+        from .training_stage import result_in
+
+        return result_in(self.specialist_dir(task)) is not None
 
     def specialist_source(self, task: str) -> str:
         """Where a task's specialist is read from: the user's, or the one trained here."""

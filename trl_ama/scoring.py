@@ -14,6 +14,7 @@ from tqdm.std import tqdm as ProgressBar
 from transformers import PreTrainedModel
 from trl import DPOTrainer
 
+from . import interruption
 from .columns import list_lengths
 from .loss_shards import LossShards
 from .policies import Policy, reference_policy, trained_policy_and_reference
@@ -93,6 +94,7 @@ def score_policies(
     with sweep.evaluating(), contextlib.ExitStack() as stack:
         if shards is not None:
             stack.enter_context(shards)
+            stack.enter_context(interruption.finishing())
         found = sweep.tokens(np.flatnonzero(done))
         if overall is not None and not overall.disable:
             overall.initial += found  # not counted in the rate
@@ -119,6 +121,9 @@ def score_policies(
                 sweep.score(batches[0], keep=False)  # the others cannot do without this process
             rows = np.concatenate(batches)
             pairs += len(rows)
+            if shards is not None and interruption.asked():
+                shards.save()
+                interruption.leave(f"saved {pairs} of {len(dataset)} scored pairs ({description})")
             if not progress.disable:
                 rate = (pairs - before) / max(progress.format_dict["elapsed"], 1e-9)
                 progress.set_postfix_str(f"{pairs}/{len(dataset)} pairs, {rate:.3g} pairs/s", refresh=False)

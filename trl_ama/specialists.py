@@ -90,9 +90,9 @@ def train_specialist(settings: RunSettings, task: str) -> dict[str, float]:
                 f"{stage.what} has diverged: its loss on held-out pairs is {result['eval_loss']}. Delete '{stage.folder}' and train it with a "
                 "lower learning_rate (specialist_args), or look at its pairs with `trl ama-check`."
             )
-    stage.finish(result)
     if trainer.accelerator.is_main_process:
         write_specialist_card(settings, task, result)
+    stage.finish(result)
     del trainer
     gc.collect()
     return result

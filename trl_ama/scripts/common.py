@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from trl_ama import interruption
 from trl_ama.errors import AMAError, nearest
 from trl_ama.task_config import NO_STREAMING
 from trl_ama.value_types import check_value
@@ -76,9 +77,12 @@ def no_device_parser(
 
 @contextmanager
 def report_errors(command: str) -> Iterator[None]:
-    """Turn an `AMAError` into one line on stderr and exit code 2, as argparse does for a wrong flag."""
+    """Turn an `AMAError` into one line on stderr and exit code 2, as argparse does for a wrong flag; Ctrl-C into code 130."""
     try:
         yield
+    except KeyboardInterrupt:
+        print(f"trl {command}: stopped", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
     except AMAError as error:
         # Every process meets the same error. The first one speaks; the others wait, and are ended by the launcher
         # when it is gone, so that they are only heard if the first process has not failed.
@@ -304,6 +308,9 @@ def parse_arguments(parser: Any, argv: list[str] | None = None) -> tuple[Any, ..
 
 
 def run_script(command: str, parser_fn: Callable[[], Any], main_fn: Callable[..., None]) -> None:
-    """Run a script as a program: parse the command line, call `main_fn`, and report errors in one line."""
-    with report_errors(command):
+    """Run a script as a program: parse the command line, call `main_fn`, and report errors in one line.
+
+    A signal is handled from the start: what imports libraries for seconds has nothing to lose, and says so with the same code.
+    """
+    with interruption.caught(), report_errors(command):
         main_fn(*parse_arguments(parser_fn()))

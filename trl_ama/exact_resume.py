@@ -1,0 +1,312 @@
+"""Trainers whose checkpoints are whole, and from which a training goes on to the same bits; also when a signal asks to leave.
+
+The Trainer restores weights, optimizer, scheduler, random numbers, log and position in the data. What it does not is restored
+here: the losses and figures since the last log entry, the mean loss and the tokens of the whole run, and what the end of an
+epoch still has to do.
+"""
+
+import contextlib
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
+
+from . import interruption
+from .checkpoints import (
+    begin_checkpoint,
+    complete_checkpoint,
+    could_not_write,
+    damage_of,
+    newest_good_checkpoint,
+)
+from .errors import AMAError, first_line
+
+
+logger = get_logger(__name__)
+
+_KEY = "ama_progress"  # in trainer_state.json's `stateful_callbacks`
+_VERSION = 1
+
+
+class _CheckpointFlow(TrainerCallback):
+    """When checkpoints are written. Comes after the Trainer's own callbacks, so that it sees what they decided."""
+
+    def __init__(self, trainer: "ExactResume"):
+        self._trainer = trainer
+        self._due = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._due = False
+        self._trainer._restore_progress()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._trainer._handles_signals and interruption.asked(self._trainer.accelerator):
+            self._trainer._leaving = True
+            if args.save_strategy == SaveStrategy.NO:
+                self._trainer._leave("save_strategy is 'no'")
+            if not getattr(self._trainer, "may_save", lambda: True)():
+                self._trainer._leave("the policy gives no finite numbers there")
+            control.should_save = True
+        # The end of an epoch may evaluate and log. What is saved before would have to do that when it is resumed
+        if control.should_save and (control.should_training_stop or float(state.epoch).is_integer()):
+            control.should_save, self._due = False, True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self._due:
+            control.should_save, self._due = True, False
+
+
+class ExactResume:
+    """
+    A mixin for [`~trl.DPOTrainer`]: checkpoints that are whole, exact resuming, and leaving on SIGTERM and Ctrl-C.
+
+    Raises:
+        AMAError: From `train`, if the checkpoint to resume from is damaged, or of other data or another batch size; or if one
+            could not be written. The older ones are as they were then.
+    """
+
+    stage_name: str | None = None  # what is trained, for messages; `None` in a script of the user's own
+    _leaving = _resumed = _saving = False
+    _saved_at: Path | None = None  # the last complete checkpoint of this training
+
+    def __init__(self, *args, **kwargs):
+        given = kwargs.get("args")
+        if getattr(given, "enable_jit_checkpoint", False):
+            # transformers' own saves in the middle of a step, when the mixture has seen the step and the weights have not
+            kwargs["args"] = copy.copy(given)
+            kwargs["args"].enable_jit_checkpoint = False
+        super().__init__(*args, **kwargs)
+        self.add_callback(_CheckpointFlow(self))
+
+    # ---- Resuming ----
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        checkpoint = self._checked(resume_from_checkpoint)
+        self._leaving, self._resumed, self._saved_at = False, False, None
+        with contextlib.ExitStack() as stack:
+            if self._handles_signals:
+                stack.enter_context(interruption.caught())
+                stack.enter_context(interruption.finishing())
+            try:
+                output = super().train(checkpoint, *args, **kwargs)
+            except RuntimeError as error:
+                if not (interruption.asked() and "DataLoader worker" in str(error)):
+                    raise
+                self._leave("the processes of a data loader were ended first")
+        return output._replace(training_loss=output.metrics.get("train_loss", output.training_loss))
+
+    @property
+    def _handles_signals(self) -> bool:
+        return getattr(self.args, "save_on_signal", False)  # a `DPOConfig` has no such field
+
+    def _checked(self, checkpoint: str | bool | None) -> str | bool | None:
+        """The checkpoint to resume from, which is whole."""
+        if not checkpoint:
+            return checkpoint
+        problem = None
+        if self.accelerator.is_main_process:  # reads whole files, which once is enough
+            try:
+                checkpoint = self._newest_good() if checkpoint is True else _whole(Path(checkpoint))
+            except AMAError as error:
+                problem = str(error)
+        checkpoint, problem = broadcast_object_list([checkpoint, problem])
+        if problem is not None:
+            raise AMAError(problem)
+        return checkpoint
+
+    def _newest_good(self) -> str | bool:
+        folder = Path(self.args.output_dir)
+        found = newest_good_checkpoint(folder, best=self.args.load_best_model_at_end, unlisted=True, exact=False)
+        for path, reason in found.bad:
+            logger.warning(f"The checkpoint '{path}' is not used: {reason}.")
+        if found.good is None and found.bad:
+            raise AMAError(
+                f"None of the {len(found.bad)} checkpoints in '{folder}' can be used; of the newest, {found.bad[0][1]}. Start "
+                "without resume_from_checkpoint."
+            )
+        return str(found.good) if found.good is not None else True  # the Trainer says that there is none
+
+    def _progress(self) -> dict[str, Any]:
+        """What the Trainer keeps beside its state, as JSON types."""
+        losses = self.accelerator.gather(self._tr_loss.detach().reshape(1))  # one of each process
+        return {
+            "version": _VERSION,
+            **self._draws(),
+            "losses": losses.tolist(),
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "figures": {name: list(values) for name, values in self._metrics["train"].items()},
+            "tokens": self._total_train_tokens,
+            "training": self.model.training,  # decides which figures the next log entry has
+        }
+
+    def _draws(self) -> dict[str, Any]:
+        """What decides which pairs are in which step."""
+        args = self.args
+        return {
+            "pairs_per_step": self._train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "pairs": len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
+            "seed": args.seed if args.data_seed is None else args.data_seed,
+        }
+
+    def _restore_progress(self) -> None:
+        """After the Trainer has read a checkpoint's state, and before its first step."""
+        state, args = self.state, self.args
+        self._resumed = state.global_step > 0
+        saved = state.stateful_callbacks.get(_KEY)
+        if not self._resumed or not isinstance(saved, dict):  # a new training, or a checkpoint of an older version
+            return
+        if not args.ignore_data_skip:  # with which a user says that the draws need not go on
+            self._check_draws(saved)
+        losses = saved["losses"]
+        ours = losses[args.process_index] if len(losses) == args.world_size else sum(losses) / len(losses)
+        self._tr_loss.fill_(ours)
+        self._total_loss_scalar = saved["total_loss"]
+        self._globalstep_last_logged = saved["last_logged"]
+        self._metrics["train"].clear()
+        self._metrics["train"].update({name: list(values) for name, values in saved["figures"].items()})
+        self._total_train_tokens = saved["tokens"]
+        self.model.train(saved["training"])
+        best = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+        if state.best_global_step and state.best_model_checkpoint is None and best.is_dir():
+            state.best_model_checkpoint = str(best)  # the folder has moved since
+
+    def _check_draws(self, saved: dict[str, Any]) -> None:
+        if saved.get("version") != _VERSION:
+            raise AMAError(
+                f"The checkpoint's progress is of version {saved.get('version')!r}, this trl-ama reads version {_VERSION}. Resume "
+                "with the trl-ama that wrote it, or start a new output_dir."
+            )
+        names = {"pairs_per_step": "pairs per optimizer step", "pairs": "number of training pairs", "seed": "seed"}
+        ours = self._draws()
+        for field, name in names.items():
+            if saved[field] != ours[field]:
+                raise AMAError(
+                    f"The checkpoint was written with {name} {saved[field]}, this run has {ours[field]}, so its draws cannot be "
+                    "continued. Resume with the same settings and data, or start a new output_dir."
+                )
+
+    def log(self, logs, start_time=None):
+        if self._resumed and "train_loss" in logs:  # the Trainer's is the mean since it was resumed
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
+        super().log(logs, start_time)
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # a finished training; the Trainer would do one more step
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
+        if skip_scheduler and self._resumed:  # eval_on_start, which is in the log already
+            return {}
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+
+    def _load_best_model(self):
+        best = Path(self.state.best_model_checkpoint)
+        reason = damage_of(best) if self.args.should_save else None
+        if reason is not None:
+            raise AMAError(
+                f"The best checkpoint '{best}' cannot be used: {reason}. Run again, which goes on from a checkpoint before it, or "
+                "turn load_best_model_at_end off."
+            )
+        super()._load_best_model()
+
+    # ---- Saving ----
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        limit, self._saved_at, self._saving = self.args.save_total_limit, None, True
+        try:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)  # of an earlier training, or incomplete
+                begin_checkpoint(folder)
+            self.state.stateful_callbacks[_KEY] = self._progress()  # all processes meet here, and then write
+            super()._save_checkpoint(model, trial)
+            self._complete(folder)
+        except Exception as error:
+            if self._saved_at == folder or not could_not_write(error):
+                raise
+            raise self._not_saved(folder, error) from error
+        finally:
+            self.args.save_total_limit, self._saving = limit, False
+        if self.args.should_save:
+            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        super().save_model(output_dir, _internal_call)
+        if self._saving:  # for the rest of `_save_checkpoint`: no older one goes before the new one is complete
+            self.args.save_total_limit = None
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        self._complete(Path(checkpoint_folder))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _complete(self, folder: Path) -> None:
+        if self._saved_at == folder:
+            return
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            lacks = None
+            if self.args.save_only_model:
+                lacks = "the optimizer's state (save_only_model)"
+            elif self.args.sync_ref_model:
+                lacks = "the reference model, which sync_ref_model moves"
+            complete_checkpoint(folder, lacks)
+        self._saved_at = folder
+
+    def _not_saved(self, folder: Path, error: Exception) -> AMAError:
+        shutil.rmtree(folder, ignore_errors=True)
+        good = newest_good_checkpoint(folder.parent, unlisted=True, exact=False, by_size=True).good
+        kept = f"'{good.name}' is intact" if good is not None else "There is no earlier one"
+        return AMAError(
+            f"The checkpoint '{folder}' could not be written ({first_line(error)}). {kept}: make room on the disk, and run again to go "
+            f"on from {'there' if good is not None else 'the start'}."
+        )
+
+    # ---- Leaving ----
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs):
+        step_is_over = not any(
+            callback._due for callback in self.callback_handler.callbacks if isinstance(callback, _CheckpointFlow)
+        )
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        if self._leaving and step_is_over:
+            if self._saved_at is None or self._saved_at.name != f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}":
+                self._save_checkpoint(model, trial)  # save_strategy="best" saves only what is
+                self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            self._leave()
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        if self._handles_signals and getattr(loader, "num_workers", 0):
+            loader.worker_init_fn = interruption.OutlivingWorker(loader.worker_init_fn)
+        return loader
+
+    def _leave(self, unsaved_because: str | None = None) -> None:
+        step, what, checkpoint = self.state.global_step, self.stage_name, self._saved_at
+        if unsaved_because is not None:
+            done = f"step {step}{f' of {what}' if what else ''} is not saved, as {unsaved_because}"
+            interruption.leave(
+                done, interruption.AGAIN if what else "Training goes on from the checkpoint before, if any."
+            )
+        elif what:
+            interruption.leave(f"saved at step {step} of {what}")
+        else:
+            interruption.leave(
+                f"saved at step {step} in '{checkpoint}'", "Go on with `trainer.train(resume_from_checkpoint=True)`."
+            )
+
+
+def _whole(checkpoint: Path) -> str:
+    reason = damage_of(checkpoint)
+    if reason is None:
+        return str(checkpoint)
+    good = newest_good_checkpoint(checkpoint.parent, unlisted=True, exact=False).good
+    fix = f"Resume from '{good}'" if good is not None else "Start without resume_from_checkpoint"
+    raise AMAError(f"The checkpoint '{checkpoint}' cannot be used: {reason}. {fix}.")

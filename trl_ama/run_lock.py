@@ -1,0 +1,182 @@
+"""Who runs in an output folder holds it: two runs in one folder would write over each other.
+
+A run holds `.locks/run.lock`. Jobs that make the specialists or losses of some tasks only hold the locks of these tasks, so
+that several of them can share a folder. The operating system lets go of a dead process's locks by itself.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+from accelerate import PartialState
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+
+from .errors import AMAError, first_line
+from .fingerprint import write_json
+from .run_note import public_arguments
+
+
+logger = get_logger(__name__)
+
+LOCKS = ".locks"
+_PATIENCE = 2.0  # seconds for those who only look whether a lock is held
+_LAST_BREATH = (
+    15.0  # seconds for the helpers of a process that was killed: data loaders look for their parent every five
+)
+_PAUSE = 0.05
+_NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+
+
+@contextlib.contextmanager
+def folder_held(folder: Path, tasks: list[str] | None = None) -> Iterator[None]:
+    """Hold an output folder, or some tasks of it; the main process does, and all processes meet the same error.
+
+    Args:
+        folder (`Path`): The output folder.
+        tasks (`list[str]`, *optional*): The tasks of a job that writes nothing else.
+
+    Raises:
+        AMAError: At once, if another process holds what this one needs, with its name.
+    """
+    locks, problem = contextlib.ExitStack(), None
+    if PartialState().is_main_process:
+        try:
+            _take(folder, tasks, locks)
+        except AMAError as error:
+            locks.close()
+            problem = str(error)
+    with locks:
+        [problem] = broadcast_object_list([problem])
+        if problem is not None:
+            raise AMAError(problem)
+        yield
+
+
+def _take(folder: Path, tasks: list[str] | None, locks: contextlib.ExitStack) -> None:
+    whole = _Lock(folder, "run")
+    if tasks is None:
+        locks.enter_context(whole.held())
+        # Ours first, then a look at the others': of two that come at the same time, at least one sees the other
+        for path in sorted((folder / LOCKS).glob("task-*.lock")):
+            with _Lock(folder, path.stem).held(noted=False):
+                pass
+    else:
+        for task in sorted(tasks):
+            locks.enter_context(_Lock(folder, f"task-{task}").held())
+        with whole.held(noted=False):
+            pass
+
+
+class _Lock:
+    """One lock, with a note beside it of who holds it."""
+
+    def __init__(self, folder: Path, name: str):
+        self.folder, self.name = folder, name
+        self.path, self.note = folder / LOCKS / f"{name}.lock", folder / LOCKS / f"{name}.json"
+
+    @contextlib.contextmanager
+    def held(self, noted: bool = True) -> Iterator[None]:
+        """Hold it. Without a note, as those do who only look, others wait a moment for it."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock = self._acquired()
+            if noted:
+                before = self._holder()
+                if before is not None:
+                    logger.info(f"The lock '{self.path}' was left by {_words(before)}, which is gone.")
+                write_json(self.note, _ourselves())
+        except OSError as error:
+            raise AMAError(
+                f"The output folder '{self.folder}' cannot be written to ({first_line(error)}). Make it writable, or choose "
+                "another output_dir."
+            ) from error
+        try:
+            yield
+        finally:
+            if noted:
+                with contextlib.suppress(OSError):
+                    self.note.unlink(missing_ok=True)
+            lock.release()
+
+    def _acquired(self) -> BaseFileLock:
+        begun = time.monotonic()
+        kind: type[BaseFileLock] = FileLock
+        while True:
+            lock = kind(str(self.path))
+            try:
+                lock.acquire(timeout=0)
+                return lock
+            except Timeout:
+                holder = self._holder()
+            except (NotImplementedError, OSError) as error:
+                if kind is SoftFileLock or getattr(error, "errno", errno.ENOSYS) not in _NO_FLOCK:
+                    raise
+                kind = SoftFileLock  # a network filesystem without locks: a file that is there or not
+                continue
+            waits = _PATIENCE
+            if holder is not None and _is_here(holder):
+                if _is_alive(holder):
+                    raise self._conflict(holder)
+                waits = _LAST_BREATH
+                if kind is SoftFileLock:
+                    logger.info(f"The lock '{self.path}' was left by {_words(holder)}, which is gone.")
+                    self.path.unlink(missing_ok=True)
+            if time.monotonic() - begun > waits:
+                raise self._conflict(holder)
+            time.sleep(_PAUSE)
+
+    def _holder(self) -> dict[str, Any] | None:
+        try:
+            note = json.loads(self.note.read_text(encoding="utf-8"))
+            words = {key: str(note[key]) for key in ("host", "since", "command")}
+            return {"pid": int(note["pid"]), "born": float(note["born"]), **words}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _conflict(self, holder: dict[str, Any] | None) -> AMAError:
+        what = f"The folder '{self.folder}'"
+        if self.name != "run":
+            what = f"Task '{self.name.removeprefix('task-')}' in '{self.folder}'"
+        who = "another process" if holder is None else _words(holder)
+        far = ""
+        if holder is not None and not _is_here(holder):
+            far = f" If nothing runs on {holder['host']} any more, delete '{self.folder / LOCKS}'."
+        return AMAError(f"{what} is in use by {who}. Wait until it is done, or choose another output_dir.{far}")
+
+
+def _ourselves() -> dict[str, Any]:
+    arguments = public_arguments(sys.argv)
+    script = Path(sys.argv[0]).stem.replace("_", "-") if arguments is not None else ""
+    return {
+        "pid": os.getpid(),
+        "born": psutil.Process().create_time(),
+        "host": socket.gethostname(),
+        "since": datetime.now().strftime("%Y-%m-%d %H:%M"),
+        "command": f"trl {script} {arguments}".strip() if script else "a Python program",
+    }
+
+
+def _words(holder: dict[str, Any]) -> str:
+    return f"process {holder['pid']} on {holder['host']} since {holder['since']} ({holder['command']})"
+
+
+def _is_here(holder: dict[str, Any]) -> bool:
+    return holder["host"] == socket.gethostname()
+
+
+def _is_alive(holder: dict[str, Any]) -> bool:
+    try:
+        return abs(psutil.Process(holder["pid"]).create_time() - holder["born"]) < 2  # numbers of processes come again
+    except psutil.Error:
+        return False
