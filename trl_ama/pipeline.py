@@ -76,14 +76,15 @@ def run_pipeline(
     user = None
     if training_args.push_to_hub:  # a wrong token would fail every download too
         user = from_main(lambda: check_login(training_args.hub_token))
-    settings = RunSettings(pipeline_args, training_args, model_args, task_args)
-    given, stages = stages, _stages_of(settings, stages)
+    with main_first():  # which downloads, tokenises and caches; the others find it
+        settings = RunSettings(pipeline_args, training_args, model_args, task_args)
+        given, stages = stages, _stages_of(settings, stages)
     with (
         interruption.caught(training_args.save_on_signal),
         folder_held(settings.output_dir, _tasks_alone(settings, stages)),
         _enough_room(settings),
     ):
-        with main_first():  # which downloads, tokenises and caches; the others find it
+        with main_first():
             check_recipe(settings, stages)
             plan = describe_plan(settings, stages)
         _say("\n".join(plan))
