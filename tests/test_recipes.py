@@ -318,7 +318,9 @@ def sbatch(tmp_path):
     for name, text in scripts.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(stat.S_IRWXU)
-    called = tmp_path / "called"
+    called, job = tmp_path / "called", tmp_path / "job"
+    job.mkdir()
+    (job / "recipes").symlink_to(FOLDER)  # not the repository itself, whose .venv the job would activate
 
     def run(*flags, code=0, **slurm):
         called.unlink(missing_ok=True)
@@ -329,7 +331,7 @@ def sbatch(tmp_path):
                 **{name: value for name, value in os.environ.items() if not name.startswith("SLURM_")},
                 "PATH": path,
                 "CALLED": str(called),
-                "SLURM_SUBMIT_DIR": str(ROOT),
+                "SLURM_SUBMIT_DIR": str(job),
                 **{f"SLURM_{name}": str(value) for name, value in slurm.items()},
             },
             capture_output=True,
