@@ -21,6 +21,7 @@ from transformers import (
 from trl.trainer.utils import get_config_model_id
 
 from .ama_config import AMAConfig
+from .broken_pairs import broken_by_themselves
 from .errors import AMAError
 from .mixing import MixingStrategy
 from .mixture import Mixture
@@ -265,7 +266,7 @@ peft_config:
             figures, warnings = self.mixture.finish_step(self.accelerator)
             broken = self.mixture.broken_pairs
             if broken and self.prefix_sharing.mode is not False:
-                broken = self._broken_by_themselves(model) or broken
+                broken = broken_by_themselves(self, model, self._step_batches) or broken
             self._broken_pairs = broken, self.mixture.step_pairs
             # Only where there are some: nearly always zero, it would be one more curve for every task
             figures |= {f"ama/not_finite/{task}": float(count) for task, count in broken.items()}
@@ -274,31 +275,6 @@ peft_config:
             for message in warnings:
                 logger.warning(message)
         return loss
-
-    @torch.no_grad()
-    def _broken_by_themselves(self, model: torch.nn.Module) -> dict[str, int]:
-        """The step's pairs without a finite loss, by task, on the plain path: in a packed row a NaN reaches its neighbours."""
-        counts = torch.zeros(len(self.task_names), device=self.accelerator.device)
-        mode, self.prefix_sharing.mode = self.prefix_sharing.mode, False
-        try:
-            for batch in self._step_batches:
-                inputs = dict(self._prepare_inputs(batch))
-                own, _ = inputs.pop(COUNTED, (len(inputs[TASK_COLUMN]), None))
-                inputs = self.with_reference(inputs)
-                mask, task_ids = inputs["completion_mask"], inputs[TASK_COLUMN]
-                ours = ("completion_mask", TASK_COLUMN, *LOGP_COLUMNS)
-                kwargs = {key: value for key, value in inputs.items() if key not in ours}
-                labels = inputs["input_ids"].masked_fill(mask == 0, -100)
-                forward = RecordedForward(model)
-                with self.compute_loss_context_manager(), self.accelerator.autocast():
-                    forward(**kwargs, labels=labels, use_cache=False, fused_lm_head=True)
-                pairs = forward.log_probs(inputs, self.ld_alpha)
-                broken = ~pair_losses(pairs, self._loss_config)[:own].isfinite()
-                counts += torch.bincount(task_ids[:own][broken], minlength=len(self.task_names))
-        finally:
-            self.prefix_sharing.mode = mode
-        counts = self.accelerator.reduce(counts, reduction="sum").tolist()
-        return {task: int(count) for task, count in zip(self.task_names, counts, strict=True) if count}
 
     # ---- Loss ----
 
