@@ -76,6 +76,4 @@ class StepRecorder:
         sums = sum_of_all(accelerator, self._sums())
         self.reset()
         counts, losses, excess, clipped, broken = sums
-        overflowed = ~np.isfinite(sums[1:3]).all(axis=0)  # finite pairs, but no sum of them that float32 can hold
-        losses, excess = np.where(overflowed, 0.0, losses), np.where(overflowed, 0.0, excess)
-        return StepStatistics(counts, losses, excess, probabilities, clipped, np.where(overflowed, counts, broken))
+        return StepStatistics(counts, losses, excess, probabilities, clipped, broken)
