@@ -218,7 +218,9 @@ def test_python_about_streams(base_and_pairs, finished, monkeypatch):  # noqa: F
     monkeypatch.chdir(finished)
     trainer = run_python("docs/streaming.md", {})["trainer"]
     assert trainer.state.global_step == 2 and trainer.ref_model is None and trainer.has_reference_losses
-    assert {"ama/excess/helpful", "ama/probability/code"} <= {key for entry in trainer.state.log_history for key in entry}
+    assert {"ama/excess/helpful", "ama/probability/code"} <= {
+        key for entry in trainer.state.log_history for key in entry
+    }
 
 
 def test_python_of_the_trainer_and_the_installation(tmp_path, monkeypatch):

@@ -269,7 +269,7 @@ def test_a_run_can_be_given_more_steps(tmp_path, monkeypatch):
     longer = Run(tmp_path).load(short.saved[-1]).train(12)
     rows = np.array([row for step in short.steps + longer.steps for row in step[0]])
     assert len(rows) == 160
-    for task, (name, size) in enumerate(SIZES.items()):
+    for task in range(len(SIZES)):
         mine = rows[TASK_IDS[rows] == task]
         np.testing.assert_array_equal(mine, of_task(make_streams(), task, len(mine)))
 
