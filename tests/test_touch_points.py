@@ -440,7 +440,7 @@ def test_34_adapters_on_a_quantised_base_are_trained_in_bf16():
     assert "if _is_quantized_model:" in source and "param.data = param.data.to(torch.bfloat16)" in source
 
 
-def test_35_a_4_bit_layer_packs_its_weight_only_where_its_flag_says_so(monkeypatch):
+def test_35_a_4_bit_layer_packs_its_weight_only_where_its_flag_says_so():
     bitsandbytes = pytest.importorskip("bitsandbytes")
     source = inspect.getsource(bitsandbytes.nn.Linear4bit)
     assert "self.support_avx512bf16_for_cpu" in source and "packing_format_for_cpu" in source
