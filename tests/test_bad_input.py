@@ -73,6 +73,8 @@ def test_task_names_that_cannot_be_folder_names(refuse, name):
 
 
 def test_task_names_alike():
+    with pytest.raises(AMAError, match="Two tasks are named 'code'. Rename one, or leave one out"):
+        check_task_names(["code", "helpful", "code"])
     with pytest.raises(AMAError, match="'Code' and 'code' are alike"):
         check_task_names(["Code", "code"])
     with pytest.raises(AMAError, match="There are no tasks"):

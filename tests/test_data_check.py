@@ -141,7 +141,7 @@ def test_what_is_cut_is_marked(recipe):
     (shown,) = figures.shown
     assert shown["tokens"]["prompt"] + shown["tokens"]["chosen"] - shown["cut"]["chosen"] == 12
     assert shown["chosen"].split() == ["apple"] * (12 - shown["tokens"]["prompt"]) and shown["cut"]["rejected"] == 0
-    assert f"{shown['cut']['chosen']} more tokens are CUT by max_length" in render(check)
+    assert f"max_length CUTS {shown['cut']['chosen']} of them" in render(check)
     # The other mode cuts the prompt
     (shown,) = check_data(recipe(with_list(rows), max_length=12, truncation_mode="keep_end"), show=1).tasks[0].shown
     assert shown["cut"]["prompt with chosen"] == shown["tokens"]["prompt"] and shown["cut"]["chosen"] > 0
@@ -340,18 +340,25 @@ def test_a_row_without_a_prompt(recipe):
     rows = [*CLEAN["list"][0], {**POOL["list"][-1], "prompt": None}]
     check = check_data(recipe(with_list(rows)))
     assert levels(check.tasks[0]) == {"unreadable": "fatal"} and check.tasks[1].verdict == "OK"
-    assert "Task 'list', row 60 of the train pairs has no prompt. Drop such rows" in render(check)
+    text = "60 of 61 rows have a prompt (the first is row 0), and 1 have none (the first is row 60). Drop those without one"
+    assert f"Task 'list', train pairs: {text}" in render(check)
 
 
 def test_plain_and_conversational_tasks_together(recipe):
     plain = [{name: side[0]["content"] for name, side in row.items()} for row in CLEAN["list"][0]]
     check = check_data(recipe({"sort": CLEAN["sort"], "list": (plain,)}))
     assert levels(check.tasks[1])["other_columns"] == "fatal"
+    text = "The pairs of task 'list' are plain text, and those of task 'sort' are messages. Set `format: single_turn` on 'list'"
+    assert text in render(check)
+    # Whichever comes first in the recipe
+    check = check_data(recipe({"list": (plain,), "sort": CLEAN["sort"]}))
+    assert check.tasks[0].verdict == "will not train" and check.tasks[1].verdict == "OK"
+    assert text in render(check)
 
 
 def test_imbalance_and_no_held_out_pairs(recipe):
     check = check_data(recipe({"list": (POOL["list"][:100],), "sort": (POOL["sort"][:8],)}))
-    assert levels(check.tasks[0]) == {"no_held_out": "note"}
+    assert levels(check.tasks[0]) == {"no_held_out": "look"}
     assert levels(check.tasks[1])["imbalance"] == "look"
 
 

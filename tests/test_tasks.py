@@ -88,8 +88,17 @@ def test_columns_can_be_renamed(tmp_path):
     turns = load_tasks(TaskMixtureConfig(tasks=[{**task, "columns": columns, "format": "single_turn"}]))["train"]
     assert turns[0]["prompt"] == [{"role": "user", "content": "a?"}]
     assert turns[0]["rejected"] == [{"role": "assistant", "content": "no"}]
-    with pytest.raises(AMAError, match="Task 'x' has no column 'better'; found"):
+    with pytest.raises(AMAError, match="Task 'x' has no column 'better'; found .*Mend its `columns`"):
         load_tasks(TaskMixtureConfig(tasks=[{**task, "columns": {"chosen": "better"}}]))
+    with pytest.raises(AMAError, match="no column 'qestion'; found .* Did you mean 'question'"):
+        load_tasks(TaskMixtureConfig(tasks=[{**task, "columns": {**columns, "prompt": "qestion"}}]))
+    with pytest.raises(AMAError, match="no column 'prompt'; found .* TRL's name first and the dataset's own second"):
+        swapped = {theirs: ours for ours, theirs in columns.items()}
+        load_tasks(TaskMixtureConfig(tasks=[{**task, "columns": swapped}]))
+    with pytest.raises(
+        AMAError, match="single_turn' of task 'x' needs 'prompt'; found .* `columns: {prompt: …, chosen"
+    ):
+        load_tasks(TaskMixtureConfig(tasks=[{**task, "format": "single_turn"}]))
     with pytest.raises(AMAError, match="has no column 'chosen'; found .* Name the dataset's own columns"):
         load_tasks(TaskMixtureConfig(tasks=[task]))
     with pytest.raises(AMAError, match="format 'hh'; known are"):
@@ -235,8 +244,15 @@ PLAIN = {"prompt": "q", "chosen": "a", "rejected": "b"}
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        ([MESSAGES, {**MESSAGES, "prompt": None}], "row 1 .* has no prompt. Drop such rows, or leave the column out"),
-        ([PLAIN, {**PLAIN, "prompt": None}], "row 1 .* has no prompt"),
+        (
+            [MESSAGES, {**MESSAGES, "prompt": None}],
+            "train pairs: 1 of 2 rows have a prompt .*row 0.*, and 1 have none .*row 1.*leave the column out",
+        ),
+        (
+            [{**PLAIN, "prompt": None}, PLAIN],
+            "1 of 2 rows have a prompt .*row 1.*, and 1 have none .*row 0.*Drop those",
+        ),
+        ([{"prompt": None, **ANSWERS}], "row 0 .* has no prompt. Drop such rows, or leave the column out"),
         (
             [{**MESSAGES, "chosen": "a"}],
             "row 0 .* mixes two forms: prompt is messages, chosen is plain text, rejected is mess",
@@ -292,15 +308,23 @@ def test_formats_of_strings_refuse_other_rows(tmp_path, format, row):
 def test_held_out_rows_are_named_as_such(tmp_path):
     for split, row in (("train", PLAIN), ("test", {**PLAIN, "prompt": None})):
         Dataset.from_list([PLAIN, row]).to_json(tmp_path / f"x_{split}.jsonl")
-    with pytest.raises(AMAError, match="row 1 of the held-out pairs has no prompt"):
+    with pytest.raises(
+        AMAError, match="held-out pairs: 1 of 2 rows have a prompt .*and 1 have none .the first is row 1"
+    ):
         load_tasks(TaskMixtureConfig(tasks=[{"task": "x", "path": "unused"}], tasks_dir=str(tmp_path)))
 
 
 def test_tasks_of_different_formats_cannot_be_concatenated():
     plain = Dataset.from_list([{"prompt": "q", "chosen": "a", "rejected": "b"}])
     turns = Dataset.from_list(make_rows("list", 1, 0))
-    with pytest.raises(AMAError, match="Task 'b' has columns .* task 'a' has .* Bring all tasks into one format"):
+    with pytest.raises(
+        AMAError, match="task 'a' are plain text, .* 'b' are messages. Set `format: single_turn` on 'a'"
+    ):
         concatenate_tasks({"a": plain, "b": turns})
+    with pytest.raises(
+        AMAError, match="Column 'tools' of task 'b' is missing, that of task 'a' is of type Value.'string'"
+    ):
+        concatenate_tasks({"a": plain.add_column("tools", ["[]"]), "b": plain})
 
 
 def test_labels_follow_the_training_tasks():

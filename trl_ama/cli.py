@@ -49,7 +49,9 @@ class AMACommand(Command):
 
     def run(self, args: Namespace, context: CommandContext) -> int:
         from trl_ama.scripts.common import read_config, report_errors, split_arguments
+        from trl_ama.scripts.messages import tidy_warnings
 
+        tidy_warnings(self.name)
         with report_errors(self.name):
             argv = context.argv_after(self.name)
             read_config(argv)  # a mistyped path should not have to wait for torch, which the parser imports

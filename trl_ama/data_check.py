@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Value
 from transformers import PreTrainedTokenizerBase
 
 from .ama_config import AMAConfig
@@ -24,6 +24,7 @@ from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN, con
 
 
 SAMPLE = 5000  # pairs of each task and split that are tokenised and read
+_SPLITS = {"train": "training", "test": "held-out"}  # in messages
 _EXCERPT = 60  # characters of a prompt by which its pair can be found
 
 
@@ -150,9 +151,7 @@ def _look_at(
         try:
             tokenised = tokenise(part.select(rows), tokenizer, settings, rows.tolist())
         except AMAError as error:
-            figures.add(
-                "fatal", "template", f"Of the {'training' if split == 'train' else 'held-out'} pairs: {error}", ""
-            )
+            figures.add("fatal", "template", f"Of the {_SPLITS[split]} pairs: {error}", "")
             continue
         limit = settings.task_args.max_train_pairs if split == "train" else settings.task_args.max_eval_pairs
         figures.splits[split] |= _lengths(tokenised, args.max_length)
@@ -277,14 +276,12 @@ def _check_together(checked: list[TaskFigures], loaded: dict[str, DatasetDict]) 
             if split in pairs
         }
         sound = [figures.task for figures in checked if figures.task in parts and figures.verdict != FATAL]
+        messages = next((task for task in sound if not isinstance(parts[task].features["chosen"], Value)), None)
+        if messages is not None and sound[0] != messages:
+            sound = [messages, *(task for task in sound if task != messages)]  # plain text is what can be mended
         for figures in checked:
             if figures.task in sound[1:]:
                 try:
                     concatenate_tasks({task: parts[task] for task in (sound[0], figures.task)})
-                except AMAError:
-                    figures.add(
-                        "fatal",
-                        "other_columns",
-                        f"The columns of its {split} pairs are of other types than those of task '{sound[0]}'.",
-                        "Bring all tasks into one form, all messages or all plain text, e.g. with `format` or `columns`.",
-                    )
+                except AMAError as error:
+                    figures.add("fatal", "other_columns", f"Of the {_SPLITS[split]} pairs: {error}", "")

@@ -1,5 +1,6 @@
 """The report of [`check_data`] as text for a terminal."""
 
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -94,6 +95,8 @@ def _drops(found: dict[str, Any]) -> str:
         ("prompt_fills_max_length", "whose prompt fills max_length"),
     )
     dropped = [f"{about}{left[key]:,} {reason}" for key, reason in reasons if left[key]]
+    if not dropped:
+        return f"{found['pairs']:,} pairs, none dropped"
     return f"{found['pairs']:,} pairs" + "".join(f", − {item}" for item in dropped) + f" = {about}{left['left']:,}"
 
 
@@ -129,7 +132,7 @@ def _row(row: dict[str, Any]) -> Iterator[str]:
             if side == "prompt"
         ]
         if row["cut"].get(side):
-            cuts.append(f"{row['cut'][side]} more tokens are CUT by max_length")
+            cuts.append(f"max_length CUTS {row['cut'][side]} of them, which are not shown")
         notes = "".join(f"; {cut}" for cut in cuts)
         yield f"  {side} ({row['tokens'][side]} tokens{notes})"
         for line in _shortened(row[side]).split("\n"):
@@ -172,6 +175,6 @@ def _summary(tasks: list[TaskFigures]) -> str:
         ]
         worst = next((problem for problem in figures.problems if problem.level != "note"), None)
         todo = "" if worst is None else " ".join((worst.fix or worst.found).split()).replace("|", "¦")
-        todo = todo if len(todo) <= _CELL else f"{todo[:_CELL]} …"
+        todo = textwrap.shorten(todo, _CELL, placeholder=" …")
         rows.append([figures.task, figures.verdict, todo, *left])
     return table(rows, numbers=2)

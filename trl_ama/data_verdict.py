@@ -12,6 +12,7 @@ OK, LOOK, FATAL = "OK", "look at this", "will not train"
 LEAK = 0.65
 _IMBALANCE = 10
 _FEW = 100
+_COPIES = "Drop the copies; the page “Your own data” has the lines that do it."
 _LENGTH_RULES = ("is longer", "is shorter")
 # Kind of mistake → share of the pairs from which it is worth a look, what is found, and the fix
 _MISTAKES = {
@@ -145,10 +146,10 @@ def judge(figures: TaskFigures, max_length: int | None, drops_truncated: bool) -
                 )
     if figures.splits and "test" not in figures.splits:
         figures.add(
-            "note",
+            "look",
             "no_held_out",
-            "There are no held-out pairs.",
-            "Set `eval_split`, or `test_split_size` for all tasks.",
+            "There are no held-out pairs, so nothing will say how good the models are.",
+            "Set `eval_split`, or `test_split_size: 0.1` for all tasks.",
         )
     elif "left" in figures.splits.get("test", {}):
         count = figures.splits["test"]["left"]["left"]
@@ -192,7 +193,7 @@ def _judge_lengths(
             _level(over, 0.1),
             "truncated",
             f"{percent(over)} of the {where}pairs are longer than max_length ({max_length}) and are cut.",
-            f"{most}, or set `drop_truncated: true`.",
+            f"{most}, or set `drop_truncated: true`." if over < 1 else f"{most}.",
         )
     if left["drop_truncated"]:
         share = left["drop_truncated"] / total
@@ -235,7 +236,7 @@ def _judge_duplicates(figures: TaskFigures, counts: dict[str, Any]) -> None:
         "same_answers", counts["same_answers"], pairs, 0.001,
         "In {} pairs chosen and rejected are the same text", "Drop them: they teach nothing.", 1.0,
     )  # fmt: skip
-    add("repeated_pairs", counts["repeated_pairs"], pairs, 0.01, "{} pairs repeat an earlier one", "Drop the copies.")
+    add("repeated_pairs", counts["repeated_pairs"], pairs, 0.01, "{} pairs repeat an earlier one", _COPIES)
     add(
         "contradictions", counts["contradictions"], pairs, 0.005,
         "{} pairs are there the other way round too: chosen here, rejected there", "Keep one of the two, or none.",
@@ -252,7 +253,7 @@ def _judge_duplicates(figures: TaskFigures, counts: dict[str, Any]) -> None:
         )  # fmt: skip
     add(
         "held_out_in_training", counts.get("held_out_in_training", 0), held_out, 0.005,
-        "{} held-out pairs are trained on, in this task or another", "Drop them from the training pairs.",
+        "{} held-out pairs are trained on, in this task or another", "Drop them from the training pairs; the page “Your own data” has the lines that do it.",
     )  # fmt: skip
     prompts = counts.get("held_out_prompts_in_training", 0) - counts.get("held_out_in_training", 0)
     add(

@@ -31,3 +31,9 @@ def short(value: Any, most: int = 200) -> str:
 def first_line(error: Exception) -> str:
     """The first line of another library's error, for a message of one sentence; its type if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def sentence(error: Exception) -> str:
+    """[`first_line`] as a whole sentence, for a message that goes on after it."""
+    line = first_line(error).rstrip(" :;,")
+    return line if line.endswith((".", "!", "?", "…")) else f"{line}."

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, constants, get_session, get_token, is_offline
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import _http, validate_repo_id
 
-from .errors import AMAError, first_line
+from .errors import AMAError, first_line, sentence
 
 
 # The client waits for ever otherwise. Longer than the Hub takes for a large commit.
@@ -85,7 +85,7 @@ def check_hub_id(name: str, key: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise AMAError(f"{key} is {name!r}, which cannot be a Hub id: {first_line(error)}") from error
+        raise AMAError(f"{key} is {name!r}, which cannot be a Hub id: {sentence(error)}") from error
 
 
 def redact(text: str, token: str | None = None) -> str:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate.logging import get_logger
 
-from .errors import AMAError, first_line
+from .errors import AMAError, first_line, sentence
 from .fingerprint import check_fingerprint, read_json, write_json
 from .safe_files import sync
 from .versions import VERSIONS, check_version
@@ -70,7 +70,7 @@ class LossShards:
                 rows, columns = self._read(path)
             except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
                 logger.warning(
-                    f"The unfinished reference losses '{path}' are not used, and their pairs are scored again: {first_line(error)}"
+                    f"The unfinished reference losses '{path}' are not used, and their pairs are scored again: {sentence(error)}"
                 )
                 path.unlink(missing_ok=True)
                 continue

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedCon
 from transformers.quantizers import AutoHfQuantizer
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
-from .errors import AMAError, first_line
+from .errors import AMAError, sentence
 from .optimizer_memory import is_paged, optimizer_bytes, update_bytes
 from .prefix_trial import sequence_limit
 from .quantized import quantized_layers
@@ -128,7 +128,7 @@ def empty_model(config: PretrainedConfig, settings: MemorySettings) -> torch.nn.
             model = get_peft_model(model, copy.deepcopy(settings.peft_config), low_cpu_mem_usage=True)
     except (ValueError, ImportError, AttributeError, KeyError, NotImplementedError, RuntimeError) as error:
         raise AMAError(
-            f"A model of type '{config.model_type}' cannot be planned with these settings: {first_line(error)} Check the model, "
+            f"A model of type '{config.model_type}' cannot be planned with these settings: {sentence(error)} Check the model, "
             "the adapter's and the quantisation's settings."
         ) from error
     disable_dropout_in_model(model)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.pytorch_utils import Conv1D
 
 from .adapter_keys import saved_shapes
-from .errors import AMAError, first_line
+from .errors import AMAError, sentence
 from .policies import load_adapter
 from .policy_files import ADAPTER_WEIGHTS, PolicySource
 from .quantized import dequantized_weight, keep_weights, quantized_layers
@@ -86,7 +86,7 @@ def load_model(base_model: str, **kwargs: Any) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_pretrained(base_model, use_safetensors=True, **kwargs)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise AMAError(f"The base model '{base_model}' cannot be loaded: {first_line(error)}") from error
+        raise AMAError(f"The base model '{base_model}' cannot be loaded: {sentence(error)}") from error
 
 
 @torch.no_grad()
@@ -144,7 +144,7 @@ def _merge_layers(wrapped: PeftModel, place: PolicySource) -> PreTrainedModel:
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         kind = place.adapter_config.get("peft_type")
         raise AMAError(
-            f"PEFT cannot merge {place.who} ('{place.given}'), an adapter of the kind {kind}: {first_line(error)} Use it as an adapter."
+            f"PEFT cannot merge {place.who} ('{place.given}'), an adapter of the kind {kind}: {sentence(error)} Use it as an adapter."
         ) from error
 
 

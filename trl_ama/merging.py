@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from .adapter_keys import saved_shapes
-from .errors import AMAError, first_line
+from .errors import AMAError, sentence
 from .fingerprint import package_versions, write_json
 from .merged_card import write_merged_card
 from .merged_folder import NOTE_FILE, whole_or_not
@@ -112,7 +112,7 @@ def merge_adapter(
             model.save_pretrained(folder)
         except ValueError as error:  # a generation configuration that contradicts itself, for one
             raise AMAError(
-                f"The merged model cannot be saved: {first_line(error)} Mend that in '{base_model}'."
+                f"The merged model cannot be saved: {sentence(error)} Mend that in '{base_model}'."
             ) from error
         tokenizer.save_pretrained(folder)
         del model
@@ -169,7 +169,7 @@ def training_from(arguments: dict[str, Any]) -> Training:
             raise ValueError(f"bnb_4bit_quant_type is '{model_args.bnb_4bit_quant_type}', but must be nf4 or fp4.")
         return training
     except (AttributeError, ImportError, TypeError, ValueError) as error:
-        raise AMAError(f"These settings of the quantisation do not go together: {first_line(error)}") from error
+        raise AMAError(f"These settings of the quantisation do not go together: {sentence(error)}") from error
 
 
 # ---- Before ----
@@ -180,7 +180,7 @@ def _base_config(base_model: str, loading: dict[str, Any]) -> Any:
         config = AutoConfig.from_pretrained(base_model, **loading)
     except (OSError, ValueError) as error:
         raise AMAError(
-            f"The base model '{base_model}' cannot be read: {first_line(error)} Name it with --model_name_or_path."
+            f"The base model '{base_model}' cannot be read: {sentence(error)} Name it with --model_name_or_path."
         ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise AMAError(
@@ -214,4 +214,4 @@ def _tokenizer(place: PolicySource, base_model: str, loading: dict[str, Any]) ->
             return AutoTokenizer.from_pretrained(place.name, revision=place.commit)
         return AutoTokenizer.from_pretrained(base_model, **loading)
     except (OSError, ValueError, KeyError) as error:
-        raise AMAError(f"The tokenizer of '{place.given}' cannot be read: {first_line(error)}") from error
+        raise AMAError(f"The tokenizer of '{place.given}' cannot be read: {sentence(error)}") from error

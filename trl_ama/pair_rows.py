@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 
 from .errors import AMAError
@@ -23,6 +24,8 @@ def check_rows(dataset: Dataset, task: str, split: str) -> None:
         task, split (`str`): For the message.
     """
     columns = [name for name in PAIR_COLUMNS if name in dataset.column_names]
+    if "prompt" in columns:
+        _check_prompts(dataset, task, split)
     row, first_kind = 0, None
     for batch in dataset.select_columns(columns).iter(batch_size=1000):
         for values in zip(*(batch[name] for name in columns), strict=True):
@@ -34,6 +37,18 @@ def check_rows(dataset: Dataset, task: str, split: str) -> None:
                     "lists of {role, content}."
                 )
             first_kind, row = first_kind or kind, row + 1
+
+
+def _check_prompts(dataset: Dataset, task: str, split: str) -> None:
+    """A reader makes one column of what some rows have: say how many do, instead of blaming the first that does not."""
+    lacking = np.flatnonzero(dataset.with_format("arrow")["prompt"].is_null().to_numpy(zero_copy_only=False))
+    if 0 < len(lacking) < len(dataset):
+        having = np.setdiff1d(np.arange(len(dataset)), lacking)
+        raise AMAError(
+            f"Task '{task}', {split} pairs: {len(having)} of {len(dataset)} rows have a prompt (the first is row {having[0]}), and "
+            f"{len(lacking)} have none (the first is row {lacking[0]}). Drop those without one or, if the answers hold "
+            "the prompt, leave the column out of all (`columns: [chosen, rejected]`): it is then what both begin with."
+        )
 
 
 def check_pair(pair: dict[str, Any], where: str) -> str | None:

@@ -20,6 +20,7 @@ from .fingerprint import read_json, write_json
 from .generalist_card import write_card
 from .generalists import generalist_stage, train_generalist
 from .hub import check_login, time_limit
+from .length_note import length_lines
 from .loss_dataset import tasks_in
 from .loss_scoring import compute_reference_losses
 from .pipeline_arguments import PipelineArguments
@@ -254,6 +255,7 @@ def describe_plan(settings: RunSettings, stages: Sequence[str]) -> list[str]:
     for task, dropped in settings.dropped_empty.items():
         found = " and ".join(f"{count} of {split}" for split, count in dropped.items())
         lines.append(f"  without an answer {task:<14} {found} dropped")
+    lines += length_lines(settings)
     if "specialists" in stages or "losses" in stages:
         for task in settings.chosen_tasks:
             if task in settings.external_specialists:
@@ -300,7 +302,9 @@ def describe_plan(settings: RunSettings, stages: Sequence[str]) -> list[str]:
             )
     if "eval" in stages:
         lines.append(
-            "  evaluation        held-out pairs of every task" if "test" in settings.data else "  evaluation        –"
+            "  evaluation        held-out pairs of every task"
+            if "test" in settings.data
+            else "  evaluation        none: no task has held-out pairs (set `eval_split`, or `test_split_size: 0.1` for all)"
         )
     return lines
 

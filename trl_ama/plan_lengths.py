@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from datasets import Dataset
 
-from .errors import AMAError, first_line
+from .errors import AMAError, sentence
 from .pair_tokens import token_counts, tokenise
 from .prefix_sharing import WORTH_SHARING
 from .run_settings import RunSettings
@@ -117,7 +117,7 @@ def count_lengths(settings: RunSettings, max_length: int | None) -> tuple[dict[s
             try:
                 tokenised = tokenise(_sample(rows, task), tokenizer, settings)
             except AMAError as error:
-                raise AMAError(f"Task '{task}', {split} pairs: {first_line(error)}") from error
+                raise AMAError(f"Task '{task}', {split} pairs: {sentence(error)}") from error
             beginning = os.path.commonprefix(tokenised["prompt_ids"][:])
             lengths[split][task] = Lengths(token_counts(tokenised), len(rows), tuple(beginning))
     notes = []

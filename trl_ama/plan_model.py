@@ -9,7 +9,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig
 from trl import get_peft_config
 
 from .ama_config import AMAConfig
-from .errors import AMAError, first_line
+from .errors import AMAError, sentence
 from .memory_plan import (
     MemorySettings,
     StageMemory,
@@ -53,7 +53,7 @@ class PlannedModel:
             )
         except (OSError, ValueError) as error:
             raise AMAError(
-                f"The configuration of '{self.settings.model_name}' cannot be read: {first_line(error)} Check model_name_or_path."
+                f"The configuration of '{self.settings.model_name}' cannot be read: {sentence(error)} Check model_name_or_path."
             ) from error
 
     @cached_property
@@ -68,7 +68,7 @@ class PlannedModel:
             if "bitsandbytes" in str(stored.get("quant_method")):
                 return BitsAndBytesConfig.from_dict(stored)
         except (ImportError, ValueError, TypeError) as error:
-            raise AMAError(f"The quantisation cannot be planned: {first_line(error)} Install bitsandbytes.") from error
+            raise AMAError(f"The quantisation cannot be planned: {sentence(error)} Install bitsandbytes.") from error
         raise AMAError(
             f"The weights of '{self.settings.model_name}' are stored as '{stored.get('quant_method')}', and a plan knows bitsandbytes "
             "alone. Plan the model that they were made from, with load_in_4bit or load_in_8bit."

@@ -20,7 +20,7 @@ from trl import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, use_adapter
 
 from .adapter_keys import ADAPTER, changes_base, loading_problem, result_problem, saved_shapes, saved_types
-from .errors import AMAError, first_line
+from .errors import AMAError, sentence
 from .policy_files import ADAPTER_WEIGHTS, PolicySource, capital, policy_source
 from .policy_sources import check_kind, damaged, misfit
 from .processes import whole_models
@@ -155,7 +155,7 @@ def load_adapter(base: torch.nn.Module, config: PeftConfig, place: PolicySource,
             if problem is not None:
                 raise misfit(place, name, problem) from error
             raise AMAError(
-                f"PEFT cannot put {place.who} ('{place.given}') on the base model '{name}': {first_line(error)} Use an adapter "
+                f"PEFT cannot put {place.who} ('{place.given}') on the base model '{name}': {sentence(error)} Use an adapter "
                 "of another kind, or merge it into a model and name that instead."
             ) from error
     problem = result_problem(result.missing_keys, result.unexpected_keys)

@@ -6,7 +6,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from .adapter_keys import keys_problem, saved_shapes
-from .errors import AMAError, first_line
+from .errors import AMAError, first_line, sentence
 from .policy_files import ADAPTER_WEIGHTS, PolicySource, capital, hub_commit, is_commit, policy_source, split_revision
 
 
@@ -102,7 +102,7 @@ def _check_full_model(place: PolicySource, trust_remote_code: bool) -> None:
     except (OSError, ValueError, KeyError) as error:
         raise AMAError(
             f"{capital(place.who)} at '{place.given}' is neither an adapter (no adapter_config.json) nor a model that can be "
-            f"read: {first_line(error)} Check the path or Hub id."
+            f"read: {sentence(error)} Check the path or Hub id."
         ) from error
     place.check_model_weights()
 

@@ -14,7 +14,7 @@ from peft import PeftModel
 from peft.utils.integrations import dequantize_bnb_weight
 from transformers import Trainer, TrainingArguments
 
-from .errors import AMAError, first_line
+from .errors import AMAError, first_line, sentence
 
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def check_quantization(settings: "RunSettings") -> None:
     try:
         validate_bnb_backend_availability(raise_exception=True)
     except (RuntimeError, ImportError) as error:
-        raise AMAError(f"{asked} does not run here: {first_line(error)} Set {asked}: false.") from error
+        raise AMAError(f"{asked} does not run here: {sentence(error)} Set {asked}: false.") from error
     if not settings.model_args.use_peft:
         raise AMAError(
             f"{asked} is set without use_peft, and weights of so few bits cannot be trained themselves. Set use_peft: true, or "

@@ -16,7 +16,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from .ama_config import AMAConfig
 from .columns import numpy_column
-from .errors import AMAError, first_line, nearest
+from .errors import AMAError, nearest, sentence
 from .fingerprint import model_identity
 from .hub import is_hub_id
 from .pipeline_arguments import PipelineArguments
@@ -171,7 +171,7 @@ class RunSettings:
             return get_quantization_config(self.model_args)
         except (AttributeError, ImportError, TypeError, ValueError) as error:
             raise AMAError(
-                f"These settings of the quantisation do not go together: {first_line(error)} (dtype is '{self.model_args.dtype}'). "
+                f"These settings of the quantisation do not go together: {sentence(error)} (dtype is '{self.model_args.dtype}'). "
                 "With load_in_4bit, set dtype to bfloat16, float16 or float32."
             ) from error
 
@@ -255,7 +255,7 @@ class RunSettings:
             )
         except (OSError, ValueError) as error:
             raise AMAError(
-                f"The base model '{self.model_name}' cannot be read: {first_line(error)} Check model_name_or_path, or your network."
+                f"The base model '{self.model_name}' cannot be read: {sentence(error)} Check model_name_or_path, or your network."
             ) from error
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -290,6 +290,11 @@ class RunSettings:
     def dropped_empty(self) -> dict[str, dict[str, int]]:
         """Task → split → pairs without an answer that `drop_empty` dropped; only where there were any."""
         return self._loaded.empty
+
+    @property
+    def dropped_truncated(self) -> dict[str, dict[str, int]]:
+        """Task → split → pairs that `drop_truncated` dropped; only where there were any."""
+        return self._loaded.truncated
 
     def data_source(self, task: str) -> str:
         """Where a task's pairs come from: `org/name@commit`, or the names of local files, without the paths to them."""

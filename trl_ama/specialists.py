@@ -43,7 +43,12 @@ def specialist_stage(settings: RunSettings, task: str) -> TrainingStage:
         **arguments,
         "versions": package_versions(),
     }
-    return TrainingStage(settings.specialist_dir(task), f"The specialist of task '{task}'", fingerprint)
+    folder = settings.specialist_dir(task)
+    reuse = (
+        "To keep this specialist while the generalist changes, set its old value in `specialist_args`, or choose another output_dir "
+        f"and name it there: `specialists: {{{task}: {folder}}}`."
+    )
+    return TrainingStage(folder, f"The specialist of task '{task}'", fingerprint, reuse)
 
 
 def train_specialist(settings: RunSettings, task: str) -> dict[str, float]:

@@ -39,6 +39,8 @@ def check_task_names(names: list[str]) -> None:
                 f"Task name {short(name)} cannot be a folder name everywhere. Use 1 to 64 letters, digits, '_', '-' or '.', beginning "
                 "with a letter or digit, and no name that Windows keeps for devices."
             )
+        if seen.get(name.lower()) == name:
+            raise AMAError(f"Two tasks are named {name!r}. Rename one, or leave one out.")
         if name.lower() in seen:
             raise AMAError(
                 f"Task names {seen[name.lower()]!r} and {name!r} are alike on file systems that ignore case. Rename one."

@@ -5,9 +5,9 @@ from typing import Any
 
 from datasets import Dataset, Value
 
-from .errors import AMAError
+from .errors import AMAError, nearest
 from .task_config import TaskConfig
-from .tasks import PAIR_COLUMNS
+from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS
 
 
 _TURN = re.compile(r"\n\n(Human|Assistant):\s?")
@@ -22,13 +22,13 @@ def own_format(dataset: Dataset, task: TaskConfig, split: str = "train") -> Data
     if isinstance(task.columns, dict):
         lacking = [theirs for theirs in task.columns.values() if theirs not in dataset.column_names]
         if lacking:
-            raise AMAError(f"Task '{task.task}' has no column '{lacking[0]}'; found {dataset.column_names}.")
+            raise _no_column(task, lacking[0], dataset)
         renamed = {theirs: ours for ours, theirs in task.columns.items() if theirs != ours}
         dataset = dataset.select_columns(list(task.columns.values())).rename_columns(renamed)
     elif task.columns is not None:
         lacking = [column for column in task.columns if column not in dataset.column_names]
         if lacking:
-            raise AMAError(f"Task '{task.task}' has no column '{lacking[0]}'; found {dataset.column_names}.")
+            raise _no_column(task, lacking[0], dataset)
         dataset = dataset.select_columns(task.columns)
     if task.format is None:
         return dataset
@@ -39,13 +39,27 @@ def own_format(dataset: Dataset, task: TaskConfig, split: str = "train") -> Data
     needed, convert = _FORMATS[task.format]
     for column in needed:
         if column not in dataset.column_names:
+            names = ", ".join(f"{name}: …" for name in needed)
             raise AMAError(
-                f"Format '{task.format}' of task '{task.task}' needs '{column}'; found {dataset.column_names}."
+                f"Format '{task.format}' of task '{task.task}' needs '{column}'; found {dataset.column_names}. Say which of them it is "
+                f"with `columns: {{{names}}}`."
             )
     _check_strings(dataset, task, needed, split)
     if task.format == "hh_rlhf":  # the published files hold a few broken rows
         dataset = dataset.filter(_is_whole_transcript, desc=f"Dropping broken transcripts of {task.task}")
     return dataset.map(convert, remove_columns=dataset.column_names, desc=f"Reading {task.task}")
+
+
+def _no_column(task: TaskConfig, name: str, dataset: Dataset) -> AMAError:
+    swapped = isinstance(task.columns, dict) and set(task.columns.values()) <= {*PAIR_COLUMNS, *EXTRA_COLUMNS}
+    hint = (
+        " `columns` has TRL's name first and the dataset's own second, e.g. {prompt: question}."
+        if swapped and not set(task.columns) <= {*PAIR_COLUMNS, *EXTRA_COLUMNS}
+        else nearest(name, dataset.column_names)
+    )
+    return AMAError(
+        f"Task '{task.task}' has no column '{name}'; found {dataset.column_names}.{hint} Mend its `columns`."
+    )
 
 
 def _check_strings(dataset: Dataset, task: TaskConfig, columns: tuple[str, ...], split: str) -> None:
@@ -54,7 +68,8 @@ def _check_strings(dataset: Dataset, task: TaskConfig, columns: tuple[str, ...],
             continue
         for row, value in enumerate(dataset.select_columns([column])):
             if not isinstance(value[column], str):
-                found = "nothing" if value[column] is None else f"of type {type(value[column]).__name__}"
+                lacking = f"nothing (of {dataset.data.column(column).null_count} of {len(dataset)} rows)"
+                found = lacking if value[column] is None else f"of type {type(value[column]).__name__}"
                 raise AMAError(
                     f"Task '{task.task}', row {row} of the {split} pairs: {column} is {found}, and format '{task.format}' takes "
                     "strings. Drop such rows; for messages, leave `format` out."

@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
 from transformers import PreTrainedTokenizerBase
 from trl import extract_prompt
 
-from .errors import AMAError, first_line
+from .errors import AMAError, nearest, sentence
 from .pair_rows import check_rows
 from .task_config import TaskConfig, TaskMixtureConfig, check_task_names
 from .task_formats import own_format
@@ -33,11 +33,13 @@ class LoadedTasks:
         pairs (`DatasetDict`): As [`load_tasks`] returns them.
         commits (`dict[str, str]`): Task → commit of its dataset, of those that came from the Hub.
         empty (`dict[str, dict[str, int]]`): Task → split → pairs without an answer that `drop_empty` dropped, if any.
+        truncated (`dict[str, dict[str, int]]`): The same of pairs that `fits` refused.
     """
 
     pairs: DatasetDict
     commits: dict[str, str] = field(default_factory=dict)
     empty: dict[str, dict[str, int]] = field(default_factory=dict)
+    truncated: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def load_tasks(
@@ -120,14 +122,17 @@ def _load_task(
         if "test" not in parts and config.test_split_size is not None:
             parts = _held_out(parts["train"], task, config.test_split_size, seed)
     if fits is not None:
-        rows = len(parts["train"])
+        rows = {split: len(part) for split, part in parts.items()}
         parts = {
             split: part.filter(fits, desc=f"Dropping pairs of {task.task} that would be cut")
             for split, part in parts.items()
         }
+        dropped = {split: rows[split] - len(part) for split, part in parts.items() if len(part) < rows[split]}
+        if dropped:
+            loaded.truncated[task.task] = dropped
         if len(parts["train"]) == 0:
             raise AMAError(
-                f"None of the {rows} pairs of task '{task.task}' fits into max_length, and drop_truncated is on. Raise "
+                f"None of the {rows['train']} pairs of task '{task.task}' fits into max_length, and drop_truncated is on. Raise "
                 "max_length, or turn drop_truncated off."
             )
     limits = {"train": config.max_train_pairs, "test": config.max_eval_pairs}
@@ -191,7 +196,7 @@ def _load_split(task: TaskConfig, split: str, **source: Any) -> Dataset:
     except Exception as error:  # load_dataset raises a dozen kinds; all mean that this entry cannot be read
         where = source.get("data_files") or source["path"]
         raise AMAError(
-            f"Task '{task.task}' cannot be loaded: split '{split}' of {where!r}: {first_line(error)} Check `path`, `data_files` and "
+            f"Task '{task.task}' cannot be loaded: split '{split}' of {where!r}: {sentence(error)} Check `path`, `data_files` and "
             "`split` of the task, or point it at local files with --tasks_dir."
         ) from error
     if len(dataset) == 0:
@@ -209,8 +214,8 @@ def _with_answers(dataset: Dataset, task: TaskConfig, split: str, drop_empty: bo
     for column in sides:
         if column not in dataset.column_names:
             raise AMAError(
-                f"Task '{task.task}' has no column '{column}'; found {dataset.column_names}. Name the dataset's own columns "
-                "with `columns: {chosen: …, rejected: …}`."
+                f"Task '{task.task}' has no column '{column}'; found {dataset.column_names}.{nearest(column, dataset.column_names)} "
+                "Name the dataset's own columns with `columns: {prompt: …, chosen: …, rejected: …}`."
             )
     check_rows(dataset, task.task, _SPLITS[split])
     answers = dataset.select_columns(list(sides))
@@ -310,6 +315,6 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, row: dict, text: str | list, is_
         )
     except Exception as error:  # a template is a program, which fails in its own ways
         raise AMAError(
-            f"The chat template of '{tokenizer.name_or_path}' cannot render a pair: {type(error).__name__}: {first_line(error)} "
+            f"The chat template of '{tokenizer.name_or_path}' cannot render a pair: {type(error).__name__}: {sentence(error)} "
             "Use a model with another template, or give the pairs in the format that it expects."
         ) from error

@@ -5,10 +5,10 @@ import json
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Value, concatenate_datasets
+from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 
 from .columns import encoded_column, with_class_labels
-from .errors import AMAError, nearest
+from .errors import AMAError, nearest, short
 from .task_config import check_task_names
 
 
@@ -104,6 +104,22 @@ def add_pair_ids(dataset: Dataset) -> Dataset:
     return dataset.map(lambda row: {PAIR_ID_COLUMN: pair_id_of(row)}, desc="Naming the pairs")
 
 
+def check_same_form(parts: dict[str, Dataset]) -> None:
+    """Raise an `AMAError` if the pairs of some tasks are plain text and those of others messages."""
+    kinds = {name: part.features["chosen"] for name, part in parts.items() if "chosen" in part.features}
+    plain = [name for name, kind in kinds.items() if isinstance(kind, Value)]
+    messages = [name for name in kinds if name not in plain]
+    if plain and messages:
+        raise AMAError(
+            f"The pairs of task '{plain[0]}' are plain text, and those of task '{messages[0]}' are messages. Set "
+            f"`format: single_turn` on '{plain[0]}', which makes messages of a question and its answers."
+        )
+
+
+def _type_of(features: Features, column: str) -> str:
+    return f"of type {short(features[column], 100)}" if column in features else "missing"
+
+
 def concatenate_tasks(parts: dict[str, Dataset], names: list[str] | None = None) -> Dataset:
     """Concatenate the tasks' pairs and add the `task` column, a ClassLabel over `names`.
 
@@ -116,14 +132,17 @@ def concatenate_tasks(parts: dict[str, Dataset], names: list[str] | None = None)
     """
     names = list(parts) if names is None else names
     check_task_names(names)
+    check_same_form(parts)
     first = next(iter(parts))
     label = ClassLabel(names=names)
     labelled = []
     for name, part in parts.items():
         if part.features != parts[first].features:
+            ours, theirs = part.features, parts[first].features
+            column = next(name for name in [*ours, *theirs] if ours.get(name) != theirs.get(name))
             raise AMAError(
-                f"Task '{name}' has columns {dict(part.features)}, task '{first}' has {dict(parts[first].features)}. "
-                "Bring all tasks into one format (all conversational, or all plain text), e.g. with `columns`."
+                f"Column '{column}' of task '{name}' is {_type_of(ours, column)}, that of task '{first}' is "
+                f"{_type_of(theirs, column)}. Bring all tasks into one format, e.g. with `columns`."
             )
         numbers = np.full(len(part), names.index(name))
         labelled.append(part.add_column(TASK_COLUMN, numbers, feature=label))

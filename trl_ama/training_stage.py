@@ -76,12 +76,14 @@ class TrainingStage:
         folder (`Path`): Where the model and its checkpoints go.
         what (`str`): For messages, e.g. `"Specialist 'code'"`.
         fingerprint (`dict`): Everything that decides the result.
+        reuse (`str`, *optional*): How to keep what other settings made, a sentence for the message that refuses it.
     """
 
-    def __init__(self, folder: Path, what: str, fingerprint: dict[str, Any]):
+    def __init__(self, folder: Path, what: str, fingerprint: dict[str, Any], reuse: str = ""):
         self.folder = folder
         self.what = what
         self.fingerprint = fingerprint
+        self.reuse = reuse
 
     def check(self) -> None:
         """Raise an `AMAError` if the folder holds something that other settings made."""
@@ -91,7 +93,7 @@ class TrainingStage:
                 self.fingerprint,
                 note["fingerprint"],
                 f"{self.what} in '{self.folder}' was",
-                "Choose another output_dir, delete that folder, or set the old value.",
+                f"Choose another output_dir, delete that folder, or set the old value. {self.reuse}".rstrip(),
             )
 
     @property

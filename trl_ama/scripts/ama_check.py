@@ -24,13 +24,15 @@ class CheckArguments:
         show (`int`, *optional*, defaults to `2`):
             How many pairs of each task to show as the model sees them.
         json (`str`, *optional*):
-            File to write everything that was found to, as JSON.
+            File to write everything that was found to, as JSON; `-` prints it in place of the text.
         sample (`int`, *optional*, defaults to `5000`):
             Tokenise and read at most that many pairs of each task and split, drawn with the run's seed; 0 for all.
     """
 
     show: int = field(default=2, metadata={"help": "How many pairs of each task to show as the model sees them."})
-    json: str | None = field(default=None, metadata={"help": "File to write everything that was found to, as JSON."})
+    json: str | None = field(
+        default=None, metadata={"help": "File to write everything that was found to, as JSON; - prints it."}
+    )
     sample: int = field(
         default=5000,
         metadata={"help": "Tokenise and read at most that many pairs of each task and split; 0 for all."},
@@ -46,35 +48,19 @@ class CheckArguments:
 
 def main(check_args: CheckArguments, pipeline_args, training_args, model_args, task_args) -> None:
     """Look at the pairs; exit code 1 if a task will not train."""
-    import sys
-
     from datasets import disable_progress_bars
 
     from trl_ama.data_check import check_data
     from trl_ama.data_report import render
     from trl_ama.run_settings import RunSettings
+    from trl_ama.scripts.output import show
 
     disable_progress_bars()  # there would be a dozen for each task, and seconds for all
     settings = RunSettings(pipeline_args, training_args, model_args, task_args)
     check = check_data(settings, check_args.show, check_args.sample or None)
-    encoding = sys.stdout.encoding or "utf-8"
-    print(render(check).encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    if check_args.json is not None:
-        _write(check_args.json, check.to_dict())
+    show(render(check), check_args.json, check.to_dict())
     if not check.trains:
         raise SystemExit(1)
-
-
-def _write(path: str, result: dict) -> None:
-    import json
-
-    from trl_ama.errors import AMAError
-
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
-    except OSError as error:
-        raise AMAError(f"The file {path} cannot be written ({error.strerror}); give --json another path.") from error
 
 
 def run_here(launch_args: list[str], script_args: list[str]) -> int:

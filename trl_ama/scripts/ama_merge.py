@@ -11,6 +11,7 @@ trl ama-merge --adapter outputs/mine/specialists/code --output merged
 """
 
 import argparse
+import os
 from dataclasses import dataclass, field
 
 
@@ -23,7 +24,7 @@ class MergeArguments:
         output (`str`):
             Folder to write the checkpoint to.
         adapter (`str`, *optional*):
-            Adapter folder, Hub id with an optional `@revision`, or one of the recipe's mixing strategies. Defaults to the
+            Adapter folder, Hub id with an optional `@revision`, or the mixing strategy of one of the run's generalists. Defaults to the
             recipe's generalist.
         into (`str`, *optional*):
             `"base"`: the base as it is saved. `"dequantized"`: the weights of the quantised base that the adapter was trained
@@ -38,8 +39,8 @@ class MergeArguments:
     adapter: str | None = field(
         default=None,
         metadata={
-            "help": "Adapter folder, Hub id with an optional @revision, or one of the recipe's mixing strategies. Defaults to the "
-            "recipe's generalist."
+            "help": "Adapter folder, Hub id with an optional @revision, or the mixing strategy of one of the run's generalists. "
+            "Defaults to the recipe's generalist."
         },
     )
     into: str | None = field(
@@ -68,11 +69,13 @@ def main(merge_args: MergeArguments, pipeline_args, training_args, model_args, t
     from trl_ama.errors import AMAError
     from trl_ama.merged_card import difference, explanation
     from trl_ama.merging import merge_adapter, training_from
+    from trl_ama.mixing import STRATEGIES
 
     adapter = merge_args.adapter
     if adapter is None and model_args.model_name_or_path is None:
         raise AMAError("There is nothing to merge. Name a recipe with --config, or an adapter with --adapter.")
-    if adapter is None or adapter in (training_args.mixing, *pipeline_args.compare):
+    strategy = adapter in STRATEGIES and model_args.model_name_or_path is not None and not os.path.exists(adapter)
+    if adapter is None or strategy:
         adapter = _generalist(adapter, pipeline_args, training_args, model_args, task_args)
     note = merge_adapter(
         adapter,
@@ -101,8 +104,10 @@ def _generalist(strategy: str | None, pipeline_args, training_args, model_args, 
     strategy = strategy or training_args.mixing
     folder = RunSettings(pipeline_args, training_args, model_args, task_args).generalist_dir(strategy)
     if not (folder / "stage.json").is_file():
+        found = sorted(path.parent.name for path in folder.parent.glob("*/stage.json"))
         raise AMAError(
-            f"There is no generalist '{strategy}' in '{folder}'. Run `trl ama --config …` first, or name an adapter with --adapter."
+            f"There is no generalist '{strategy}' in '{folder.parent}'; found {found}. Run `trl ama --config …` first, with it in "
+            "`mixing` or `compare`, or name an adapter with --adapter."
         )
     if not model_args.use_peft:
         raise AMAError(
@@ -149,8 +154,6 @@ def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str 
 
 
 if __name__ == "__main__":
-    import os
-
     from trl_ama.scripts.common import run_script
 
     if int(os.environ.get("RANK", "0")) > 0:  # launched by hand: one process is enough

@@ -22,13 +22,15 @@ class PlanArguments:
 
     Parameters:
         json (`str`, *optional*):
-            File to write the plan to, as JSON; memory in bytes.
+            File to write the plan to, as JSON; memory in bytes. `-` prints it in place of the text.
         device (`str`, *optional*):
             `"cuda"` or `"cpu"`: where the run is going to be. Defaults to the CPU if the recipe says `use_cpu`, else to a
             GPU, whether this machine has one or not.
     """
 
-    json: str | None = field(default=None, metadata={"help": "File to write the plan to, as JSON; memory in bytes."})
+    json: str | None = field(
+        default=None, metadata={"help": "File to write the plan to, as JSON; - prints it. Memory in bytes."}
+    )
     device: str | None = field(
         default=None,
         metadata={
@@ -45,31 +47,19 @@ class PlanArguments:
 
 def main(plan_args: PlanArguments, pipeline_args, training_args, model_args, task_args, launch_args=()) -> None:
     """Plan the run and print it."""
-    import json
-    import sys
-
     from datasets import disable_progress_bars
 
-    from trl_ama.errors import AMAError
     from trl_ama.plan import make_plan
     from trl_ama.plan_report import render
     from trl_ama.run_settings import RunSettings
+    from trl_ama.scripts.output import show
 
     disable_progress_bars()
     processes, sharding = _launched(launch_args)
     settings = RunSettings(pipeline_args, training_args, model_args, task_args)
     device = plan_args.device or ("cpu" if training_args.use_cpu else "cuda")
     plan = make_plan(settings, device, processes, sharding)
-    encoding = sys.stdout.encoding or "utf-8"
-    print(render(plan).encode(encoding, "replace").decode(encoding), flush=True)
-    if plan_args.json is not None:
-        try:
-            with open(plan_args.json, "w", encoding="utf-8") as file:
-                json.dump(plan.to_dict(), file, indent=1)
-        except OSError as error:
-            raise AMAError(
-                f"The file {plan_args.json} cannot be written ({error.strerror}); give --json another path."
-            ) from error
+    show(render(plan), plan_args.json, plan.to_dict())
 
 
 def _launched(launch_args) -> tuple[int, str | None]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from trl_ama import interruption
 from trl_ama.errors import AMAError, nearest
+from trl_ama.scripts.messages import tidy_warnings
 from trl_ama.task_config import NO_STREAMING
 from trl_ama.value_types import check_value
 
@@ -312,5 +313,6 @@ def run_script(command: str, parser_fn: Callable[[], Any], main_fn: Callable[...
 
     A signal is handled from the start: what imports libraries for seconds has nothing to lose, and says so with the same code.
     """
+    tidy_warnings(command)
     with interruption.caught(), report_errors(command):
         main_fn(*parse_arguments(parser_fn()))

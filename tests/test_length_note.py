@@ -1,0 +1,59 @@
+"""What a run says of `max_length` before it trains."""
+
+import pytest
+from conftest import quick_args  # noqa: F401 - a fixture
+from test_data_check import CLEAN, pair, recipe, with_list  # noqa: F401 - a fixture
+from trl import DPOTrainer
+
+from trl_ama import AMAError
+from trl_ama.length_note import length_lines
+from trl_ama.pipeline import describe_plan
+
+
+def numbered(count: int, words: int, answer: int) -> list[dict]:
+    """Pairs with prompts and longer answers of that many words."""
+    return [pair(" ".join(["apple"] * words), "bread " * answer, f"bread {number}") for number in range(count)]
+
+
+ROWS = [*numbered(20, 2, 2), *numbered(7, 2, 40), *numbered(5, 40, 2)]
+
+
+def test_what_is_cut_and_what_the_trainer_drops_is_counted(recipe, model_dir, quick_args):  # noqa: F811
+    settings = recipe(with_list(ROWS), max_length=30)
+    (line,) = length_lines(settings)
+    assert line.split() == (
+        "over max_length list 7 of 32 cut; 5 of 32 dropped, as their prompts fill it (max_length is 30)".split()
+    )
+    pairs = settings.pairs_of("list", "train").remove_columns("task")
+    trainer = DPOTrainer(model_dir, args=quick_args(max_length=30), train_dataset=pairs)
+    assert len(trainer.train_dataset) == 32 - 5
+    # Cut from the beginning, no prompt fills it
+    (line,) = length_lines(recipe(with_list(ROWS), max_length=30, truncation_mode="keep_end"))
+    assert "12 of 32 cut (" in line
+
+
+def test_what_drop_truncated_dropped_is_counted_by_split(recipe):  # noqa: F811
+    tasks = with_list(ROWS, numbered(4, 2, 40) + numbered(6, 2, 2))
+    settings = recipe(tasks, task_changes={"drop_truncated": True}, max_length=30)
+    (line,) = length_lines(settings)
+    assert "12 of train and 4 of test dropped (" in line
+    assert line in describe_plan(settings, ["specialists"])
+
+
+def test_nothing_is_said_when_all_fit_or_nothing_is_cut(recipe):  # noqa: F811
+    assert length_lines(recipe(CLEAN)) == []
+    assert length_lines(recipe(with_list(ROWS), max_length=None)) == []
+
+
+def test_a_large_task_is_estimated_from_its_first_pairs(recipe, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("trl_ama.length_note._SAMPLE", 20)
+    settings = recipe(with_list(ROWS[18:]), max_length=30)  # 14 pairs, ten of which are looked at
+    (line,) = length_lines(settings)
+    assert "about 10 of 14 cut; about 1 of 14 dropped" in line
+
+
+def test_a_pair_that_cannot_be_tokenised_is_named_with_its_task(recipe):  # noqa: F811
+    settings = recipe()
+    settings.tokenizer.chat_template = "{{ raise_exception('no such turn') }}"
+    with pytest.raises(AMAError, match="Task 'list', training pairs: Row 0 cannot be tokenised .*no such turn"):
+        length_lines(settings)
