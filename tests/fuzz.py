@@ -5,9 +5,9 @@ python tests/fuzz.py --cases 2500            # the whole
 python tests/fuzz.py --cases 1 --start 1234  # one again, with its input and its traceback
 ```
 
-A case is made from its number alone. It runs in this process, through the functions that `trl ama` calls before anything is
+A case is made from its number alone. It runs in one child process with all others, through the functions that `trl ama` calls before anything is
 trained, and ends in one of: `success`, `AMAError` (one sentence, exit code 2), `argparse` (exit code 2); or, which fails the
-fuzz, `traceback`, `hang` or `long` (a message that nobody reads). tests/test_fuzz.py runs some hundred of them.
+fuzz, `traceback`, `hang`, `crash` or `long` (a message that nobody reads). tests/test_fuzz.py runs some hundred of them.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import io
 import json
 import os
 import random
+import select
 import signal
 import sys
 import tempfile
@@ -150,7 +151,7 @@ class World:
 
     def __init__(self, folder: Path):
         self.folder, self.number = folder, 0
-        (folder / "a" / "b" / "c").mkdir(parents=True)
+        (folder / "a" / "b" / "c").mkdir(parents=True)  # and nothing is above it but a folder of `results`
         os.chdir(folder / "a" / "b" / "c")  # a junk path may be `.` or `../..`, and `datasets` looks through folders
         self.model = folder / "model"
         tokenizer = _make_tokenizer()
@@ -450,9 +451,9 @@ class World:
         for _ in range(rng.choice((1, 1, 2))):
             kind = rng.random()
             if kind < 0.5:
-                data = bad(data)
+                data = bad(data) if isinstance(data, Dataset) else data
             elif kind < 0.6:
-                held_out = bad(held_out)
+                held_out = bad(held_out) if isinstance(held_out, Dataset) else held_out
             elif kind < 0.7:
                 arguments["specialists"] = rng.choice(
                     (junk(rng), {"list": junk(rng)}, dict.fromkeys(TASKS, "/nowhere"), {"list": None, "sort": None})
@@ -465,9 +466,8 @@ class World:
                                    data.select([0] * 12), data.cast_column("task", ClassLabel(names=["list", "sort", "x"])))
                                   if isinstance(data, Dataset) else (None, 5))  # fmt: skip
             else:
-                held_out = rng.choice(
-                    ([], "path", 5, rows, held_out.select([]), {"a": held_out, "b": None}, {"a": 5}, {})
-                )
+                empty = held_out.select([]) if isinstance(held_out, Dataset) else None
+                held_out = rng.choice(([], "path", 5, rows, empty, {"a": held_out, "b": None}, {"a": 5}, {}))
 
         def run():
             from trl_ama.errors import AMAError
@@ -615,6 +615,8 @@ def outcome_of(function, is_new: bool = True) -> Outcome:
             result = Outcome("AMAError", " ".join(str(error).split()))
         except SystemExit as error:
             lines = said.getvalue().strip().splitlines()
+            # The value that argparse quotes may have lines of its own
+            lines = [line for line in lines if ": error: " in line or line.startswith("usage: ")]
             if error.code != 2 or not lines or ": error: " not in lines[-1]:
                 return Outcome("traceback", f"exit code {error.code}: {said.getvalue()[-500:]}")
             usage = any(line.startswith("usage: ") for line in lines)
@@ -644,38 +646,56 @@ def silence():
             logging.set_verbosity(level)
 
 
-def results(world: World, seed: int, numbers: range):
-    """Number, kind and outcome of each case. They run in a child, so that one that ends the interpreter is an outcome, too."""
+def results(folder: Path, seed: int, numbers: range):
+    """Number, kind and outcome of each case.
+
+    They run in a child that makes its own world, so that one that ends the interpreter, or hangs where Python cannot interrupt
+    it, is an outcome, too; and so that this process, which forks, has no threads whose locks the child would wait for.
+    """
     numbers = list(numbers)
     while numbers:
         reads, writes = os.pipe()
         child = os.fork()
         if child == 0:
-            with os.fdopen(writes, "w", encoding="utf-8") as out:
-                for number in numbers:
-                    kind, outcome = world.run(seed, number)
-                    out.write(json.dumps([kind, *outcome]) + "\n")
-                    out.flush()
-            os._exit(0)
+            os.close(reads)
+            try:
+                with os.fdopen(writes, "w", encoding="utf-8") as out, silence():
+                    world = World(Path(tempfile.mkdtemp(dir=folder)))
+                    for number in numbers:
+                        kind, outcome = world.run(seed, number)
+                        out.write(json.dumps([kind, *outcome]) + "\n")
+                        out.flush()
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)  # whatever comes, as the parent cleans up
         os.close(writes)
-        with os.fdopen(reads, encoding="utf-8") as lines:
-            for line in lines:
-                kind, *outcome = json.loads(line)
-                yield numbers.pop(0), kind, Outcome(*outcome)
+        ended = "crash"
+        with os.fdopen(reads, "rb", buffering=0) as pipe:
+            rest = b""
+            while True:
+                if not select.select([pipe], [], [], 6 * SECONDS)[0]:
+                    os.kill(child, signal.SIGKILL)
+                    ended = "hang"
+                    break
+                content = pipe.read(1 << 16)
+                if not content:
+                    break
+                *lines, rest = (rest + content).split(b"\n")
+                for line in lines:
+                    kind, *outcome = json.loads(line)
+                    yield numbers.pop(0), kind, Outcome(*outcome)
         status = os.waitpid(child, 0)[1]
         if numbers:
-            yield (
-                numbers[0],
-                kind_of(case_rng(seed, numbers.pop(0))),
-                Outcome("crash", f"the process ended with {status}"),
-            )
+            number = numbers.pop(0)
+            yield number, kind_of(case_rng(seed, number)), Outcome(ended, f"the process ended with {status}")
 
 
 def fuzz(cases: int, seed: int = 0, start: int = 0, talk: bool = False) -> tuple[Counter, list[str]]:
     """Run cases; return how many ended how, by kind, and what is to be said about those that failed."""
     counts, failures, begun = Counter(), [], time.monotonic()
-    with contextlib.chdir("."), silence(), tempfile.TemporaryDirectory() as folder:
-        for number, kind, outcome in results(World(Path(folder)), seed, range(start, start + cases)):
+    with tempfile.TemporaryDirectory() as folder:
+        for number, kind, outcome in results(Path(folder), seed, range(start, start + cases)):
             counts[kind, outcome.name] += 1
             said = f"case {number} ({kind}): {outcome.name}\n{outcome.text}"
             if outcome.name in FAILURES:
@@ -696,6 +716,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=2500)
     parser.add_argument("--start", type=int, default=0, help="number of the first case")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", help="file to write counts and failures to")
     args = parser.parse_args()
     counts, failures = fuzz(args.cases, args.seed, args.start, talk=True)
     names = sorted({name for _, name in counts})
@@ -703,6 +724,9 @@ def main() -> int:
     for kind in KINDS:
         print(f"{kind:10}" + "".join(f"{counts[kind, name]:>11}" for name in names))
     print(f"{'all':10}" + "".join(f"{sum(counts[kind, name] for kind in KINDS):>11}" for name in names))
+    if args.json is not None:
+        ends = {kind: {name: counts[kind, name] for name in names} for kind in KINDS}
+        Path(args.json).write_text(json.dumps({"counts": ends, "failures": failures}))
     return 1 if failures else 0
 
 

@@ -217,9 +217,9 @@ def test_switched_off_it_is_as_in_trl(training):  # noqa: F811
 
 
 def test_a_stage_is_named_and_the_next_run_goes_on(recipe, tmp_path, monkeypatch):  # noqa: F811
-    def run(name):
+    def run(name, *stages):
         flags = ["--output_dir", tmp_path / name, "--per_device_eval_batch_size", "2"]
-        run_pipeline(*parse(recipe, *flags), stages=("specialists", "losses"))
+        run_pipeline(*parse(recipe, *flags), stages=stages or ("specialists", "losses"))
 
     step, forward, calls = DPOTrainer.training_step, scoring.packed_forward, []
 
@@ -241,6 +241,7 @@ def test_a_stage_is_named_and_the_next_run_goes_on(recipe, tmp_path, monkeypatch
     assert str(left.value) == (
         "Interrupted by SIGTERM: saved at step 3 of the specialist of task 'list'. Run the same command again to go on."
     )
+    run("run", "specialists")
     with monkeypatch.context() as patch:
         patch.setattr(scoring, "packed_forward", third_batch)
         with pytest.raises(Interrupted, match=r"saved \d+ of 34 scored pairs \(Reference losses, list\)"):

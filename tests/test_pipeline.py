@@ -24,6 +24,7 @@ from trl_ama.reference_columns import LOGP_COLUMNS
 from trl_ama.reference_losses import joined_data
 from trl_ama.report import result_table
 from trl_ama.run_settings import RunSettings
+from trl_ama.safe_files import describe_files, sealed
 from trl_ama.specialists import quality_warning
 from trl_ama.versions import VERSIONS
 
@@ -478,6 +479,10 @@ def test_nothing_to_evaluate_on(recipe, copy, no_training, capsys):
 def test_a_specialist_that_gives_no_numbers(copy, recipe, no_training):
     path = copy / "specialists" / "sort" / "adapter_model.safetensors"
     save_file({name: weight * np.nan for name, weight in load_file(path).items()}, path)
+    # As if the training had ended so; else the file is known to be damaged
+    note = read_json(path.with_name("stage.json"))
+    note["files"] |= describe_files(path.parent, [path.name])
+    write_json(path.with_name("stage.json"), sealed({key: note[key] for key in note if key != "seal"}))
     shutil.rmtree(copy / "reference_losses" / "sort")
     with pytest.raises(
         AMAError, match=r"'.*specialists/sort' gives no finite log-probs of 32 of 32 pairs of task 'sort'"

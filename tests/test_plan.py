@@ -254,6 +254,7 @@ def test_common_beginning_of_tasks():
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_a_sweep_begins_with_the_planned_batch(mode, size):
     """The planned batch is the one that scoring takes first, on either path."""
+    from accelerate import Accelerator
     from datasets import Dataset
 
     from trl_ama.scoring import _Sweep
@@ -262,7 +263,9 @@ def test_a_sweep_begins_with_the_planned_batch(mode, size):
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     rows = Dataset.from_list([{name: [0] * count for name, count in zip(names, row, strict=True)} for row in sizes])
     args = SimpleNamespace(max_length=None, precompute_ref_batch_size=size, per_device_eval_batch_size=None)
-    trainer = SimpleNamespace(args=args, data_collator=None, prefix_sharing=SimpleNamespace(mode=mode))
+    trainer = SimpleNamespace(
+        args=args, data_collator=None, prefix_sharing=SimpleNamespace(mode=mode), accelerator=Accelerator(cpu=True)
+    )
     first = next(_Sweep(trainer, {}, rows).batches())
     planned = scoring_batch([Lengths(sizes[:20], 20), Lengths(sizes[20:], 40)], size, packed=mode == "auto")
     longest = [prompt + max(answers) for prompt, *answers in (sizes[row] for row in first)]

@@ -1,5 +1,6 @@
 """Two runs in one output folder: the second is told at once by whom it is held, and a dead process holds nothing."""
 
+import contextlib
 import json
 import logging
 import os
@@ -166,3 +167,21 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
         folder_held(tmp_path / "file" / "run"),
     ):
         pass
+
+
+@pytest.mark.parametrize("tasks", [None, ["a", "b"]])
+def test_nothing_is_left_of_a_run_that_wrote_nothing(tmp_path, tasks):
+    with pytest.raises(AMAError, match="refused"), folder_held(tmp_path / "some" / "where", tasks):
+        assert (tmp_path / "some" / "where" / ".locks").is_dir()
+        raise AMAError("refused")
+    assert not list(tmp_path.iterdir())
+    with folder_held(tmp_path / "some", tasks):
+        (tmp_path / "some" / "result").write_text("done")
+    assert (tmp_path / "some" / "result").is_file()
+
+
+def test_another_job_s_lock_stays(tmp_path):
+    with contextlib.ExitStack() as other:
+        with folder_held(tmp_path / "run", ["a"]):
+            pid = other.enter_context(another_process(tmp_path / "run", ["b"]))
+        assert f"Task 'b' in '{tmp_path / 'run'}' is in use by process {pid}" in refused(tmp_path / "run", ["b"])

@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import pytest
@@ -231,6 +232,9 @@ def test_template_arguments_need_a_template(tmp_path):
     }
     with pytest.raises(AMAError, match="sets chat_template_kwargs, but its pairs are plain text"):
         load_tasks(TaskMixtureConfig(tasks=[task]))
+    for columns in ({5: "prompt"}, {"prompt": 5}, [5, "chosen"]):
+        with pytest.raises(AMAError, match="columns of task 'x' names 5, of type int"):
+            TaskMixtureConfig(tasks=[{**task, "columns": columns}])
     with pytest.raises(AMAError, match="chat_template_kwargs of task 'x' must be a mapping"):
         TaskMixtureConfig(tasks=[{**task, "chat_template_kwargs": "enable_thinking"}])
 
@@ -286,6 +290,46 @@ def test_rows_that_are_no_pairs_are_named(tmp_path, rows, expected):
     """By task, row, what was found and what to do, never a KeyError or TypeError of code that expects pairs."""
     Dataset.from_list(rows).to_json(tmp_path / "x.jsonl")
     with pytest.raises(AMAError, match=f"(?s)Task 'x',.*{expected}"):
+        load_tasks(TaskMixtureConfig(tasks=[{"task": "x", "path": "json", "data_files": str(tmp_path / "x.jsonl")}]))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (["a"], r"row 1 .*: chosen is a list of messages with the content \['a'\], of type list"),
+        (
+            [{"type": "text", "text": "a"}],
+            "row 1 .*: the messages of chosen have texts as content here or before, and lists",
+        ),
+    ],
+)
+def test_messages_with_other_contents_are_refused(tmp_path, content, expected):
+    rows = [MESSAGES, {**MESSAGES, "chosen": [{"role": "assistant", "content": content}]}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(AMAError, match=f"(?s)Task 'x',.*{expected}"):
+        load_tasks(TaskMixtureConfig(tasks=[{"task": "x", "path": "json", "data_files": str(tmp_path / "x.jsonl")}]))
+
+
+@pytest.mark.parametrize(
+    "data_files", ["{0}", ["{0}"], {"train": "{0}"}, None], ids=["text", "list", "mapping", "dir"]
+)
+@pytest.mark.parametrize("start", ["null", '\n "a"', "5\n6"])
+def test_a_file_that_is_no_json_is_named(tmp_path, start, data_files):
+    """One that begins with `null` ended the process."""
+    path = tmp_path / "x_train.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        file.write(start)
+    text = json.dumps(data_files).replace("{0}", str(path))
+    task = {"task": "x", "path": "json", "data_files": json.loads(text)}
+    with pytest.raises(
+        AMAError, match="Task 'x': '.*x_train.jsonl.gz' begins with '.*', which is no row. Write a JSON obj"
+    ):
+        load_tasks(TaskMixtureConfig(tasks=[task], tasks_dir=None if data_files else str(tmp_path)))
+
+
+def test_template_kwargs_of_a_row_that_are_no_mapping(tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps(MESSAGES | {"chat_template_kwargs": 5}))
+    with pytest.raises(AMAError, match="Task 'x', row 0: chat_template_kwargs is 5, of type int. Give a mapping like"):
         load_tasks(TaskMixtureConfig(tasks=[{"task": "x", "path": "json", "data_files": str(tmp_path / "x.jsonl")}]))
 
 

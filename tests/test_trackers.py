@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import QUICK, make_dataset, make_rows
 from tracker_files import local_trackers, tensorboard_scalars, trackio_runs, wandb_runs
+from transformers.trainer_utils import TrainOutput
 from trl import DPOTrainer, ModelConfig, TrlParser
 
 from trl_ama import AMAConfig, AMATrainer, TaskMixtureConfig, run_pipeline
@@ -278,7 +279,7 @@ def test_a_failed_stage_leaves_no_run_open(pipeline, quick_args, model_dir, tmp_
 
 
 def test_names_without_a_tracker(quick_args, model_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(DPOTrainer, "train", lambda *args, **kwargs: None)
+    monkeypatch.setattr(DPOTrainer, "train", lambda *args, **kwargs: TrainOutput(0, 0.0, {}))
     for given, name in ((None, "lab-generalist-ama_s"), ("trial", "trial-generalist-ama_s")):
         folder = tmp_path / "lab" / "generalists" / "ama_s"
         trainer = new_trainer(model_dir, quick_args(output_dir=str(folder), run_name=given))

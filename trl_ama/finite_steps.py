@@ -40,7 +40,7 @@ class FiniteStepTrainer(DPOTrainer):
     A [`~trl.DPOTrainer`] that leaves out the optimizer steps whose gradient is not finite.
 
     fp16's loss scaling does so itself, and DeepSpeed steps within the backward pass, where nothing can be left out; the run
-    ends after [`MOST_IN_A_ROW`] steps there, too.
+    ends after [`trl_ama.finite_steps.MOST_IN_A_ROW`] steps there, too.
 
     Attributes:
         what (`str`): Who is trained, for messages.

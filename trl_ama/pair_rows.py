@@ -27,6 +27,7 @@ def check_rows(dataset: Dataset, task: str, split: str) -> None:
     if "prompt" in columns:
         _check_prompts(dataset, task, split)
     row, first_kind = 0, None
+    contents: dict[str, set[type]] = {column: set() for column in columns}
     for batch in dataset.select_columns(columns).iter(batch_size=1000):
         for values in zip(*(batch[name] for name in columns), strict=True):
             where = f"Task '{task}', row {row} of the {split} pairs"
@@ -37,6 +38,13 @@ def check_rows(dataset: Dataset, task: str, split: str) -> None:
                     "lists of {role, content}."
                 )
             first_kind, row = first_kind or kind, row + 1
+            for column, value in zip(columns, values, strict=True):
+                contents[column] |= _contents(value)
+                if len(contents[column]) > 1:
+                    raise AMAError(
+                        f"{where}: the messages of {column} have texts as content here or before, and lists of parts as well. Bring "
+                        "all rows into one form."
+                    )
 
 
 def _check_prompts(dataset: Dataset, task: str, split: str) -> None:
@@ -96,11 +104,17 @@ def _no_text(value: Any) -> str | None:
             )
         if not isinstance(message.get("role"), str) or "content" not in message:
             return f"a list of messages with the keys {keys}; 'role' and 'content' are needed. {fix}"
-        if not isinstance(
-            message["content"], (str, list, type(None))
-        ):  # a list of parts, or a call of tools without a text
-            return f"a list of messages with the content {_short(message['content'])}, of type {type(message['content']).__name__}. {fix}"
+        content = message["content"]  # a text, a list of parts, or nothing beside a call of tools
+        parts = isinstance(content, list) and all(isinstance(part, dict) for part in content)
+        if not (parts or isinstance(content, (str, type(None)))):
+            return f"a list of messages with the content {_short(content)}, of type {type(content).__name__}. {fix}"
     return None
+
+
+def _contents(value: Any) -> set[type]:
+    """The types of the contents of a list of messages."""
+    messages = value if isinstance(value, list) else []
+    return {type(message["content"]) for message in messages if message["content"] is not None}
 
 
 def _short(value: Any) -> str:

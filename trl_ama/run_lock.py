@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import socket
 import sys
 import time
@@ -49,8 +50,9 @@ def folder_held(folder: Path, tasks: list[str] | None = None) -> Iterator[None]:
     Raises:
         AMAError: At once, if another process holds what this one needs, with its name.
     """
-    locks, problem = contextlib.ExitStack(), None
+    locks, problem, new = contextlib.ExitStack(), None, []
     if PartialState().is_main_process:
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
         try:
             _take(folder, tasks, locks)
         except AMAError as error:
@@ -60,21 +62,37 @@ def folder_held(folder: Path, tasks: list[str] | None = None) -> Iterator[None]:
         [problem] = broadcast_object_list([problem])
         if problem is not None:
             raise AMAError(problem)
-        yield
+        try:
+            yield
+        finally:
+            if new:
+                _remove_unused(folder, tasks, new)
+
+
+def _remove_unused(folder: Path, tasks: list[str] | None, new: list[Path]) -> None:
+    """Leave nothing behind of a run that was refused before it wrote anything: the folders that the locks made go again."""
+    own = {f"{name}{suffix}" for name in _names(tasks) for suffix in (".lock", ".json")} | {"run.lock"}
+    with contextlib.suppress(OSError):
+        if os.listdir(folder) == [LOCKS] and set(os.listdir(folder / LOCKS)) <= own:
+            shutil.rmtree(folder / LOCKS)
+            for path in new:
+                path.rmdir()
+
+
+def _names(tasks: list[str] | None) -> list[str]:
+    return ["run"] if tasks is None else [f"task-{task}" for task in sorted(tasks)]
 
 
 def _take(folder: Path, tasks: list[str] | None, locks: contextlib.ExitStack) -> None:
-    whole = _Lock(folder, "run")
+    for name in _names(tasks):
+        locks.enter_context(_Lock(folder, name).held())
     if tasks is None:
-        locks.enter_context(whole.held())
         # Ours first, then a look at the others': of two that come at the same time, at least one sees the other
         for path in sorted((folder / LOCKS).glob("task-*.lock")):
             with _Lock(folder, path.stem).held(noted=False):
                 pass
     else:
-        for task in sorted(tasks):
-            locks.enter_context(_Lock(folder, f"task-{task}").held())
-        with whole.held(noted=False):
+        with _Lock(folder, "run").held(noted=False):
             pass
 
 

@@ -134,6 +134,14 @@ class TaskConfig:
                 f"chat_template_kwargs of task {short(entry.get('task', '?'))} must be a mapping like {{enable_thinking: false}}, "
                 f"got {short(kwargs)}."
             )
+        columns = entry.get("columns")
+        names = [*columns, *columns.values()] if isinstance(columns, dict) else columns
+        for name in names if isinstance(names, list) else ():
+            if not isinstance(name, str):
+                raise AMAError(
+                    f"columns of task {short(entry.get('task', '?'))} names {short(name)}, of type {type(name).__name__}. Columns have names "
+                    "of text: columns: {prompt: question}, or a list of those to keep."
+                )
         if not entry.get("task"):
             raise AMAError(
                 f"An entry of `tasks` has no 'task'; found {short(entry)}. Every task needs 'task' and 'path'."

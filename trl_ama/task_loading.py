@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import extract_prompt
 
 from .errors import AMAError, nearest, sentence
+from .local_files import check_json, files_of
 from .pair_rows import check_rows
 from .task_config import TaskConfig, TaskMixtureConfig, check_task_names
 from .task_formats import own_format
@@ -20,7 +21,6 @@ from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, add_pair_ids, concatenate_tasks
 from .template_kwargs import unite_template_kwargs, with_template_kwargs
 
 
-_LOCAL_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SPLITS = {"train": "train", "test": "held-out"}  # in messages
 
@@ -142,7 +142,7 @@ def _load_task(
 def _read_splits(task: TaskConfig, config: TaskMixtureConfig, loaded: LoadedTasks) -> dict[str, Dataset]:
     """`train` and, if the task names its held-out pairs, `test`; with the columns that the preference format wants."""
     if config.tasks_dir is not None:
-        loader, files = _local_files(task, Path(config.tasks_dir))
+        loader, files = files_of(task, Path(config.tasks_dir))
         return {split: _load_split(task, split, path=loader, data_files={split: files[split]}) for split in files}
     if task.path is None:
         raise AMAError(
@@ -174,23 +174,8 @@ def _at_most(dataset: Dataset, count: int | None, seed: int) -> Dataset:
     return dataset.shuffle(seed=seed).select(range(count))
 
 
-def _local_files(task: TaskConfig, folder: Path) -> tuple[str, dict[str, str]]:
-    files, loader = {}, None
-    for split in ("train", "test"):
-        for path in sorted(folder.glob(f"{task.task}_{split}.*")):
-            suffix = next((part for part in reversed(path.suffixes) if part in _LOCAL_FORMATS), None)
-            if suffix is not None:
-                files[split], loader = str(path), _LOCAL_FORMATS[suffix]
-                break
-    if "train" not in files:
-        raise AMAError(
-            f"tasks_dir '{folder}' has no file for task '{task.task}'; looked for '{task.task}_train' with one of "
-            f"{list(_LOCAL_FORMATS)}, possibly compressed."
-        )
-    return loader, files
-
-
 def _load_split(task: TaskConfig, split: str, **source: Any) -> Dataset:
+    check_json(task, source["path"], source.get("data_files"))
     try:
         dataset = load_dataset(split=split, **{key: value for key, value in source.items() if value is not None})
     except Exception as error:  # load_dataset raises a dozen kinds; all mean that this entry cannot be read

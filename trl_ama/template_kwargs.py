@@ -4,7 +4,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Json
 
-from .errors import AMAError
+from .errors import AMAError, short
 from .task_config import TaskConfig
 
 
@@ -26,11 +26,19 @@ def with_template_kwargs(dataset: Dataset, task: TaskConfig) -> Dataset:
             "Leave the key out, or bring the pairs into messages, e.g. with `format: single_turn`."
         )
 
-    def add(row: dict[str, Any]) -> dict[str, Any]:
-        return {TEMPLATE_KWARGS: {**task.chat_template_kwargs, **_given(row.get(TEMPLATE_KWARGS))}}
+    def add(row: dict[str, Any], number: int) -> dict[str, Any]:
+        own = row.get(TEMPLATE_KWARGS)
+        if own is not None and not isinstance(own, dict):
+            raise AMAError(
+                f"Task '{task.task}', row {number}: {TEMPLATE_KWARGS} is {short(own)}, of type {type(own).__name__}. Give a mapping like "
+                '{"enable_thinking": false}, or leave the column out.'
+            )
+        return {TEMPLATE_KWARGS: {**task.chat_template_kwargs, **_given(own)}}
 
     features = Features({**dataset.features, TEMPLATE_KWARGS: Json()})
-    return dataset.map(add, features=features, desc=f"Adding the chat_template_kwargs of {task.task}")
+    return dataset.map(
+        add, with_indices=True, features=features, desc=f"Adding the chat_template_kwargs of {task.task}"
+    )
 
 
 def _given(kwargs: dict[str, Any] | None) -> dict[str, Any]:

@@ -55,10 +55,10 @@ class WorstTask(evaluate.Metric):
         # `others`: `evaluate.combine` hands every module the inputs of all
         by_task = task_means(np.asarray(values), np.asarray(tasks))
         names, means = list(by_task), list(by_task.values())
-        worst = worst_of(means, greater_is_better)
+        where = (np.argmin if greater_is_better else np.argmax)(means)  # of the first NaN, if there is one
         return {
-            "worst": worst,
-            "worst_task": names[means.index(worst)],  # by identity first, so that a NaN is found too
+            "worst": worst_of(means, greater_is_better),
+            "worst_task": names[where],
             "mean": float(np.mean(means)),
             "by_task": by_task,
         }
