@@ -7,7 +7,7 @@ from trl import DPOTrainer
 
 from trl_ama import AMAError
 from trl_ama.length_note import length_lines
-from trl_ama.pipeline import describe_plan
+from trl_ama.run_start import describe_plan
 
 
 def numbered(count: int, words: int, answer: int) -> list[dict]:
