@@ -18,6 +18,8 @@ def length_lines(settings: RunSettings) -> list[str]:
     What `drop_truncated` drops is counted. The rest is looked for in a sample, the first pairs of each task, so that a run of a
     million pairs begins as soon as one of a thousand; `trl ama-check` reads more, and held-out pairs too.
 
+    Every process has to call this at the same time: DPOTrainer's tokenisation waits for the main process.
+
     Args:
         settings ([`RunSettings`]): The run.
 

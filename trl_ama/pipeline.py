@@ -19,6 +19,7 @@ from .fingerprint import read_json, write_json
 from .generalist_card import write_card
 from .generalists import train_generalist
 from .hub import check_login, time_limit
+from .length_note import length_lines
 from .loss_dataset import tasks_in
 from .loss_scoring import compute_reference_losses
 from .pipeline_arguments import PipelineArguments
@@ -80,7 +81,7 @@ def run_pipeline(
         with main_first():
             check_recipe(settings, stages)
             plan = describe_plan(settings, stages)
-        _say("\n".join(plan))
+        _say("\n".join([*plan, *length_lines(settings)]))
         with time_limit():
             publisher = Publisher(settings, stages, user)
             results = _run_stages(settings, publisher, stages)

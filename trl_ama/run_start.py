@@ -8,7 +8,6 @@ from transformers.trainer_utils import IntervalStrategy
 
 from .errors import AMAError
 from .generalists import generalist_stage
-from .length_note import length_lines
 from .policy_sources import check_policy_source
 from .quantized import check_optimizer, check_quantization
 from .reference_losses import reference_losses_done, reference_losses_of
@@ -97,7 +96,6 @@ def describe_plan(settings: RunSettings, stages: Sequence[str]) -> list[str]:
     for task, dropped in settings.dropped_empty.items():
         found = " and ".join(f"{count} of {split}" for split, count in dropped.items())
         lines.append(f"  without an answer {task:<14} {found} dropped")
-    lines += length_lines(settings)
     if "specialists" in stages or "losses" in stages:
         for task in settings.chosen_tasks:
             if task in settings.external_specialists:
