@@ -4,6 +4,7 @@ import atexit
 import os
 import re
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -18,6 +19,10 @@ _OWN = ("HF_", "HUGGING", "TRANSFORMERS_")
 def _clean(environ: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if not name.startswith(_OWN)}
 
+
+# A shell starts jobs in the background with Ctrl-C ignored, and what they start ignores it too
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 for _name in set(os.environ) - set(_clean(dict(os.environ))):
     del os.environ[_name]

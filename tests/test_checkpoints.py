@@ -102,7 +102,8 @@ def test_every_bit_of_the_list_counts(folder):
 def test_a_checkpoint_whose_best_is_gone_is_not_used(folder):
     for step, best in ((4, 2), (10, 4)):
         path = folder / f"checkpoint-{step}"
-        write_json(path / "trainer_state.json", {"global_step": step, "best_global_step": best})
+        named = f"/elsewhere/run/checkpoint-{best}"
+        write_json(path / "trainer_state.json", {"best_global_step": best, "best_model_checkpoint": named})
         complete_checkpoint(path)
     flip(folder / "checkpoint-4" / "weights.bin")
     assert newest_good_checkpoint(folder).good.name == "checkpoint-10"

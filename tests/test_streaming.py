@@ -317,6 +317,17 @@ def test_a_failed_read_is_named_and_can_be_tried_again():
     np.testing.assert_array_equal(of_task(streams, 0, 40), expected)
 
 
+def test_a_row_that_cannot_be_read_is_one_sentence():
+    def broken(count):
+        yield from pairs(0, 9)
+        raise ValueError("this turn has no role\nmore")
+
+    streams = make_streams(4, streams={"a": IterableDataset.from_generator(broken, gen_kwargs={"count": 20})})
+    said = "The stream of task 'a' cannot be read on after 1 pairs of pass 0, window 2 .ValueError: this turn has no role.. Mend"
+    with pytest.raises(AMAError, match=said):
+        of_task(streams, 0, 20)
+
+
 def test_a_stream_that_gives_nothing_is_an_error():
     empty = IterableDataset.from_generator(pairs, gen_kwargs={"first": 0, "count": 0})
     with pytest.raises(AMAError, match="The stream of task 'a' gives no pairs at pass 0, window 0"):

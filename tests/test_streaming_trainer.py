@@ -93,6 +93,29 @@ def test_a_run_resumed_after_any_step_equals_an_undisturbed_one(trained, tmp_pat
         assert_equal(trained(streams_of(data), checkpoint, output_dir=str(tmp_path / "resumed"), **settings), whole)
 
 
+def test_a_run_is_given_more_steps(trained, tmp_path):
+    """The pairs of a stream are not counted, so nothing says that they are others."""
+    data, settings = (
+        in_memory().remove_columns("task"),
+        {"streaming_buffer": 5, "save_strategy": "steps", "save_steps": 7},
+    )
+    short = trained(streams_of(data), output_dir=str(tmp_path), **settings)
+    checkpoint = str(tmp_path / "checkpoint-7")
+    longer = trained(streams_of(data), checkpoint, output_dir=str(tmp_path), **{**settings, "max_steps": 9})
+    assert longer.state.global_step == 9 and losses_of(longer)[:7] == losses_of(short)
+
+
+@pytest.mark.parametrize("kwargs", ["{enable", "[1]", "5"])
+def test_template_kwargs_that_are_no_mapping_are_named_with_their_row(trained, kwargs):
+    data = in_memory().remove_columns("task")
+    column = ["{}"] * len(data)
+    column[3] = kwargs
+    with pytest.raises(
+        AMAError, match="Task 'list', row 3 of its stream: chat_template_kwargs is .* Give a mapping like"
+    ):
+        trained(streams_of(data.add_column("chat_template_kwargs", column)))
+
+
 def test_training_twice_begins_anew(trained):
     trainer = trained(streams_of(in_memory().remove_columns("task")), streaming_buffer=5)
     assert not np.allclose(trainer.strategy.probabilities(), 1 / 3)

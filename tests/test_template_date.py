@@ -90,7 +90,12 @@ def test_a_run_has_one_date_and_each_tasks_arguments(dated_model, tmp_path, monk
     monkeypatch.setattr(DPOTrainer, "_prepare_dataset", watched)
     recipe = recipe_of(dated_model, tmp_path, template_date=datetime.date(2025, 7, 7))
     run_pipeline(*parse(recipe, "--output_dir", tmp_path / "run"))
-    assert {name for name, _ in seen} == {"SpecialistTrainer", "ScoringTrainer", "GeneralistTrainer"}
+    assert {name for name, _ in seen} == {
+        "SimpleNamespace",
+        "SpecialistTrainer",
+        "ScoringTrainer",
+        "GeneralistTrainer",
+    }  # the first for the plan
     assert set.union(*(starts for _, starts in seen)) == {"07 quiet", "07 piano"}
     assert [starts for name, starts in seen if name == "GeneralistTrainer"][0] == {"07 quiet", "07 piano"}
     for folder in ("specialists/list", "generalists/ama_s"):

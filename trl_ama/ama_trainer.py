@@ -256,6 +256,14 @@ peft_config:
         self.state.stateful_callbacks[_STATE_KEY] = self.mixture.state_dict()
         super()._save_checkpoint(model, trial)
 
+    def _draws(self):
+        draws = super()._draws()
+        if self.strategy.uses_own_sampler and type(self.strategy).observe is not MixingStrategy.observe:
+            # A loader's processes draw ahead with what the mixture was then: so many steps, it depends on how a step is split
+            ahead = self.args.dataloader_num_workers * (self.args.dataloader_prefetch_factor or 2)
+            draws["read_ahead"] = [ahead, self.args.gradient_accumulation_steps] if ahead else None
+        return draws
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         self._step_batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         return self._step_batches, num_items

@@ -7,7 +7,7 @@ that all of them are there and what they hold. Until then it says that the check
 import re
 import shutil
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors import SafetensorError
@@ -145,12 +145,20 @@ def newest_good_checkpoint(
     return result
 
 
-def _damage_of_best(checkpoint: Path, by_size: bool) -> str | None:
-    step = (read_json(checkpoint / "trainer_state.json") or {}).get("best_global_step")
-    if not step:
+def best_of(checkpoint: Path) -> Path | None:
+    """The best checkpoint at the time of another, beside it; `None` if there was none.
+
+    By what the state says of the folder, as the step with the best metric (`best_global_step`) need not have been saved.
+    """
+    named = (read_json(checkpoint / "trainer_state.json") or {}).get("best_model_checkpoint")
+    if not named:
         return None
-    best = checkpoint.with_name(f"{PREFIX_CHECKPOINT_DIR}-{step}")
-    if best == checkpoint:
+    return checkpoint.with_name(PurePosixPath(named.replace("\\", "/")).name)  # the folder may have moved since
+
+
+def _damage_of_best(checkpoint: Path, by_size: bool) -> str | None:
+    best = best_of(checkpoint)
+    if best is None or best == checkpoint:
         return None
     if not best.is_dir():
         return f"the best checkpoint at that time, '{best.name}', is gone"

@@ -8,29 +8,32 @@ epoch still has to do.
 import contextlib
 import copy
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 
 from . import interruption
 from .checkpoints import (
     begin_checkpoint,
+    best_of,
     complete_checkpoint,
     could_not_write,
     damage_of,
     newest_good_checkpoint,
 )
 from .errors import AMAError, first_line
+from .versions import VERSIONS, check_version
 
 
 logger = get_logger(__name__)
 
 _KEY = "ama_progress"  # in trainer_state.json's `stateful_callbacks`
-_VERSION = 1
 
 
 class _CheckpointFlow(TrainerCallback):
@@ -51,12 +54,16 @@ class _CheckpointFlow(TrainerCallback):
                 self._trainer._leave("save_strategy is 'no'")
             if not getattr(self._trainer, "may_save", lambda: True)():
                 self._trainer._leave("the policy gives no finite numbers there")
+            if not control.should_save and args.save_strategy != SaveStrategy.BEST:
+                self._trainer._only_for_a_signal.add(state.global_step)
             control.should_save = True
         # The end of an epoch may evaluate and log. What is saved before would have to do that when it is resumed
         if control.should_save and (control.should_training_stop or float(state.epoch).is_integer()):
             control.should_save, self._due = False, True
 
     def on_epoch_end(self, args, state, control, **kwargs):
+        if control.should_save:  # without a signal too
+            self._trainer._only_for_a_signal.discard(state.global_step)
         if self._due:
             control.should_save, self._due = True, False
 
@@ -80,6 +87,9 @@ class ExactResume:
             # transformers' own saves in the middle of a step, when the mixture has seen the step and the weights have not
             kwargs["args"] = copy.copy(given)
             kwargs["args"].enable_jit_checkpoint = False
+        # Steps whose checkpoints an undisturbed run would not have: none of them may become the best one
+        self._only_for_a_signal: set[int] = set()
+        self._resumed_from: Path | None = None
         super().__init__(*args, **kwargs)
         self.add_callback(_CheckpointFlow(self))
 
@@ -88,6 +98,8 @@ class ExactResume:
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         checkpoint = self._checked(resume_from_checkpoint)
         self._leaving, self._resumed, self._saved_at = False, False, None
+        self._only_for_a_signal.clear()
+        self._resumed_from = Path(checkpoint) if isinstance(checkpoint, str) else None
         with contextlib.ExitStack() as stack:
             if self._handles_signals:
                 stack.enter_context(interruption.caught())
@@ -135,8 +147,10 @@ class ExactResume:
         """What the Trainer keeps beside its state, as JSON types."""
         losses = self.accelerator.gather(self._tr_loss.detach().reshape(1))  # one of each process
         return {
-            "version": _VERSION,
+            "version": VERSIONS[_KEY],
             **self._draws(),
+            "only_for_a_signal": sorted(self._only_for_a_signal),
+            "best_global_step": self.state.best_global_step,
             "losses": losses.tolist(),
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
@@ -150,7 +164,7 @@ class ExactResume:
         args = self.args
         return {
             "pairs_per_step": self._train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "pairs": len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
+            "pairs": len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,  # not of streams
             "seed": args.seed if args.data_seed is None else args.data_seed,
         }
 
@@ -161,6 +175,7 @@ class ExactResume:
         saved = state.stateful_callbacks.get(_KEY)
         if not self._resumed or not isinstance(saved, dict):  # a new training, or a checkpoint of an older version
             return
+        check_version(_KEY, saved, "resume with the trl-ama that wrote the checkpoint, or start a new output_dir")
         if not args.ignore_data_skip:  # with which a user says that the draws need not go on
             self._check_draws(saved)
         losses = saved["losses"]
@@ -172,20 +187,24 @@ class ExactResume:
         self._metrics["train"].update({name: list(values) for name, values in saved["figures"].items()})
         self._total_train_tokens = saved["tokens"]
         self.model.train(saved["training"])
-        best = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
-        if state.best_global_step and state.best_model_checkpoint is None and best.is_dir():
+        self._only_for_a_signal = set(saved.get("only_for_a_signal", ()))
+        state.best_global_step = saved.get("best_global_step", state.best_global_step)
+        best = best_of(self._resumed_from) if self._resumed_from is not None else None
+        if state.best_model_checkpoint is None and best is not None and best.is_dir():
             state.best_model_checkpoint = str(best)  # the folder has moved since
 
     def _check_draws(self, saved: dict[str, Any]) -> None:
-        if saved.get("version") != _VERSION:
-            raise AMAError(
-                f"The checkpoint's progress is of version {saved.get('version')!r}, this trl-ama reads version {_VERSION}. Resume "
-                "with the trl-ama that wrote it, or start a new output_dir."
-            )
-        names = {"pairs_per_step": "pairs per optimizer step", "pairs": "number of training pairs", "seed": "seed"}
+        names = {
+            "pairs_per_step": "pairs per optimizer step",
+            "pairs": "number of training pairs",
+            "seed": "seed",
+            "read_ahead": "micro-batches that data loaders read ahead, and micro-batches of a step,",
+        }
         ours = self._draws()
         for field, name in names.items():
-            if saved[field] != ours[field]:
+            if field == "pairs" and None in (saved[field], ours[field]):
+                continue
+            if field in ours and field in saved and saved[field] != ours[field]:
                 raise AMAError(
                     f"The checkpoint was written with {name} {saved[field]}, this run has {ours[field]}, so its draws cannot be "
                     "continued. Resume with the same settings and data, or start a new output_dir."
@@ -227,7 +246,8 @@ class ExactResume:
                 shutil.rmtree(folder, ignore_errors=True)  # of an earlier training, or incomplete
                 begin_checkpoint(folder)
             self.state.stateful_callbacks[_KEY] = self._progress()  # all processes meet here, and then write
-            super()._save_checkpoint(model, trial)
+            with self._unwanted_best_hidden():
+                super()._save_checkpoint(model, trial)
             self._complete(folder)
         except Exception as error:
             if self._saved_at == folder or not could_not_write(error):
@@ -237,6 +257,17 @@ class ExactResume:
             self.args.save_total_limit, self._saving = limit, False
         if self.args.should_save:
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    @contextlib.contextmanager
+    def _unwanted_best_hidden(self) -> Iterator[None]:
+        """The Trainer takes the folder of the best step for the best checkpoint, if there is one, whyever it was saved."""
+        best = self.state.best_global_step
+        if best in self._only_for_a_signal:
+            self.state.best_global_step = None
+        try:
+            yield
+        finally:
+            self.state.best_global_step = best
 
     def save_model(self, output_dir=None, _internal_call=False):
         super().save_model(output_dir, _internal_call)
@@ -258,6 +289,8 @@ class ExactResume:
             elif self.args.sync_ref_model:
                 lacks = "the reference model, which sync_ref_model moves"
             complete_checkpoint(folder, lacks)
+        # A process that leaves earlier makes a launcher stop the one that still writes
+        self.accelerator.wait_for_everyone()
         self._saved_at = folder
 
     def _not_saved(self, folder: Path, error: Exception) -> AMAError:

@@ -81,7 +81,8 @@ class FiniteStepTrainer(DPOTrainer):
             self._verified_step = self.state.global_step  # the weights after so many steps gave finite numbers
             return norm
         if not scales:
-            model.zero_grad(set_to_none=True)  # a parameter without a gradient is passed over: no momentum, no decay
+            for parameter in model.parameters():  # DeepSpeed's `zero_grad` is another method
+                parameter.grad = None  # a parameter without a gradient is passed over: no momentum, no decay
         self._left_out += 1
         self._in_a_row += 1
         self._gives_no_number = sum(broken.values()) == pairs if known else True  # where nobody knows, the worst
@@ -116,7 +117,7 @@ class FiniteStepTrainer(DPOTrainer):
         if self._gives_no_number and not but_for:
             return False
         broken = sum(
-            not torch.isfinite(_local(parameter.detach())).all()
+            not torch.isfinite(_local(parameter).detach()).all()
             for parameter in self.model.parameters()
             if parameter.requires_grad
         )
@@ -135,8 +136,10 @@ class FiniteStepTrainer(DPOTrainer):
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a tensor that FSDP has split."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    """This process's part of a tensor that FSDP or ZeRO-3 has split."""
+    if hasattr(tensor, "to_local"):
+        return tensor.to_local()
+    return getattr(tensor, "ds_tensor", tensor)
 
 
 def _found(broken: dict[str, int]) -> str:

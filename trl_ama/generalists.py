@@ -7,6 +7,7 @@ from transformers import set_seed
 from .ama_trainer import AMATrainer
 from .errors import AMAError
 from .fingerprint import package_versions, pairs_identity, relevant_arguments
+from .processes import from_main
 from .reference_losses import joined_data, reference_losses_of
 from .run_settings import RunSettings
 from .training_stage import TrainingStage
@@ -60,8 +61,9 @@ def train_generalist(settings: RunSettings, strategy: str, repo_id: str | None =
     """
     stage = generalist_stage(settings, strategy)
     stage.check()
-    if stage.result is not None:
-        return stage.result
+    done = from_main(lambda: stage.result)  # of one opinion, whatever a network filesystem shows the others by now
+    if done is not None:
+        return done
     pushes = repo_id is not None and strategy == settings.training_args.mixing
     args = settings.with_arguments(
         mixing=strategy,

@@ -33,7 +33,9 @@ def compute_reference_losses(settings: RunSettings) -> ReferenceLosses:
     Raises:
         AMAError: If a specialist is missing or of another base model, or losses that are there were made by other settings.
     """
-    remaining = [task for task in settings.chosen_tasks if not reference_losses_done(settings, task)]
+    remaining = from_main(
+        lambda: [task for task in settings.chosen_tasks if not reference_losses_done(settings, task)]
+    )
     if PartialState().is_main_process:
         for task in set(settings.chosen_tasks) - set(remaining):  # a run may have been stopped between the two
             remove_shards(shards_folder(settings, task))

@@ -21,7 +21,7 @@ from accelerate.logging import get_logger
 
 from .errors import AMAError, first_line, sentence
 from .fingerprint import check_fingerprint, read_json, write_json
-from .safe_files import sync
+from .safe_files import sync, unreadable
 from .versions import VERSIONS, check_version
 
 
@@ -63,11 +63,18 @@ class LossShards:
 
         Returns:
             `np.ndarray`: Which rows are filled in. # (N,) bool
+
+        Raises:
+            AMAError: If a shard is there and cannot be read.
         """
         done = np.zeros(len(self._pair_ids), dtype=bool)
         for path in sorted(self.folder.glob("*.parquet")):
             try:
-                rows, columns = self._read(path)
+                content = path.read_bytes()
+            except OSError as error:
+                raise unreadable(path, error) from error
+            try:
+                rows, columns = self._read(path, content)
             except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
                 logger.warning(
                     f"The unfinished reference losses '{path}' are not used, and their pairs are scored again: {sentence(error)}"
@@ -82,8 +89,7 @@ class LossShards:
             path.unlink(missing_ok=True)
         return done
 
-    def _read(self, path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        content = path.read_bytes()
+    def _read(self, path: Path, content: bytes) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         if _hash(content) != path.stem.rsplit("-", 1)[-1]:
             raise ValueError("the file is not what was written, but damaged.")
         table = pq.read_table(io.BytesIO(content))

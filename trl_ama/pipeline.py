@@ -76,11 +76,11 @@ def run_pipeline(
     with (
         interruption.caught(training_args.save_on_signal),
         folder_held(settings.output_dir, _tasks_alone(settings, stages)),
-        _enough_room(settings),
+        _disk_errors_told(settings),
     ):
         with main_first():
             check_recipe(settings, stages)
-            plan = describe_plan(settings, stages)
+        plan = from_main(lambda: describe_plan(settings, stages))
         _say("\n".join([*plan, *length_lines(settings)]))
         with time_limit():
             publisher = Publisher(settings, stages, user)
@@ -129,15 +129,24 @@ def _tasks_alone(settings: RunSettings, stages: Sequence[str]) -> list[str] | No
 
 
 @contextlib.contextmanager
-def _enough_room(settings: RunSettings) -> Iterator[None]:
+def _disk_errors_told(settings: RunSettings) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if not is_full(error):
+        place = error.filename or str(settings.output_dir)
+        if is_full(error):
+            raise AMAError(
+                f"The disk of '{place}' is full ({first_line(error)}). What was finished is intact: make room, and run the "
+                "same command again to go on."
+            ) from error
+        inside = error.filename is not None and Path(error.filename).absolute().is_relative_to(
+            settings.output_dir.absolute()
+        )
+        if not inside or error.strerror is None:
             raise
         raise AMAError(
-            f"The disk of '{settings.output_dir}' is full ({first_line(error)}). What was finished is intact: make room, and run the "
-            "same command again to go on."
+            f"'{place}' can be neither read nor written as a run needs it ({error.strerror}). What was finished is intact: mend that, "
+            "and run the same command again to go on."
         ) from error
 
 

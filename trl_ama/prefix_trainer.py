@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from .processes import from_main
 from .quantized import keep_weights
 from .recorded_forward import RecordedForward
 from .uneven_batches import COUNTED, mark_repeats
+
+
+_TEMPORARY = "_reference_logps-"
 
 
 class _SetEpoch(TrainerCallback):
@@ -152,6 +156,8 @@ class SpecialistTrainer(ExactResume, PrefixSharingTrainer):
 
 def _temporary_folder(parent: str) -> str:
     os.makedirs(parent, exist_ok=True)  # which all processes see, on whatever machine they are
-    folder = os.path.abspath(tempfile.mkdtemp(prefix="_reference_logps-", dir=parent))
+    for left in Path(parent).glob(f"{_TEMPORARY}*"):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    folder = os.path.abspath(tempfile.mkdtemp(prefix=_TEMPORARY, dir=parent))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

@@ -149,10 +149,18 @@ class _Lock:
                 waits = _LAST_BREATH
                 if kind is SoftFileLock:
                     logger.info(f"The lock '{self.path}' was left by {_words(holder)}, which is gone.")
-                    self.path.unlink(missing_ok=True)
+                    self._break()
             if time.monotonic() - begun > waits:
                 raise self._conflict(holder)
             time.sleep(_PAUSE)
+
+    def _break(self) -> None:
+        """Remove the file that stands for a dead process's lock; not one that another process has just put there."""
+        with contextlib.suppress(OSError):
+            if (
+                self.path.stat().st_mtime_ns <= self.note.stat().st_mtime_ns
+            ):  # the note is written once the lock is held
+                self.path.unlink()
 
     def _holder(self) -> dict[str, Any] | None:
         try:

@@ -73,6 +73,9 @@ def first_damage(folder: Path, files: dict[str, dict[str, Any]], by_size: bool =
         folder (`Path`): Where they are.
         files (`dict`): What `describe_files` returned.
         by_size (`bool`): Whether their sizes are enough, for an answer at once.
+
+    Raises:
+        AMAError: If a file is there and cannot be read.
     """
     for name, noted in files.items():
         path = folder / name
@@ -82,11 +85,18 @@ def first_damage(folder: Path, files: dict[str, dict[str, Any]], by_size: bool =
                 return f"its file '{name}' has {size} bytes and was written with {noted['size']}"
             if not by_size and file_digest(path) != noted["sha256"]:
                 return f"its file '{name}' is not what was written"
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return f"its file '{name}' is missing"
-        except OSError as error:
-            return f"its file '{name}' cannot be read ({error.strerror})"
+        except (
+            OSError
+        ) as error:  # of a network filesystem, perhaps, and for now: what is damaged is removed, so this is not
+            raise unreadable(path, error) from error
     return None
+
+
+def unreadable(path: Path, error: OSError) -> AMAError:
+    """The error for a file that is there and cannot be read, of which nobody knows whether it is good."""
+    return AMAError(f"'{path}' cannot be read ({error.strerror}). Mend that, and run the same command again to go on.")
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:

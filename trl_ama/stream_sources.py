@@ -12,7 +12,7 @@ from datasets.iterable_dataset import BufferShuffledExamplesIterable
 from trl import DPOTrainer
 
 from .ama_config import AMAConfig
-from .errors import AMAError
+from .errors import AMAError, short
 from .mixing import MixingStrategy
 from .pair_rows import check_pair
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, TOKEN_COLUMNS
@@ -238,8 +238,18 @@ def _checked(
             )
     if TEMPLATE_KWARGS not in row:
         return {}
-    kwargs = row[TEMPLATE_KWARGS]  # JSON in a dataset of reference losses
-    return {TEMPLATE_KWARGS: json.loads(kwargs) if isinstance(kwargs, str) else kwargs or {}}
+    kwargs = row[TEMPLATE_KWARGS]
+    if isinstance(kwargs, str):  # JSON in a dataset of reference losses
+        try:
+            kwargs = json.loads(kwargs)
+        except ValueError:
+            pass
+    if not isinstance(kwargs or {}, dict):
+        raise AMAError(
+            f"{where}: {TEMPLATE_KWARGS} is {short(kwargs)}, of type {type(kwargs).__name__}. Give a mapping like "
+            '{"enable_thinking": false}, or leave the column out.'
+        )
+    return {TEMPLATE_KWARGS: kwargs or {}}
 
 
 def _check_token_counts(task: str, row: dict[str, Any], args: AMAConfig) -> None:

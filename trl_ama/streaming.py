@@ -17,7 +17,7 @@ import numpy as np
 from datasets import IterableDataset
 from torch.utils.data import Dataset
 
-from .errors import AMAError
+from .errors import AMAError, first_line
 from .mixing import MixingStrategy
 from .sampler import BlockSampler, shuffle_stream
 from .tasks import TASK_COLUMN
@@ -116,9 +116,14 @@ class TaskStream:
                 rows.append(self._keep(row))
         except BaseException as error:
             self._close()  # the iterator is spent; what comes next begins at a window that is known
-            if not isinstance(error, AMAError):
-                error.add_note(f"While reading the stream of task '{self._name}', {self._place(window)}.")
-            raise
+            if not isinstance(error, Exception) or isinstance(error, (AMAError, OSError, MemoryError)):
+                if not isinstance(error, AMAError):
+                    error.add_note(f"While reading the stream of task '{self._name}', {self._place(window)}.")
+                raise
+            raise AMAError(  # of the source's format, or of the chat template, which is a program
+                f"The stream of task '{self._name}' cannot be read on after {len(rows)} pairs of {self._place(window)} "
+                f"({type(error).__name__}: {first_line(error)}). Mend or drop that row, or use a model whose chat template takes it."
+            ) from error
         if not rows:
             return False
         digest = _digest(rows)

@@ -10,6 +10,7 @@ from .errors import AMAError
 # The first releases wrote no version into `stage.json`, `results.json` and the shards' `run.json`: that is version 1.
 VERSIONS = {
     "trainer_state.json": 1,  # the mixing state in it
+    "ama_progress": 1,  # in it, too
     "stage.json": 1,
     "results.json": 1,
     "run.json": 1,  # of shards, and of a run's page
