@@ -37,7 +37,7 @@ TASKS = ("list", "sort")
 SECONDS = 20  # of a case; the slowest take about one
 LONGEST = 3000  # characters of a message
 FAILURES = ("traceback", "hang", "crash", "long")
-KINDS = {"recipe": 11, "rows": 6, "trainer": 4, "losses": 4}  # and how often
+KINDS = {"recipe": 11, "rows": 6, "trainer": 4, "losses": 4, "streams": 3}  # and how often
 
 
 class Outcome(NamedTuple):
@@ -492,6 +492,50 @@ class World:
 
         return outcome_of(run)
 
+    # ---- Streams ----
+
+    def case_streams(self, rng: random.Random) -> Outcome:
+        """Streams with mistakes in their rows, of which `AMATrainer` reads two windows."""
+        from datasets import Dataset, IterableDataset
+
+        from trl_ama import AMATrainer
+
+        logps = ("ref_chosen_logps", "ref_rejected_logps", "specialist_chosen_logps", "specialist_rejected_logps")
+        streams: Any = {}
+        for task in TASKS:
+            rows = copy.deepcopy(self.rows[task])
+            is_bad = task == TASKS[0] or rng.random() < 0.2
+            if is_bad:
+                rows = self._changed_rows(rng, rows)
+            rows = [{**dict.fromkeys(logps, -9.0), **row} if isinstance(row, dict) else row for row in rows]
+            if is_bad:
+                if rng.random() < 0.4 and all(isinstance(row, dict) for row in rows) and rows:
+                    name = rng.choice((*logps, "task", "chosen_tokens", "chat_template_kwargs", "tools", "prompt"))
+                    rng.choice(rows)[name] = junk(rng)
+            streams[task] = IterableDataset.from_generator(_each_of, gen_kwargs={"rows": [rows]})
+        kind = rng.random()
+        if kind < 0.1:
+            streams[rng.choice((*TASKS, "other", "", 5))] = rng.choice(
+                (junk(rng), Dataset.from_list(self.rows["list"]))
+            )
+        elif kind < 0.2:
+            streams = rng.choice((streams[TASKS[0]], {}, streams[TASKS[0]].shuffle(seed=0), list(streams.values())))
+        settings = {"max_steps": rng.choice((2, 2, 2, 2, -1)), "streaming_buffer": rng.choice((1, 3, 1000))}
+        settings |= {
+            "output_dir": str(self.folder / "streams"),
+            "mixing": rng.choice(("ama_s", "ama_s", "uniform", "proportional")),
+        }
+
+        def run():
+            from trl_ama import AMAConfig
+
+            args = AMAConfig(**{**QUICK, **settings})
+            trainer = AMATrainer(str(self.model), args=args, train_dataset=streams, processing_class=self.tokenizer)
+            for index in range(12 * len(TASKS)):
+                trainer.train_dataset[index]
+
+        return outcome_of(run)
+
     # ---- Loss folders ----
 
     def _save_losses(self) -> None:
@@ -581,6 +625,11 @@ class World:
             os.environ.update(before)
             shutil.rmtree(self.folder / f"rows{number}", ignore_errors=True)
         return kind, outcome
+
+
+def _each_of(rows: list[list[Any]]):
+    """The generator of a stream, whose rows are one shard."""
+    yield from rows[0]
 
 
 World._last_settings = None
