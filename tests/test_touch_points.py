@@ -668,6 +668,30 @@ def test_84_a_datasets_fingerprint_is_of_its_rows():
     assert data._fingerprint != data.select([0, 1])._fingerprint != data.shuffle(seed=0)._fingerprint
 
 
+def test_85_the_best_checkpoint_is_the_folder_of_the_best_step(model_dir, tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(DPOTrainer, "_load_best_model", lambda self: loaded.append(self.state.best_model_checkpoint))
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    args = DPOConfig(
+        **{"output_dir": str(tmp_path), "bf16": False, "use_cpu": True, "report_to": "none", "max_length": 64, "disable_tqdm": True},
+        **{**settings, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True},
+    )  # fmt: skip
+    data = make_dataset({"list": 8})
+    for folders, expected in (([], None), (["checkpoint-1"], str(tmp_path / "checkpoint-1"))):
+        for name in folders:
+            (tmp_path / name).mkdir()
+        trainer = DPOTrainer(model_dir, args=args, train_dataset=data, eval_dataset=data, peft_config=lora())
+        trainer.train()
+        assert trainer.state.best_global_step == 1 and trainer.state.best_model_checkpoint == expected
+    assert loaded == [str(tmp_path / "checkpoint-1")]
+
+
+def test_86_the_output_of_a_training_is_a_named_tuple():
+    from transformers.trainer_utils import TrainOutput
+
+    assert TrainOutput(1, 2.0, {})._replace(training_loss=7.0) == (1, 7.0, {})
+
+
 def numbers(count=10):
     for number in range(count):
         yield {"number": number}
