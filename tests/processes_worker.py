@@ -7,6 +7,7 @@ FOLDER has what the tests' fixture put there. Everything is imported once, and t
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -18,6 +19,9 @@ from types import SimpleNamespace
 
 # Global batch of every case, and rows whose last step of an epoch has 3: two of four processes then have no pair of it
 BATCH, EPOCHS, SECONDS = 8, 2, 240
+# Pairs of a window of a streamed task, fewer than any task has, and steps, in which every task is passed over more than once
+BUFFER, STEPS = 5, 12
+SAVED_AT = 8  # the step that resumed runs go on from: in the second epoch, or pass
 
 
 def main(folder: Path, counts: list[int]) -> int:
@@ -31,9 +35,10 @@ def main(folder: Path, counts: list[int]) -> int:
     import trl_ama.pipeline  # noqa: F401
 
     torch.set_num_threads(1)
-    for count in counts:
+    later = sorted({count for case in LATER.values() for count in case.counts if {1, 2} <= {*counts}})
+    for count, cases in [*((count, CASES) for count in counts), *((count, LATER) for count in later)]:
         began = time.monotonic()
-        if not run_group(folder, count):
+        if not run_group(folder, count, cases):
             return 1
         print(f"{count} processes: {time.monotonic() - began:.1f} s", flush=True)
     if "jobs" in json.loads((folder / "spec.json").read_text()):
@@ -41,8 +46,13 @@ def main(folder: Path, counts: list[int]) -> int:
     return 0
 
 
-def run_group(folder: Path, count: int) -> bool:
-    """Run the cases in `count` processes that know of each other; whether all went well."""
+def run_group(folder: Path, count: int, cases: dict) -> bool:
+    """Run the cases in `count` processes; whether all went well."""
+    return group(count, lambda rank: work(folder, count, rank, cases))
+
+
+def group(count: int, function) -> bool:
+    """Call a function with its rank in each of `count` processes that know of each other; whether all went well."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
@@ -52,7 +62,7 @@ def run_group(folder: Path, count: int) -> bool:
             names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
             os.environ |= dict(zip(names, map(str, (rank, rank, count, count)), strict=True))
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        work(folder, count, rank)
+        function(rank)
 
     return together([lambda rank=rank: process(rank) for rank in range(count)])
 
@@ -89,32 +99,44 @@ def together(functions) -> bool:
     return good
 
 
-def work(folder: Path, count: int, rank: int) -> None:
+def work(folder: Path, count: int, rank: int, cases: dict) -> None:
     """All cases in one of `count` processes; the first writes `<count>.json` and `<count>-<case>.npz`."""
     world = SimpleNamespace(folder=folder, count=count, rank=rank, spec=json.loads((folder / "spec.json").read_text()))
     results = {}
-    for name, case in CASES.items():
+    for name, case in cases.items():
         if count in case.counts:
             began = time.monotonic()
             results[name] = case.run(world, name)
             if rank == 0 and os.environ.get("TRL_AMA_TIMES"):
                 print(f"  {name}: {time.monotonic() - began:.1f} s", flush=True)
     if rank == 0:
-        (folder / f"{count}.json").write_text(json.dumps(results))
+        path = folder / f"{count}.json"
+        known = json.loads(path.read_text()) if cases is LATER else {}
+        path.write_text(json.dumps({**known, **results}))
 
 
 # ---- Jobs side by side ----
 
 
 def run_jobs(folder: Path) -> bool:
-    """One job for each task, all at once in one output folder, then one for the rest; beside a run that does all by itself."""
+    """One job for each task, all at once in one output folder, then one for the rest; beside a run that does all by itself.
+
+    And a run of two processes that finds a specialist of that one and makes the rest.
+    """
     spec = json.loads((folder / "spec.json").read_text())
     jobs = [["--only_tasks", task] for task in spec["jobs"]]
-    return (
+    if not (
         together([lambda flags=flags: pipeline(spec, folder / "jobs", *flags) for flags in jobs])
         and together([lambda: pipeline(spec, folder / "jobs", "--compare", "proportional", said=folder / "said.txt")])
         and together([lambda: pipeline(spec, folder / "alone", "--compare", "proportional")])
-    )
+    ):
+        return False
+    copy_specialist(folder / "alone", folder / "two", spec["jobs"][0])
+    return group(2, lambda rank: pipeline(spec, folder / "two", *spec["two"]))
+
+
+def copy_specialist(run: Path, copy: Path, task: str) -> None:
+    shutil.copytree(run / "specialists" / task, copy / "specialists" / task)
 
 
 def pipeline(spec, output_dir, *flags, said=None):
@@ -141,6 +163,15 @@ def pairs(world, in_memory=True):
     from datasets import load_from_disk
 
     return load_from_disk(str(world.folder / "pairs"), keep_in_memory=in_memory)
+
+
+def streams(world):
+    """The same pairs, each task's as a stream of its own."""
+    rows = pairs(world)
+    numbers = {}
+    for number, task in enumerate(rows["task"]):
+        numbers.setdefault(task, []).append(number)
+    return {task: rows.select(own).to_iterable_dataset() for task, own in numbers.items()}
 
 
 def without_columns(dataset, start=("ref_", "specialist_")):
@@ -201,16 +232,20 @@ def outcome(world, name, trainer):
 # ---- The cases ----
 
 
+def ama_trainer(world, name, data=pairs, **settings):
+    from trl_ama import AMATrainer
+
+    return recording(AMATrainer)(
+        world.spec["model"],
+        args=arguments(world, name, **settings),
+        train_dataset=data(world),
+        peft_config=adapter(),
+    )
+
+
 def training(counts=(1, 2, 4), **settings):
     def run(world, name):
-        from trl_ama import AMATrainer
-
-        trainer = recording(AMATrainer)(
-            world.spec["model"],
-            args=arguments(world, name, **settings),
-            train_dataset=pairs(world),
-            peft_config=adapter(),
-        )
+        trainer = ama_trainer(world, name, **settings)
         trainer.train()
         return outcome(world, name, trainer)
 
@@ -246,25 +281,47 @@ def specialist(world, name):
     return result
 
 
-def resumed(mixing):
+def resumed(**settings):
     """A run from a checkpoint in the middle of its second epoch, against the run that wrote the checkpoint."""
 
     def run(world, name):
-        from trl_ama import AMATrainer
-
         ends = []
-        for checkpoint in (None, world.folder / f"{world.count}-{name}" / "checkpoint-8"):
-            trainer = recording(AMATrainer)(
-                world.spec["model"],
-                args=arguments(world, name, mixing=mixing, save_strategy="steps", save_steps=8),
-                train_dataset=pairs(world),
-                peft_config=adapter(),
-            )
-            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        checkpoints = [None, str(checkpoint_of(world, world.count, name))]
+        for checkpoint in checkpoints[: world.count]:  # in one process, test_invariants.py does that
+            trainer = ama_trainer(world, name, save_strategy="steps", save_steps=SAVED_AT, **settings)
+            trainer.train(resume_from_checkpoint=checkpoint)
             ends.append(outcome(world, f"{name}-{len(ends)}", trainer))
         return ends
 
-    return SimpleNamespace(run=run, counts=(2,))
+    return SimpleNamespace(run=run, counts=(1, 2), settings=settings)
+
+
+def checkpoint_of(world, count, name):
+    return world.folder / f"{count}-{name}" / f"checkpoint-{SAVED_AT}"
+
+
+def handed_over(name):
+    """What one process has begun is ended by two, and the other way round; and what is said if a step had other pairs."""
+
+    def run(world, own_name):
+        from accelerate.utils import gather_object
+
+        from trl_ama import AMAError
+
+        settings = CASES[name].settings
+        checkpoint = str(checkpoint_of(world, 3 - world.count, name))
+        other_batch = BATCH // 2 if world.count == 1 else BATCH  # of the run that wrote it, in each process
+        said = "nothing"
+        try:
+            trainer = ama_trainer(world, own_name, per_device_train_batch_size=other_batch, **settings)
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except AMAError as error:
+            said = str(error)
+        trainer = ama_trainer(world, own_name, **settings)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return {"refused": gather_object([said]), **outcome(world, own_name, trainer)}
+
+    return SimpleNamespace(run=run, counts=(1, 2))
 
 
 def scoring(world, name):
@@ -389,6 +446,13 @@ def errors(world, name):
     return gather_object([[*said, arguments_refused]])
 
 
+STREAMED = {
+    "data": streams,
+    "mixing": "ama_s",
+    "mixing_lr": 0.5,
+    "streaming_buffer": BUFFER,
+    "max_steps": STEPS,
+}
 CASES = {
     "ama_s": training(mixing="ama_s", mixing_lr=0.5),
     "ama_s-accumulated": training(mixing="ama_s", mixing_lr=0.5, gradient_accumulation_steps=2),
@@ -398,12 +462,17 @@ CASES = {
     "proportional": training(mixing="proportional"),
     "proportional-accumulated": training((1, 2), mixing="proportional", gradient_accumulation_steps=2),
     "dropped": training((1, 2), mixing="ama_s", dataloader_drop_last=True),
+    "streamed": training(**STREAMED),
     "specialist": SimpleNamespace(run=specialist, counts=(1, 2)),
-    "resumed-ama_s": resumed("ama_s"),
-    "resumed-proportional": resumed("proportional"),
+    "resumed-ama_s": resumed(mixing="ama_s"),
+    # Where a log entry is of steps before and after the checkpoint
+    "resumed-proportional": resumed(mixing="proportional", logging_steps=3),
+    "resumed-streamed": resumed(**STREAMED),
     "scoring": SimpleNamespace(run=scoring, counts=(1, 2, 4)),
     "errors": SimpleNamespace(run=errors, counts=(2,)),
 }
+# When all of these are done in one process and in two: they go on from what the other number of processes has saved
+LATER = {f"handed_over-{name}": handed_over(f"resumed-{name}") for name in ("ama_s", "proportional", "streamed")}
 
 
 if __name__ == "__main__":

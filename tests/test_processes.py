@@ -2,19 +2,23 @@
 
 import json
 import os
-import shutil
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import QUICK, make_dataset, make_rows
-from processes_worker import BATCH, CASES
+from processes_worker import BATCH, CASES, LATER, SAVED_AT, STEPS, copy_specialist
 from test_invariants import with_reference_columns
 
 from trl_ama import AMAError
+from trl_ama.checkpoints import damage_of, read_manifest
 from trl_ama.fingerprint import check_fingerprint, relevant_arguments
 from trl_ama.loss_shards import LossShards
 
@@ -24,6 +28,9 @@ ROOT = Path(__file__).parent.parent
 SIZES = {"list": 21, "sort": 9, "brief": 13}  # 43 pairs: an epoch of batches of 8 ends with 3
 TASKS = ["list", "sort"]  # of the pipeline
 COUNTS = (1, 2, 4)
+EPOCHS, STEPS_OF_GENERALIST = 6, 30  # of 38 pairs in batches of 8: long enough to be found while it trains
+# Flags of the command in two processes
+TWO = [*("--per_device_train_batch_size", str(BATCH // 2)), *("--save_strategy", "steps")]
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +54,28 @@ def world(model_dir, tmp_path_factory):
         "lora_target_modules": "all-linear",
         "per_device_train_batch_size": BATCH,
         "per_device_eval_batch_size": 2,
-        "num_train_epochs": 1,
+        "num_train_epochs": EPOCHS,
+        "specialist_args": {"num_train_epochs": 1},
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
-    spec = {"model": model_dir, "quick": quick, "recipe": str(folder / "recipe.yaml"), "jobs": TASKS}
+    spec = {"model": model_dir, "quick": quick, "recipe": str(folder / "recipe.yaml"), "jobs": TASKS, "two": TWO}
     (folder / "spec.json").write_text(json.dumps(spec))
     run = python(ROOT / "tests" / "processes_worker.py", folder, *COUNTS)
     assert run.returncode == 0, run.stdout + run.stderr
     return folder, {count: json.loads((folder / f"{count}.json").read_text()) for count in COUNTS}
 
 
+def read(path):
+    """What another process has written so far, which may end within a character."""
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def environ():
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+
+
 def python(*arguments):
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *map(str, arguments)], env=environ, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *map(str, arguments)], env=environ(), capture_output=True, text=True)
 
 
 def several(names):
@@ -76,13 +92,15 @@ def weights(folder, count, name):
 
 
 TRAININGS = [
-    name for name in CASES if name.split("-")[0] in ("ama_s", "ama_r", "task_normalized", "proportional", "dropped")
+    name
+    for name in CASES
+    if name.split("-")[0] in ("ama_s", "ama_r", "task_normalized", "proportional", "dropped", "streamed")
 ]
 
 
 @pytest.mark.parametrize(("name", "count"), several(TRAININGS))
 def test_training_is_that_of_one_process(world, name, count):
-    """Same draws exactly, same α to 1e-6, same losses; with accumulation, and with an epoch whose end is uneven."""
+    """Same draws exactly, same α to 1e-6, same losses; with accumulation, with an epoch whose end is uneven, and of streams."""
     folder, results = world
     one, ours = results[1][name], results[count][name]
     steps = len(one["drawn"])
@@ -90,23 +108,31 @@ def test_training_is_that_of_one_process(world, name, count):
     sizes = [BATCH * accumulation] * (sum(SIZES.values()) // (BATCH * accumulation))
     if name != "dropped":
         sizes.append(sum(SIZES.values()) - sum(sizes))
-    assert [len(drawn) for drawn in one["drawn"]] == sizes * 2
+    assert [len(drawn) for drawn in one["drawn"]] == ([BATCH] * STEPS if name == "streamed" else sizes * 2)
     assert ours["drawn"] == one["drawn"]
+    check_figures(ours, one)
+    assert len(logged(ours, "loss")) == steps
+    if name.startswith(("ama", "streamed")):
+        figure = "weight" if name.startswith("ama_r") else "probability"
+        moved = np.array([logged(one, f"ama/{figure}/{task}") for task in SIZES])
+        assert np.abs(moved[:, -1] - moved[:, 0]).max() > 0.02  # there was something to agree on
+    check_weights(folder, (count, name), (1, name))
+
+
+def check_figures(ours, one):
+    """What was logged, against that of one process."""
     for task in SIZES:
         for figure in ("probability", "weight", "excess", "loss", "clipped_fraction"):
             key = f"ama/{figure}/{task}"
             tolerance = 1e-6 if figure in ("probability", "weight") else 2e-5
             np.testing.assert_allclose(logged(ours, key), logged(one, key), atol=tolerance, rtol=0, err_msg=key)
-    assert len(logged(ours, "loss")) == steps
     np.testing.assert_allclose(logged(ours, "loss"), logged(one, "loss"), atol=2e-5)
     np.testing.assert_allclose(logged(ours, "grad_norm"), logged(one, "grad_norm"), rtol=1e-3)
-    if name.startswith("ama"):
-        moved = np.array(
-            [logged(one, f"ama/{'probability' if 'ama_s' in name else 'weight'}/{task}") for task in SIZES]
-        )
-        assert np.abs(moved[:, -1] - moved[:, 0]).max() > 0.02  # there was something to agree on
-    expected = weights(folder, 1, name)
-    for key, value in weights(folder, count, name).items():
+
+
+def check_weights(folder, ours, one):
+    expected = weights(folder, *one)
+    for key, value in weights(folder, *ours).items():
         np.testing.assert_allclose(value, expected[key], atol=5e-5, err_msg=key)
 
 
@@ -122,17 +148,41 @@ def test_specialist_and_its_reference(world):
             np.testing.assert_allclose(value, expected[key], atol=5e-5, err_msg=key)
 
 
-@pytest.mark.parametrize("mixing", ["ama_s", "proportional"])
-def test_resuming_in_the_second_epoch(world, mixing):
-    """Two processes, the same bits, the uneven end of the epoch and the pairs repeated there included."""
+@pytest.mark.parametrize("name", ["ama_s", "proportional", "streamed"])
+def test_resuming_in_the_second_epoch(world, name):
+    """Two processes, the same bits, the uneven end of the epoch and the pairs repeated there included; and those of streams."""
     folder, results = world
-    whole, rest = results[2][f"resumed-{mixing}"]
-    assert len(whole["drawn"]) == 12 and rest["drawn"] == whole["drawn"][8:]
+    whole, rest = results[2][f"resumed-{name}"]
+    assert len(whole["drawn"]) == STEPS and rest["drawn"] == whole["drawn"][SAVED_AT:]
+    entries = STEPS // CASES[f"resumed-{name}"].settings.get("logging_steps", 1)
     for key in ("loss", "grad_norm", "ama/excess/list"):
-        assert logged(rest, key) == logged(whole, key)
-    ends = [weights(folder, 2, f"resumed-{mixing}-{number}") for number in (0, 1)]
+        assert len(logged(whole, key)) == entries and logged(rest, key) == logged(whole, key)
+    assert logged(rest, "train_loss") == logged(whole, "train_loss")
+    ends = [weights(folder, 2, f"resumed-{name}-{number}") for number in (0, 1)]
     for key, value in ends[0].items():
         np.testing.assert_array_equal(value, ends[1][key], err_msg=key)
+
+
+@pytest.mark.parametrize("name", [name.removeprefix("handed_over-") for name in LATER])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_checkpoint_is_resumed_by_another_number_of_processes(world, name, count):
+    """What one process has saved goes on in two, and the other way round, with the draws of one undisturbed process."""
+    folder, results = world
+    whole, rest = results[1][f"resumed-{name}"][0], results[count][f"handed_over-{name}"]
+    assert len(whole["drawn"]) == STEPS and rest["drawn"] == whole["drawn"][SAVED_AT:]
+    check_figures(rest, whole)
+    np.testing.assert_allclose(logged(rest, "train_loss"), logged(whole, "train_loss"), atol=2e-5)
+    check_weights(folder, (count, f"handed_over-{name}"), (1, f"resumed-{name}-0"))
+
+
+@pytest.mark.parametrize("name", [name.removeprefix("handed_over-") for name in LATER])
+@pytest.mark.parametrize("count", [1, 2])
+def test_another_number_of_pairs_in_a_step_is_refused(world, name, count):
+    """As where the number of processes changes and nothing else; every process says it."""
+    ours = BATCH // 2 if count == 1 else BATCH * 2
+    said = world[1][count][f"handed_over-{name}"]["refused"]
+    assert len(said) == count and len({*said}) == 1
+    assert f"written with pairs per optimizer step {BATCH}, this run has {ours}, so its draws cannot" in said[0]
 
 
 @pytest.mark.parametrize("path", ["auto", "False"])
@@ -214,38 +264,93 @@ def test_jobs_side_by_side_make_what_one_run_makes(world):
     assert results[0]["policies"] == results[1]["policies"]
 
 
-def test_the_command_in_two_processes(world, tmp_path):
-    """`trl ama --num_processes 2` goes on from a run of one process: a specialist, all losses, the generalist, the results."""
-    folder = world[0]
-    shutil.copytree(folder / "alone", tmp_path / "run")
-    for name in ("specialists/sort", "reference_losses", "generalists", "results.json", "report"):
-        path = tmp_path / "run" / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    run = python(
-        *("-m", "trl_ama", "ama", "--config", folder / "recipe.yaml", "--output_dir", tmp_path / "run"),
+@pytest.fixture(scope="module")
+def interrupted(world, tmp_path_factory):
+    """`trl ama --num_processes 2`, which SIGTERM stops while the generalist trains; then the same command again.
+
+    It goes on from a run of one process, and has a specialist, all losses, the generalists and the results to make.
+    """
+    tmp_path = tmp_path_factory.mktemp("interrupted")
+    run, paths = tmp_path / "run", [tmp_path / "output.txt", tmp_path / "errors.txt"]
+    copy_specialist(world[0] / "alone", run, TASKS[0])
+    command = [
+        *("-m", "trl_ama", "ama", "--config", world[0] / "recipe.yaml", "--output_dir", run, *TWO),
         *("--accelerate_config", ROOT / "recipes" / "accelerate_configs" / "ddp.yaml", "--num_processes", 2),
-        *("--mixed_precision", "no", "--per_device_train_batch_size", BATCH // 2, "--compare", "proportional"),
+        *("--mixed_precision", "no", "--compare", "proportional"),
+        *("--disable_tqdm", "false"),  # the progress bar tells how far the training is
+    ]
+    with open(paths[0], "w") as output, open(paths[1], "w") as errors:
+        process = subprocess.Popen([sys.executable, *map(str, command)], env=environ(), stdout=output, stderr=errors)
+    try:
+        end = time.monotonic() + 120
+        while not re.search(rf"\b[1-9]\d*/{STEPS_OF_GENERALIST} \[", read(paths[1])):
+            assert process.poll() is None and time.monotonic() < end, read(paths[1])
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(timeout=60)
+    finally:
+        process.kill()
+    checkpoints = {
+        path: None if damage_of(path) is not None else read_manifest(path) for path in run.glob("*/*/checkpoint-*")
+    }
+    return SimpleNamespace(
+        folder=run,
+        code=code,
+        output=read(paths[0]),
+        errors=read(paths[1]),
+        checkpoints={path: note for path, note in checkpoints.items() if "generalists" in path.parts},
+        again=python(*command),
     )
-    assert run.returncode == 0, run.stdout + run.stderr
-    lines = [line.split() for line in run.stdout.splitlines()]
+
+
+def test_sigterm_to_the_command_makes_all_processes_save_once(interrupted):
+    assert interrupted.code == 75 and "Traceback" not in interrupted.errors, interrupted.errors
+    ((checkpoint, note),) = interrupted.checkpoints.items()
+    step = int(checkpoint.name.split("-")[1])
+    assert checkpoint.parent.name == "ama_s" and 0 < step < STEPS_OF_GENERALIST
+    assert note["complete"] and {"rng_state_0.pth", "rng_state_1.pth"} <= {*note["files"]}
+    assert interrupted.errors.count("Interrupted by SIGTERM") == 1
+    assert f"Interrupted by SIGTERM: saved at step {step} of the generalist" in interrupted.errors
+
+
+def test_the_interrupted_command_run_again_ends_as_if_nothing_had_been(world, interrupted):
+    """In two processes, with the bits of two processes that nobody disturbed."""
+    assert interrupted.again.returncode == 0, interrupted.again.stdout + interrupted.again.stderr
+    (checkpoint,) = interrupted.checkpoints
+    assert f"resuming from {checkpoint}\n" in interrupted.again.stdout
+    folders = interrupted.folder, world[0] / "two"
+    for names in (*(("specialists", task) for task in TASKS), ("generalists", "ama_s")):
+        ours, theirs = (adapter(path, *names) for path in folders)
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            np.testing.assert_array_equal(ours[name], value, err_msg=f"{names}: {name}")
+    ours, theirs = (json.loads((path / "results.json").read_text())["policies"] for path in folders)
+    assert all(ours[name] == policy for name, policy in theirs.items())
+
+
+def test_the_command_in_two_processes(world, interrupted):
+    """What it made beside the specialist of a run of one process is what one process makes."""
+    folder, run = world[0], interrupted.folder
+    assert interrupted.again.returncode == 0, interrupted.again.stdout + interrupted.again.stderr
+    lines = [line.split() for line in interrupted.output.splitlines()]
     assert lines.count(["specialist", "list", "done"]) == 1 and lines.count(["specialist", "sort", "to", "do"]) == 1
     for split in ("train", "test"):
-        ours, theirs = (losses(path, "list", split) for path in (tmp_path / "run", folder / "alone"))
+        ours, theirs = (losses(path, "list", split) for path in (run, folder / "alone"))
         assert all(np.array_equal(ours[name], value) for name, value in theirs.items())
-        ours, theirs = (losses(path, "sort", split) for path in (tmp_path / "run", folder / "alone"))
+        ours, theirs = (losses(path, "sort", split) for path in (run, folder / "alone"))
         assert np.array_equal(ours["ref_chosen_logps"], theirs["ref_chosen_logps"])
         for name, value in theirs.items():
             np.testing.assert_allclose(ours[name], value, atol=1e-3, err_msg=name)
     for names in (("specialists", "sort"), ("generalists", "ama_s"), ("generalists", "proportional")):
-        ours, theirs = (adapter(path, *names) for path in (tmp_path / "run", folder / "alone"))
+        ours, theirs = (adapter(path, *names) for path in (run, folder / "alone"))
         for name, value in theirs.items():
             np.testing.assert_allclose(ours[name], value, atol=1e-4, err_msg=f"{names}: {name}")
-    ours, theirs = (json.loads((path / "results.json").read_text()) for path in (tmp_path / "run", folder / "alone"))
+    ours, theirs = (json.loads((path / "results.json").read_text()) for path in (run, folder / "alone"))
     for name, policy in theirs["policies"].items():
         for task, figures in policy["by_task"].items():
             for figure in ("loss", "margin", "pairs"):
                 assert ours["policies"][name]["by_task"][task][figure] == pytest.approx(figures[figure], abs=1e-3)
-    assert (tmp_path / "run" / "report" / "index.html").is_file()
+    assert (run / "report" / "index.html").is_file()
 
 
 FAILS = """
