@@ -3,14 +3,17 @@
 import importlib
 import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 import types
 from pathlib import Path
 
 import pytest
 
-from trl_ama import cli
+from trl_ama import cli, interruption
 from trl_ama.errors import AMAError
 from trl_ama.scripts import ama, common
 
@@ -276,3 +279,162 @@ def test_a_launched_script_reports_its_error_in_one_line(config, tmp_path):
     assert "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1] == "trl ama: error: seed 11, env seven"
     assert result.stderr.count("error:") == 1
+
+
+# ---- Signals ----
+
+WORKER = """
+import os, sys, time
+from pathlib import Path
+from trl_ama import interruption
+from trl_ama.errors import AMAError
+from trl_ama.scripts.common import report_errors
+
+how, rank = sys.argv[1], os.environ["RANK"]
+with interruption.caught(how != "switched off"), report_errors("ama"), interruption.finishing():
+    Path(__file__).with_name(f"ready-{rank}").touch()
+    while not interruption.asked():
+        time.sleep(0.05)
+    Path(__file__).with_name(f"asked-{rank}").touch()
+    if how == "disk full" and rank == "0":
+        raise AMAError("The disk is full.")
+    if how == "hangs":
+        time.sleep(100)
+    interruption.leave("all is saved")
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Start the command with a script of two processes; `wait` for files of theirs."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    started = []
+
+    def start(how, **environ):
+        code = "import sys; from pathlib import Path; from trl_ama import cli\n"
+        code += f"sys.exit(cli._launch(Path({str(tmp_path / 'worker.py')!r}), sys.argv[1:-1], sys.argv[-1:]))"
+        flags = ["--multi_gpu", "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", code, *flags, how],
+                env=os.environ | {"PYTHONPATH": str(REPO), "TMPDIR": str(tmp_path), **environ},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+        return started[-1]
+
+    def wait(name):
+        end = time.monotonic() + 120
+        while len(list(tmp_path.glob(f"{name}-*"))) < 2:
+            assert started[-1].poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+
+    yield start, wait
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [("saves", 75), ("disk full", 2), ("hangs", 143), ("switched off", 143)],
+    ids=lambda value: str(value),
+)
+def test_several_processes_want_to_go_on_only_if_they_left_in_order(launch, tmp_path, how, code):
+    start, wait = launch
+    process = start(how, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2" if how == "hangs" else "60")
+    wait("ready")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == code, errors
+    assert ("all is saved" in errors) == (code == 75)
+    assert not list(tmp_path.glob("trl_ama_*"))
+
+
+def test_a_second_ctrl_c_stops_several_processes_at_once(launch):
+    start, wait = launch
+    process = start("hangs", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="100")
+    wait("ready")
+    process.send_signal(signal.SIGINT)
+    wait("asked")
+    time.sleep(2 * interruption._ONE_PRESS)
+    before = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert time.monotonic() - before < 30
+    assert "trl ama: stopped" in errors
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Run `_launch` with a function in place of TRL's launcher."""
+
+    def run(launcher):
+        monkeypatch.setattr("trl.cli.accelerate_launcher.launch_training_script", launcher)
+        before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+        try:
+            return cli._launch(Path("script.py"), [], [])
+        finally:
+            assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+            assert interruption.NOTE not in os.environ
+
+    return run
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_anything_is_launched_ends_the_command(launched, capfd, number):
+    """Nor does a process that runs something else count."""
+
+    def launcher(*args):
+        with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE):
+            signal.raise_signal(number)
+        pytest.fail("went on")
+
+    with pytest.raises(interruption.Interrupted) as left:
+        launched(launcher)
+    assert left.value.code == 75
+    name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    assert (
+        capfd.readouterr().err == f"Interrupted by {name}: nothing has begun. Run the same command again to go on.\n"
+    )
+
+
+def test_a_process_that_the_same_signal_has_ended_has_its_own_code(launched, monkeypatch):
+    wait = os.waitpid
+
+    def signal_after(*args):
+        ended = wait(*args)
+        if ended[0]:
+            signal.raise_signal(signal.SIGTERM)
+        return ended
+
+    def launcher(*args):
+        process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+        monkeypatch.setattr(os, "waitpid", signal_after)
+        raise subprocess.CalledProcessError(process.wait(), "python")
+
+    assert launched(launcher) == 3
+
+
+def test_without_a_place_for_temporary_files(launched, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", fail)
+    assert launched(lambda *args: None) == 0
+
+
+def test_on_windows_ctrl_c_is_not_passed_on(launched, monkeypatch):
+    """The console has told the process already, and there is no such signal for it."""
+
+    def launcher(script, *args):
+        process = subprocess.Popen([sys.executable, "-c", "input()", script], stdin=subprocess.PIPE)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "platform", "win32")
+            signal.raise_signal(signal.SIGINT)
+        process.communicate(b"go on\n", timeout=60)
+        assert process.returncode == 0
+
+    assert launched(launcher) == 0

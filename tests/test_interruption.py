@@ -16,7 +16,7 @@ from test_checkpoints import assert_same, recipe, training  # noqa: F401
 from transformers import TrainerCallback
 from trl import DPOTrainer
 
-from trl_ama import cli, exact_resume, interruption, run_pipeline, scoring
+from trl_ama import exact_resume, interruption, run_pipeline, scoring
 from trl_ama.interruption import Interrupted, asked, caught, finishing
 
 
@@ -286,13 +286,3 @@ def test_the_command_passes_the_signal_on_and_returns_the_code(recipe, tmp_path)
         "Run the same command again to go on."
     )
     assert "Traceback" not in errors
-
-
-def test_a_launcher_of_several_processes_has_the_same_code(monkeypatch):
-    from torch.distributed.elastic.multiprocessing import SignalException
-
-    def launch(*args):
-        raise SignalException("Process 7 got signal: 15", signal.SIGTERM)
-
-    monkeypatch.setattr("trl.cli.accelerate_launcher.launch_training_script", launch)
-    assert cli._launch(Path("x.py"), [], []) == 75

@@ -312,8 +312,8 @@ def sbatch(tmp_path):
     """Runs `launch.slurm` with `srun` and `trl` that only say what they are told; returns the words `trl` got."""
     scripts = {
         "srun": 'while [[ "$1" == --* ]]; do shift; done\nexec "$@"',
-        "trl": 'printf "%s\\n" "$@" > "$CALLED"',
-        "scontrol": 'printf "node-a\\nnode-b\\n"',
+        "trl": 'printf "%s\\n" "$@" > "$CALLED"; exit "${TRL_CODE:-0}"',
+        "scontrol": 'if [[ "$1" == show ]]; then printf "node-a\\nnode-b\\n"; else echo "scontrol $*" >> "$CALLED"; fi',
     }
     for name, text in scripts.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
@@ -322,7 +322,7 @@ def sbatch(tmp_path):
     job.mkdir()
     (job / "recipes").symlink_to(FOLDER)  # not the repository itself, whose .venv the job would activate
 
-    def run(*flags, code=0, **slurm):
+    def run(*flags, code=0, trl_code=0, **slurm):
         called.unlink(missing_ok=True)
         path = f"{tmp_path}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         result = subprocess.run(
@@ -331,6 +331,7 @@ def sbatch(tmp_path):
                 **{name: value for name, value in os.environ.items() if not name.startswith("SLURM_")},
                 "PATH": path,
                 "CALLED": str(called),
+                "TRL_CODE": str(trl_code),
                 "SLURM_SUBMIT_DIR": str(job),
                 **{f"SLURM_{name}": str(value) for name, value in slurm.items()},
             },
@@ -361,6 +362,19 @@ def test_slurm_job_runs_a_stage(sbatch):
     assert {"num_machines", "main_process_ip", "main_process_port", "machine_rank"} <= {
         action.dest for action in launch_command_parser()._actions
     }
+
+
+def test_slurm_job_that_wants_to_go_on_is_put_back_once(sbatch):
+    flags = ("--model", "zephyr-7b", "--config", "lora")
+
+    def put_back(code, **slurm):
+        words = sbatch(*flags, code=code, trl_code=code, JOB_ID=12, **slurm)
+        return [word for word in words if word.startswith("scontrol")]
+
+    assert put_back(75) == ["scontrol requeue 12"]
+    assert put_back(75, ARRAY_JOB_ID=11, ARRAY_TASK_ID=0) == ["scontrol requeue 11_0"]
+    for code in (0, 1, 2, 130, 143):
+        assert put_back(code) == []
 
 
 def test_slurm_job_says_what_is_wrong(sbatch):

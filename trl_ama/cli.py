@@ -10,15 +10,17 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 from trl.cli.commands.base import Command, CommandContext
 
+from trl_ama import interruption
 from trl_ama.errors import AMAError
-from trl_ama.interruption import EXIT_CODE
 
 
 COMMANDS = {
@@ -67,45 +69,79 @@ class AMACommand(Command):
 
 def _launch(script: Path, launch_args: list[str], script_args: list[str]) -> int:
     """Run `script` under `accelerate launch` and return its exit code; the child has reported its own errors."""
-    from trl.cli.accelerate_launcher import launch_training_script
+    path = str(script.resolve())
+    with _signals_passed_on(path), _noted_code() as noted_code:
+        try:
+            from trl.cli.accelerate_launcher import launch_training_script
 
-    try:
-        with _signals_passed_on():
             # TRL joins the name to its own scripts folder; joining an absolute path gives that path.
-            launch_training_script(str(script.resolve()), launch_args, script_args)
-    except subprocess.CalledProcessError as error:
-        return _exit_code(error.returncode)
-    except ValueError as error:  # how accelerate rejects flags that contradict each other
-        raise AMAError(f"accelerate launch refused its arguments {launch_args}: {error}") from error
-    except Exception as error:
-        # torch's elastic agent, which runs several processes, raises a ChildFailedError; not imported to catch it
-        # because that import is slow and a single process never needs it.
-        if getattr(error, "sigval", None) is not None:  # its SignalException: it has passed the signal on and waited
-            return EXIT_CODE
-        failures = getattr(error, "failures", None)
-        if not failures:
-            raise
-        first = min(failures.values(), key=lambda failure: failure.timestamp)
-        return _exit_code(first.exitcode)
+            launch_training_script(path, launch_args, script_args)
+        except subprocess.CalledProcessError as error:
+            return _exit_code(error.returncode)
+        except ValueError as error:  # how accelerate rejects flags that contradict each other
+            raise AMAError(f"accelerate launch refused its arguments {launch_args}: {error}") from error
+        except Exception as error:
+            # torch's elastic agent, which runs several processes, raises a ChildFailedError; not imported to catch it
+            # because that import is slow and a single process never needs it.
+            number = getattr(error, "sigval", None)
+            if (
+                number is not None
+            ):  # its SignalException: it has passed the signal on, and does not say what came of it
+                return noted_code() or 128 + number
+            failures = getattr(error, "failures", None)
+            if not failures:
+                raise
+            first = min(failures.values(), key=lambda failure: failure.timestamp)
+            return _exit_code(first.exitcode)
     return 0
 
 
 @contextlib.contextmanager
-def _signals_passed_on() -> Iterator[None]:
-    """While open, SIGTERM and Ctrl-C go to the launched process, which saves and leaves, and this one waits for its exit code.
+def _noted_code() -> Iterator[Callable[[], int | None]]:
+    """While open, the launched processes note their exit code; gives a function that returns it, or `None` without one."""
+    with contextlib.ExitStack() as stack:
+        path = None
+        with contextlib.suppress(OSError):  # no place for a temporary file is no reason not to run
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="trl_ama_", ignore_cleanup_errors=True))
+            path = os.environ[interruption.NOTE] = os.path.join(folder, "exit_code")
+
+        def read() -> int | None:
+            try:
+                return int(Path(path).read_text()) if path else None
+            except (OSError, ValueError):
+                return None
+
+        try:
+            yield read
+        finally:
+            os.environ.pop(interruption.NOTE, None)
+
+
+@contextlib.contextmanager
+def _signals_passed_on(script: str) -> Iterator[None]:
+    """While open, SIGTERM and Ctrl-C go to the process that runs `script`, which saves and leaves, and this one waits for its
+    exit code. Before there is that process, they end this one.
 
     Several processes are launched by torch's elastic agent, which does that by itself and then replaces these handlers.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    import psutil
 
-    def pass_on(number, frame):
-        if number == signal.SIGINT and _at_terminal():
-            return  # a terminal sends Ctrl-C to the launched process, too
-        import psutil
+    def runs_script(child: psutil.Process) -> bool:
+        try:
+            return script in child.cmdline()
+        except psutil.Error:  # it has just ended
+            return True
 
-        for child in psutil.Process().children():
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        children = [child for child in psutil.Process().children() if runs_script(child)]
+        if not children and not _waits(frame):
+            interruption.leave("nothing has begun", number=number)
+        if number == signal.SIGINT and _is_told_anyway():
+            return
+        for child in children:
             with contextlib.suppress(psutil.Error):
                 child.send_signal(number)
 
@@ -117,11 +153,22 @@ def _signals_passed_on() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _at_terminal() -> bool:
-    """Whether this process is in the foreground of a terminal."""
+def _waits(frame: FrameType | None) -> bool:
+    """Whether a process is being waited for. A signal to both may have ended it first: its exit code counts then."""
+    while frame is not None:
+        if frame.f_code.co_filename == subprocess.__file__ and "wait" in frame.f_code.co_name:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _is_told_anyway() -> bool:
+    """Whether the launched process hears of Ctrl-C without us: from the terminal in whose foreground both are."""
+    if sys.platform == "win32":  # from the console
+        return True
     try:
         return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
-    except (AttributeError, OSError, ValueError):  # Windows, or no terminal
+    except (AttributeError, OSError, ValueError):  # no terminal
         return False
 
 

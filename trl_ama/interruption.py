@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again"
 AGAIN = "Run the same command again to go on."
+NOTE = "TRL_AMA_EXIT_CODE_FILE"  # environment variable of launched processes, see `_note`
 _ONE_PRESS = 0.3  # seconds; a launcher may pass on what the terminal has sent to the process, too
 
 
@@ -73,8 +74,19 @@ def caught(enabled: bool = True) -> Iterator[None]:
             _state.before[number] = signal.signal(number, _handle)
     try:
         yield
+    except SystemExit as error:
+        _note(error.code)
+        raise
     finally:
         _release()
+
+
+def _note(code: Any) -> None:
+    """Tell the command how the first of its processes has left: torch's launcher, when it was sent a signal, does not."""
+    if NOTE in os.environ and os.environ.get("LOCAL_RANK", "0") == "0" and os.getpid() == _state.process:
+        with contextlib.suppress(OSError):  # a full disk
+            with open(os.environ[NOTE], "w") as file:
+                file.write(str(code))
 
 
 def _release() -> None:
@@ -106,14 +118,15 @@ def asked(accelerator: "Accelerator | None" = None) -> bool:
     return bool(accelerator.reduce(torch.tensor(float(ours), device=accelerator.device), reduction="sum").item() > 0)
 
 
-def leave(done: str, how: str = AGAIN) -> None:
+def leave(done: str, how: str = AGAIN, number: int | None = None) -> None:
     """Say what was saved, in one line, and raise `Interrupted`.
 
     Args:
         done (`str`): What was saved, without a full stop.
         how (`str`): How to go on, as a sentence.
+        number (`int`, *optional*): The signal, if it was not handled here.
     """
-    name = (_state.asked or signal.SIGTERM).name
+    name = signal.Signals(number or _state.asked or signal.SIGTERM).name
     message = f"Interrupted by {'Ctrl-C' if name == 'SIGINT' else name}: {done}. {how}"
     _say(message)
     raise Interrupted(message)
@@ -123,7 +136,11 @@ def _handle(number: int, frame: Any) -> None:
     if os.getpid() != _state.process:
         _handle_in_child(number)
         return
-    if number == signal.SIGINT and time.monotonic() - _state.pressed_at > _ONE_PRESS:
+    pressed = number == signal.SIGINT or (
+        # What torch's launcher of several processes makes of the second Ctrl-C
+        number == signal.SIGTERM and _state.presses == 1 and "TORCHELASTIC_RUN_ID" in os.environ
+    )
+    if pressed and time.monotonic() - _state.pressed_at > _ONE_PRESS:
         _state.presses, _state.pressed_at = _state.presses + 1, time.monotonic()
         if _state.presses > 1:
             raise KeyboardInterrupt
