@@ -340,7 +340,9 @@ def test_a_row_without_a_prompt(recipe):
     rows = [*CLEAN["list"][0], {**POOL["list"][-1], "prompt": None}]
     check = check_data(recipe(with_list(rows)))
     assert levels(check.tasks[0]) == {"unreadable": "fatal"} and check.tasks[1].verdict == "OK"
-    text = "60 of 61 rows have a prompt (the first is row 0), and 1 have none (the first is row 60). Drop those without one"
+    text = (
+        "of 61 rows 60 with a prompt (the first is row 0) and 1 without (the first is row 60). Drop those without one"
+    )
     assert f"Task 'list', train pairs: {text}" in render(check)
 
 
@@ -354,6 +356,7 @@ def test_plain_and_conversational_tasks_together(recipe):
     check = check_data(recipe({"list": (plain,), "sort": CLEAN["sort"]}))
     assert check.tasks[0].verdict == "will not train" and check.tasks[1].verdict == "OK"
     assert text in render(check)
+    assert "| Set `format: single_turn` on 'list'" in render(check)  # the first thing to do
 
 
 def test_imbalance_and_no_held_out_pairs(recipe):

@@ -250,11 +250,11 @@ PLAIN = {"prompt": "q", "chosen": "a", "rejected": "b"}
     [
         (
             [MESSAGES, {**MESSAGES, "prompt": None}],
-            "train pairs: 1 of 2 rows have a prompt .*row 0.*, and 1 have none .*row 1.*leave the column out",
+            "train pairs: of 2 rows 1 with a prompt .*row 0.* and 1 without .*row 1.*leave the column out",
         ),
         (
             [{**PLAIN, "prompt": None}, PLAIN],
-            "1 of 2 rows have a prompt .*row 1.*, and 1 have none .*row 0.*Drop those",
+            "of 2 rows 1 with a prompt .*row 1.* and 1 without .*row 0.*Drop those",
         ),
         ([{"prompt": None, **ANSWERS}], "row 0 .* has no prompt. Drop such rows, or leave the column out"),
         (
@@ -353,7 +353,7 @@ def test_held_out_rows_are_named_as_such(tmp_path):
     for split, row in (("train", PLAIN), ("test", {**PLAIN, "prompt": None})):
         Dataset.from_list([PLAIN, row]).to_json(tmp_path / f"x_{split}.jsonl")
     with pytest.raises(
-        AMAError, match="held-out pairs: 1 of 2 rows have a prompt .*and 1 have none .the first is row 1"
+        AMAError, match="held-out pairs: of 2 rows 1 with a prompt .*and 1 without .the first is row 1"
     ):
         load_tasks(TaskMixtureConfig(tasks=[{"task": "x", "path": "unused"}], tasks_dir=str(tmp_path)))
 

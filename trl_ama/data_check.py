@@ -284,4 +284,5 @@ def _check_together(checked: list[TaskFigures], loaded: dict[str, DatasetDict]) 
                 try:
                     concatenate_tasks({task: parts[task] for task in (sound[0], figures.task)})
                 except AMAError as error:
-                    figures.add("fatal", "other_columns", f"Of the {_SPLITS[split]} pairs: {error}", "")
+                    found, _, fix = str(error).partition(". ")
+                    figures.add("fatal", "other_columns", f"Of the {_SPLITS[split]} pairs: {found}.", fix)

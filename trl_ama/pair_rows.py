@@ -53,8 +53,8 @@ def _check_prompts(dataset: Dataset, task: str, split: str) -> None:
     if 0 < len(lacking) < len(dataset):
         having = np.setdiff1d(np.arange(len(dataset)), lacking)
         raise AMAError(
-            f"Task '{task}', {split} pairs: {len(having)} of {len(dataset)} rows have a prompt (the first is row {having[0]}), and "
-            f"{len(lacking)} have none (the first is row {lacking[0]}). Drop those without one or, if the answers hold "
+            f"Task '{task}', {split} pairs: of {len(dataset)} rows {len(having)} with a prompt (the first is row {having[0]}) and "
+            f"{len(lacking)} without (the first is row {lacking[0]}). Drop those without one or, if the answers hold "
             "the prompt, leave the column out of all (`columns: [chosen, rejected]`): it is then what both begin with."
         )
 

@@ -17,7 +17,9 @@ def tidy_warnings(command: str) -> None:
     if sys.warnoptions:
         return
     # A default of TRL's, of which transformers warns whenever a model or its arguments are made
-    warnings.filterwarnings("ignore", message=r"`(is_)?gradient_checkpointing` is deprecated", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", message=r"`(is_)?gradient_checkpointing\w*` is deprecated", category=FutureWarning
+    )
 
     def formatted(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
