@@ -116,6 +116,13 @@ def test_template_kwargs_that_are_no_mapping_are_named_with_their_row(trained, k
         trained(streams_of(data.add_column("chat_template_kwargs", column)))
 
 
+def test_a_row_that_is_no_mapping_is_named(trained):
+    with pytest.raises(
+        AMAError, match="Task 'list', row 0 of its stream is 5, of type int. A row is a mapping with prompt"
+    ):
+        trained({"list": IterableDataset.from_generator(lambda: iter([5])), "sort": streams_of(in_memory())["sort"]})
+
+
 def test_training_twice_begins_anew(trained):
     trainer = trained(streams_of(in_memory().remove_columns("task")), streaming_buffer=5)
     assert not np.allclose(trainer.strategy.probabilities(), 1 / 3)

@@ -77,6 +77,11 @@ class StreamedTasks:
         row = next(iter(stream), None)
         if row is None:
             raise AMAError(f"Task '{name}' streams no rows. Give it preference pairs, or leave the task out.")
+        if not isinstance(row, dict):
+            raise AMAError(
+                f"Task '{name}', row 0 of its stream is {short(row)}, of type {type(row).__name__}. A row is a mapping with prompt, chosen "
+                "and rejected."
+            )
         lacking = [column for column in PAIR_COLUMNS[1:] if column not in row]
         if lacking:
             raise AMAError(
