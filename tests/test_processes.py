@@ -277,6 +277,7 @@ def interrupted(world, tmp_path_factory):
         *("-m", "trl_ama", "ama", "--config", world[0] / "recipe.yaml", "--output_dir", run, *TWO),
         *("--accelerate_config", ROOT / "recipes" / "accelerate_configs" / "ddp.yaml", "--num_processes", 2),
         *("--mixed_precision", "no", "--compare", "proportional"),
+        *("--main_process_port", "0"),  # any that is free: others may run on this machine
         *("--disable_tqdm", "false"),  # the progress bar tells how far the training is
     ]
     with open(paths[0], "w") as output, open(paths[1], "w") as errors:
