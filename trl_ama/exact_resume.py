@@ -1,8 +1,7 @@
 """Trainers whose checkpoints are whole, and from which a training goes on to the same bits; also when a signal asks to leave.
 
-The Trainer restores weights, optimizer, scheduler, random numbers, log and position in the data. What it does not is restored
-here: the losses and figures since the last log entry, the mean loss and the tokens of the whole run, and what the end of an
-epoch still has to do.
+The Trainer restores weights, optimizer, scheduler, random numbers, log and position in the data. What it does not, `resume_progress.py`
+restores, and here what the end of an epoch still has to do.
 """
 
 import contextlib
@@ -10,30 +9,25 @@ import copy
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 
 from . import interruption
 from .checkpoints import (
     begin_checkpoint,
-    best_of,
     complete_checkpoint,
     could_not_write,
     damage_of,
     newest_good_checkpoint,
 )
 from .errors import AMAError, first_line
-from .versions import VERSIONS, check_version
+from .resume_progress import KEY, ResumedProgress
 
 
 logger = get_logger(__name__)
-
-_KEY = "ama_progress"  # in trainer_state.json's `stateful_callbacks`
 
 
 class _CheckpointFlow(TrainerCallback):
@@ -68,7 +62,7 @@ class _CheckpointFlow(TrainerCallback):
             control.should_save, self._due = True, False
 
 
-class ExactResume:
+class ExactResume(ResumedProgress):
     """
     A mixin for [`~trl.DPOTrainer`]: checkpoints that are whole, exact resuming, and leaving on SIGTERM and Ctrl-C.
 
@@ -78,7 +72,7 @@ class ExactResume:
     """
 
     stage_name: str | None = None  # what is trained, for messages; `None` in a script of the user's own
-    _leaving = _resumed = _saving = False
+    _leaving = _saving = False
     _saved_at: Path | None = None  # the last complete checkpoint of this training
 
     def __init__(self, *args, **kwargs):
@@ -87,9 +81,7 @@ class ExactResume:
             # transformers' own saves in the middle of a step, when the mixture has seen the step and the weights have not
             kwargs["args"] = copy.copy(given)
             kwargs["args"].enable_jit_checkpoint = False
-        # Steps whose checkpoints an undisturbed run would not have: none of them may become the best one
-        self._only_for_a_signal: set[int] = set()
-        self._resumed_from: Path | None = None
+        self._only_for_a_signal = set()
         super().__init__(*args, **kwargs)
         self.add_callback(_CheckpointFlow(self))
 
@@ -143,78 +135,6 @@ class ExactResume:
             )
         return str(found.good) if found.good is not None else True  # the Trainer says that there is none
 
-    def _progress(self) -> dict[str, Any]:
-        """What the Trainer keeps beside its state, as JSON types."""
-        losses = self.accelerator.gather(self._tr_loss.detach().reshape(1))  # one of each process
-        return {
-            "version": VERSIONS[_KEY],
-            **self._draws(),
-            "only_for_a_signal": sorted(self._only_for_a_signal),
-            "best_global_step": self.state.best_global_step,
-            "losses": losses.tolist(),
-            "total_loss": self._total_loss_scalar,
-            "last_logged": self._globalstep_last_logged,
-            "figures": {name: list(values) for name, values in self._metrics["train"].items()},
-            "tokens": self._total_train_tokens,
-            "training": self.model.training,  # decides which figures the next log entry has
-        }
-
-    def _draws(self) -> dict[str, Any]:
-        """What decides which pairs are in which step."""
-        args = self.args
-        return {
-            "pairs_per_step": self._train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "pairs": len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,  # not of streams
-            "seed": args.seed if args.data_seed is None else args.data_seed,
-        }
-
-    def _restore_progress(self) -> None:
-        """After the Trainer has read a checkpoint's state, and before its first step."""
-        state, args = self.state, self.args
-        self._resumed = state.global_step > 0
-        saved = state.stateful_callbacks.get(_KEY)
-        if not self._resumed or not isinstance(saved, dict):  # a new training, or a checkpoint of an older version
-            return
-        check_version(_KEY, saved, "resume with the trl-ama that wrote the checkpoint, or start a new output_dir")
-        if not args.ignore_data_skip:  # with which a user says that the draws need not go on
-            self._check_draws(saved)
-        losses = saved["losses"]
-        ours = losses[args.process_index] if len(losses) == args.world_size else sum(losses) / len(losses)
-        self._tr_loss.fill_(ours)
-        self._total_loss_scalar = saved["total_loss"]
-        self._globalstep_last_logged = saved["last_logged"]
-        self._metrics["train"].clear()
-        self._metrics["train"].update({name: list(values) for name, values in saved["figures"].items()})
-        self._total_train_tokens = saved["tokens"]
-        self.model.train(saved["training"])
-        self._only_for_a_signal = set(saved.get("only_for_a_signal", ()))
-        state.best_global_step = saved.get("best_global_step", state.best_global_step)
-        best = best_of(self._resumed_from) if self._resumed_from is not None else None
-        if state.best_model_checkpoint is None and best is not None and best.is_dir():
-            state.best_model_checkpoint = str(best)  # the folder has moved since
-
-    def _check_draws(self, saved: dict[str, Any]) -> None:
-        names = {
-            "pairs_per_step": "pairs per optimizer step",
-            "pairs": "number of training pairs",
-            "seed": "seed",
-            "read_ahead": "micro-batches that data loaders read ahead, and micro-batches of a step,",
-        }
-        ours = self._draws()
-        for field, name in names.items():
-            if field == "pairs" and None in (saved[field], ours[field]):
-                continue
-            if field in ours and field in saved and saved[field] != ours[field]:
-                raise AMAError(
-                    f"The checkpoint was written with {name} {saved[field]}, this run has {ours[field]}, so its draws cannot be "
-                    "continued. Resume with the same settings and data, or start a new output_dir."
-                )
-
-    def log(self, logs, start_time=None):
-        if self._resumed and "train_loss" in logs:  # the Trainer's is the mean since it was resumed
-            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
-        super().log(logs, start_time)
-
     def _run_epoch(self, *args, **kwargs):
         if self.state.global_step >= self.state.max_steps:  # a finished training; the Trainer would do one more step
             self.control.should_training_stop = True
@@ -245,7 +165,7 @@ class ExactResume:
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)  # of an earlier training, or incomplete
                 begin_checkpoint(folder)
-            self.state.stateful_callbacks[_KEY] = self._progress()  # all processes meet here, and then write
+            self.state.stateful_callbacks[KEY] = self._progress()  # all processes meet here, and then write
             with self._unwanted_best_hidden():
                 super()._save_checkpoint(model, trial)
             self._complete(folder)
