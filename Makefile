@@ -14,8 +14,8 @@ BENCH_DIR ?= outputs/bench
 CHAOS_DIR ?= outputs/chaos
 CHAOS_ARGS ?=
 DOCS_DIR ?= outputs/site
-# loadgroup: the tests that share an installed copy of the package run in one worker
-PYTEST_ARGS ?= -n 2 --dist loadgroup
+# loadfile: a file's tests run in one worker, which makes what they share once (a run, an installed copy of the package)
+PYTEST_ARGS ?= -n 2 --dist loadfile
 CHECKED := trl_ama tests recipes docs
 
 # The quickstart and the tests build their own models and data: they must not reach for the network.

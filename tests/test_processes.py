@@ -23,7 +23,6 @@ from trl_ama.fingerprint import check_fingerprint, relevant_arguments
 from trl_ama.loss_shards import LossShards
 
 
-pytestmark = pytest.mark.xdist_group("processes")
 ROOT = Path(__file__).parent.parent
 SIZES = {"list": 21, "sort": 9, "brief": 13}  # 43 pairs: an epoch of batches of 8 ends with 3
 TASKS = ["list", "sort"]  # of the pipeline

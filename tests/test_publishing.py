@@ -18,7 +18,6 @@ from trl_ama.loss_dataset import NOTE_FILE
 from trl_ama.reference_columns import LOGP_COLUMNS
 
 
-pytestmark = pytest.mark.xdist_group("publishing")  # one worker, because the fixture below is expensive
 LOSSES = "org/mine-reference-losses"
 
 

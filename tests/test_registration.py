@@ -21,8 +21,6 @@ REPO = Path(__file__).resolve().parents[1]
 COMMANDS = list(cli.COMMANDS)
 TRL_HELP = ["-c", "from trl.cli import main; raise SystemExit(main(['--help']))"]
 
-pytestmark = pytest.mark.xdist_group("registration")  # one worker builds the wheel, once
-
 
 class Environment:
     """A bare environment; `borrow` puts the packages of the running one on its path, without their `.pth` files."""

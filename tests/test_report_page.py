@@ -38,7 +38,6 @@ page.onload = () => setTimeout(() => {{
 
 pytestmark = [
     pytest.mark.skipif(BROWSER is None, reason="needs chromium or google-chrome on the PATH"),
-    pytest.mark.xdist_group("browser"),  # one at a time
 ]
 
 

@@ -16,8 +16,6 @@ from trl_ama.pipeline_arguments import PipelineArguments
 from trl_ama.training_stage import TrainingStage
 
 
-pytestmark = pytest.mark.xdist_group("trackers")  # one worker runs the pipeline, once
-
 TRACKERS = [name for name in ("tensorboard", "trackio", "wandb") if importlib.util.find_spec(name) is not None]
 SIZES = {"list": 16, "brief": 8}
 SECRET = "hf_aVerySecretToken"
