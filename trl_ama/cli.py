@@ -84,9 +84,8 @@ def _launch(script: Path, launch_args: list[str], script_args: list[str]) -> int
             # torch's elastic agent, which runs several processes, raises a ChildFailedError; not imported to catch it
             # because that import is slow and a single process never needs it.
             number = getattr(error, "sigval", None)
-            if (
-                number is not None
-            ):  # its SignalException: it has passed the signal on, and does not say what came of it
+            if number is not None:
+                # Its SignalException: it has passed the signal on, and does not say what came of it
                 return noted_code() or 128 + number
             failures = getattr(error, "failures", None)
             if not failures:

@@ -81,7 +81,8 @@ def run_pipeline(
         with main_first():
             check_recipe(settings, stages)
         plan = from_main(lambda: describe_plan(settings, stages))
-        _say("\n".join([*plan, *length_lines(settings)]))
+        makes_something = set(stages) - {"eval"}  # else `max_length` has been told of
+        _say("\n".join([*plan, *(length_lines(settings) if makes_something else [])]))
         with time_limit():
             publisher = Publisher(settings, stages, user)
             results = _run_stages(settings, publisher, stages)

@@ -157,9 +157,8 @@ class _Lock:
     def _break(self) -> None:
         """Remove the file that stands for a dead process's lock; not one that another process has just put there."""
         with contextlib.suppress(OSError):
-            if (
-                self.path.stat().st_mtime_ns <= self.note.stat().st_mtime_ns
-            ):  # the note is written once the lock is held
+            # The note is written once the lock is held
+            if self.path.stat().st_mtime_ns <= self.note.stat().st_mtime_ns:
                 self.path.unlink()
 
     def _holder(self) -> dict[str, Any] | None:

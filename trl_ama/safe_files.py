@@ -87,9 +87,8 @@ def first_damage(folder: Path, files: dict[str, dict[str, Any]], by_size: bool =
                 return f"its file '{name}' is not what was written"
         except (FileNotFoundError, NotADirectoryError):
             return f"its file '{name}' is missing"
-        except (
-            OSError
-        ) as error:  # of a network filesystem, perhaps, and for now: what is damaged is removed, so this is not
+        except OSError as error:
+            # Of a network filesystem, perhaps, and for now: what is damaged is removed, so this is not taken for it
             raise unreadable(path, error) from error
     return None
 
