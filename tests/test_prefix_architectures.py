@@ -16,6 +16,7 @@ from prefix_cases import (
     VOCABULARY,
     assert_same_gradients,
     build,
+    exact_gradients,
     gradients,
     padded,
     random_pairs,
@@ -82,7 +83,9 @@ def test_outputs_and_gradients_equal_those_of_the_plain_path(name, beginning, mo
         assert (shared[field][~answers] == 0).all()
     assert torch.equal(shared.is_top1, plain.is_top1)
     weights = weights_for(call)
-    assert_same_gradients(gradients(shared, model, weights), gradients(plain, model, weights))
+    assert_same_gradients(
+        gradients(shared, model, weights), gradients(plain, model, weights), exact_gradients(model, call, weights)
+    )
 
 
 class Counter:
@@ -141,6 +144,7 @@ def test_gradient_checkpointing_changes_no_gradient(name, kind, reentrant, model
     call = padded(random_pairs(4, seed=3))
     weights = weights_for(call)
     theirs = gradients(model(**call), model, weights)  # plain, and nothing is checkpointed
+    exact = exact_gradients(model, call, weights)
     with torch.no_grad():
         chooser.forward(model)(**call)  # the trial
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
@@ -152,7 +156,7 @@ def test_gradient_checkpointing_changes_no_gradient(name, kind, reentrant, model
     ours = gradients(outputs, model, weights)
     assert forward == 2 and counter.calls == 4  # both layers were computed again, from the packed row
     assert chooser.taken == {"fast": 2, "plain": 0}
-    assert_same_gradients(ours, theirs)
+    assert_same_gradients(ours, theirs, exact)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "modules_to_save"])
@@ -164,7 +168,7 @@ def test_adapters_have_the_gradients_of_the_plain_path(kind, models):
     assert chooser.taken == {"fast": 1, "plain": 0}
     assert all("lora_" in name or "modules_to_save" in name for name in ours)
     assert any("lm_head.modules_to_save" in name for name in ours) == (kind == "modules_to_save")
-    assert_same_gradients(ours, gradients(model(**call), model, weights))
+    assert_same_gradients(ours, gradients(model(**call), model, weights), exact_gradients(model, call, weights))
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma3Text", "GPT2"])
@@ -205,7 +209,7 @@ def test_a_quantised_model_under_an_adapter(tmp_path, models):
     weights = weights_for(call)
     ours = gradients(chooser.forward(model)(**call), model, weights)
     assert chooser.taken == {"fast": 1, "plain": 0}
-    assert_same_gradients(ours, gradients(model(**call), model, weights))
+    assert_same_gradients(ours, gradients(model(**call), model, weights), exact_gradients(model, call, weights))
 
 
 # ---- Where it is not taken ----

@@ -9,6 +9,7 @@ from prefix_cases import (
     HEADS_OF_8,
     assert_same_gradients,
     build,
+    exact_gradients,
     gradients,
     padded,
     random_pairs,
@@ -109,7 +110,7 @@ def test_outputs_and_gradients_equal_those_of_other_attention(name, beginning, f
     call = padded(random_pairs(6, seed=0, beginning=beginning))
     weights = weights_for(call)
     default = model(**call)
-    expected = gradients(default, model, weights)
+    expected, exact = gradients(default, model, weights), exact_gradients(model, call, weights)
     assert model.config._attn_implementation in ("sdpa", "eager") and not fake_flash.varlen_calls
     model.config._attn_implementation = "flash_attention_2"
     plain = model(**call)
@@ -129,7 +130,7 @@ def test_outputs_and_gradients_equal_those_of_other_attention(name, beginning, f
     assert sum(queries) == pairs.input_ids.shape[1] < int(call["attention_mask"].sum())
     for other in (plain, default):
         assert torch.allclose(shared.log_probs, other.log_probs, atol=2e-5)
-    assert_same_gradients(gradients(shared, model, weights), expected)
+    assert_same_gradients(gradients(shared, model, weights), expected, exact)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -139,6 +140,7 @@ def test_gradient_checkpointing(reentrant, fake_flash):
     call = padded(random_pairs(5, seed=1))
     weights = weights_for(call)
     expected = gradients(model(**call), model, weights)
+    exact = exact_gradients(model, call, weights)
     chooser = sharing(True)
     with torch.no_grad():
         chooser.forward(model)(**call)
@@ -146,7 +148,7 @@ def test_gradient_checkpointing(reentrant, fake_flash):
     if reentrant:
         model.enable_input_require_grads()
     del fake_flash.varlen_calls[:]
-    assert_same_gradients(gradients(chooser.forward(model)(**call), model, weights), expected)
+    assert_same_gradients(gradients(chooser.forward(model)(**call), model, weights), expected, exact)
     assert len(fake_flash.varlen_calls) == 4  # two layers, forward and again
 
 

@@ -10,6 +10,7 @@ from prefix_cases import (
     VOCABULARY,
     assert_same_gradients,
     build,
+    exact_gradients,
     gradients,
     padded,
     random_pairs,
@@ -123,7 +124,9 @@ def both_paths(model, call) -> tuple[torch.Tensor, torch.Tensor]:
     chooser = sharing(True)  # an error rather than the plain path
     shared, plain = chooser.forward(model)(**call), model(**call)
     weights = weights_for(call)
-    assert_same_gradients(gradients(shared, model, weights), gradients(plain, model, weights))
+    assert_same_gradients(
+        gradients(shared, model, weights), gradients(plain, model, weights), exact_gradients(model, call, weights)
+    )
     return shared.log_probs, plain.log_probs
 
 
