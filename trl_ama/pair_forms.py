@@ -9,7 +9,8 @@ from trl import extract_prompt
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 # What DPOTrainer's tokenisation reads beside them. They travel with a pair, count in its id and are saved with its texts
-EXTRA_COLUMNS = ("tools", "chat_template_kwargs")
+TEMPLATE_KWARGS = "chat_template_kwargs"
+EXTRA_COLUMNS = ("tools", TEMPLATE_KWARGS)
 _NOT_SAID = ("role", "content", "name", "tool_call_id")  # of a message; any other key may say something
 
 

@@ -1,5 +1,7 @@
 """k preference datasets -> one dataset with a `task` column, and the checks that it must pass."""
 
+from typing import Any
+
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 
@@ -68,7 +70,13 @@ def add_pair_ids(dataset: Dataset) -> Dataset:
     """Add the `pair_id` column, from `prompt` (if any), `chosen`, `rejected` and what else decides a pair's tokens."""
     if PAIR_ID_COLUMN in dataset.column_names:
         return dataset
-    return dataset.map(lambda row: {PAIR_ID_COLUMN: pair_id_of(row)}, desc="Naming the pairs")
+    columns = [name for name in (*PAIR_COLUMNS, *EXTRA_COLUMNS) if name in dataset.column_names]
+
+    def name(*values: Any) -> dict[str, str]:
+        return {PAIR_ID_COLUMN: pair_id_of(dict(zip(columns, values, strict=True)))}
+
+    # With `input_columns` they are not written again, which rounds numbers in columns of Json
+    return dataset.map(name, input_columns=columns, desc="Naming the pairs")
 
 
 def check_same_form(parts: dict[str, Dataset]) -> None:
