@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, Value, load_dataset
 
 from .errors import AMAError, first_line
+from .pair_forms import EXTRA_COLUMNS, PAIR_COLUMNS, pair_id_of, says_something
 from .reference_columns import LOGP_COLUMNS, TOKEN_COLUMNS
-from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN, pair_id_of
+from .tasks import PAIR_ID_COLUMN, TASK_COLUMN
 
 
 _AGAIN = "Get an intact copy, or delete the task's folder and compute it again with `trl ama-losses --config …`."
@@ -192,10 +193,7 @@ def _text_problem(row: dict[str, Any]) -> str | None:
         if isinstance(text, list):
             if not all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in text):
                 return f"messages without a role in '{column}'"
-            text = (text[-1].get("content") if text else "") or ""
-        if not isinstance(text, (str, list)) or (
-            column != "prompt" and not (text.strip() if isinstance(text, str) else text)
-        ):
+        if not isinstance(text, (str, list)) or (column != "prompt" and not says_something(text)):
             return f"no text in '{column}'"
     tools = row.get("tools")
     if isinstance(tools, str):
