@@ -95,9 +95,7 @@ class BaseWeights:
         now = checksums(tensor.data for _, tensor in self._tensors)
         return [
             (name, tensor, self._original(index))
-            for index, ((name, tensor), before, after) in enumerate(
-                zip(self._tensors, self._sums, now, strict=True)
-            )
+            for index, ((name, tensor), before, after) in enumerate(zip(self._tensors, self._sums, now, strict=True))
             if before != after
         ]
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 import trl.trainer.dpo_trainer
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -241,35 +240,3 @@ def _different(policy: PeftModel, trainer: "DPOTrainer") -> dict[int, tuple[Tens
             "Specialists are scored on the base of that name."
         )
     return found
-
-
-def check_adapters(model: "str | PreTrainedModel | PeftModel", has_reference_model: bool) -> None:
-    """Raise an `AMAError` for a policy whose adapters DPOTrainer does not train, or mistakes.
-
-    Args:
-        model: The policy, as DPOTrainer is given it.
-        has_reference_model (`bool`): Whether it is given a `ref_model`, too.
-    """
-    if isinstance(model, str):
-        return
-    if not is_peft_model(model):
-        if any(isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for module in model.modules()):
-            raise AMAError(
-                f"There are adapters in this {type(model).__name__}, put there by its load_adapter or as the base of a PeftModel: it is "
-                "not the base any more. Pass the PeftModel (`PeftModel.from_pretrained(base, adapter, is_trainable=True)`), or a base "
-                "that is loaded anew."
-            )
-        return
-    if has_reference_model:
-        return
-    names, active = list(model.peft_config), list(model.active_adapters)
-    if "default" not in names or active != ["default"]:
-        raise AMAError(
-            f"The policy has the adapters {names}, of which {active} is active, and DPOTrainer trains one that is called 'default'. Load "
-            "it without adapter_name and alone, `PeftModel.from_pretrained(base, adapter, is_trainable=True)`, or pass ref_model."
-        )
-    if "ref" in names:
-        raise AMAError(
-            "The policy has an adapter that is called 'ref', and DPOTrainer keeps the reference under that name. Load it under another "
-            "one, or take it off with `model.delete_adapter('ref')`."
-        )

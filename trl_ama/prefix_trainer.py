@@ -17,8 +17,9 @@ from transformers import TrainerCallback
 from .errors import AMAError, first_line
 from .exact_resume import ExactResume
 from .finite_steps import FiniteStepTrainer
-from .own_adapter import OwnBase, check_adapters
+from .own_adapter import OwnBase
 from .pair_rows import first_failure
+from .policy_objects import check_is_model, check_policy
 from .preference_losses import PreferenceLossConfig, pair_losses
 from .prefix_support import PrefixSharing
 from .processes import from_main
@@ -52,10 +53,15 @@ class PrefixSharingTrainer(FiniteStepTrainer):
     """
 
     def __init__(self, model, ref_model=None, *args, **kwargs):
-        check_adapters(model, ref_model is not None)
+        check_policy(model, ref_model is not None)
         self.own_base = OwnBase()
-        with self.own_base.watched(model):
-            super().__init__(model, ref_model, *args, **kwargs)
+        try:
+            with self.own_base.watched(model):
+                super().__init__(model, ref_model, *args, **kwargs)
+        except OSError as error:
+            if isinstance(model, str):
+                check_is_model(model, error=error)
+            raise
         for model in (self.model, self.ref_model):
             if model is not None:
                 keep_weights(model)
