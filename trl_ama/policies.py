@@ -183,7 +183,11 @@ def _loaded(base: torch.nn.Module, config: PeftConfig, place: PolicySource, fold
                 f"PEFT cannot put {place.who} ('{place.given}') on the base model '{name}': {sentence(error)} Use an adapter "
                 "of another kind, or merge it into a model and name that instead."
             ) from error
-    problem = result_problem(result.missing_keys, result.unexpected_keys)
+    places = dict(model.named_parameters(remove_duplicate=False))
+    # Weights that layers share, such as VB-LoRA's bank, are in the file once
+    there = {id(parameter) for name, parameter in places.items() if name not in result.missing_keys}
+    missing = [name for name in result.missing_keys if id(places.get(name)) not in there]
+    problem = result_problem(missing, result.unexpected_keys)
     if problem is not None:
         raise misfit(place, get_config_model_id(base.config), problem)
     if is_quantized(base) and "BF16" in saved_types(os.path.join(folder, ADAPTER_WEIGHTS)):
