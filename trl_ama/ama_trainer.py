@@ -29,7 +29,6 @@ from .policy_objects import check_is_model, check_specialist_objects
 from .policy_sources import check_policy_source
 from .preference_losses import PairLogProbs, PreferenceLossConfig, excess_losses, pair_losses, untrained_loss
 from .processes import is_sharded, sum_of_all
-from .recorded_forward import RecordedForward
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS, add_logp_columns
 from .step_recorder import TaskCollator
 from .stream_sources import StreamedTasks, is_streamed, stream_arguments
@@ -323,8 +322,7 @@ peft_config:
                     f"These pairs lack {list(REFERENCE_COLUMNS)} and there is no reference model: the training pairs carry "
                     "theirs, so none was loaded. Give the held-out pairs these columns too (`trl ama-losses` does)."
                 )
-        inputs = self.with_reference(inputs)
-        forward = RecordedForward(self.prefix_sharing.forward(model))
+        forward = self.policy_forward(model, inputs)
         with self.reference_from_inputs():
             result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
         if task_ids is None:  # held-out pairs without tasks: DPOTrainer's evaluation

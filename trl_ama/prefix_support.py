@@ -1,27 +1,32 @@
-"""Where prefix sharing is exact: rules, and a trial of every model. Detect, never guess.
+"""Where prefix sharing is exact: rules, a trial of every model, and a proof on real pairs. Detect, never guess.
 
-The rules, here, name what is known to make a difference. The trial of every model, in `prefix_trial.py`, finds what no rule
-knows.
+The rules, here, name what is known to make a difference, or may come to make one later. The trial of every model, in
+`prefix_trial.py`, finds what no rule knows, on pairs of all lengths; the proof, in `prefix_proof.py`, what no trial shows, on the
+first batch of a training, of an evaluation and of a sweep.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from accelerate import ParallelismConfig
+from accelerate import ParallelismConfig, PartialState
 from accelerate.logging import get_logger
 from transformers.modeling_flash_attention_utils import flash_attn_supports_top_left_mask
 from trl import DPOConfig, DPOTrainer
 
 from .errors import AMAError
+from .prefix_proof import DRAWS, NoVerdict, RandomState, kept_random_state, prove
 from .prefix_sharing import KNOWN_ATTENTION, CannotShare, PackedPairs, causal_lm, pack_pairs, packed_forward, unwrapped
 from .prefix_trial import Tried, try_model
-from .processes import is_sharded
+from .processes import is_sharded, of_all
 
 
 logger = get_logger(__name__)
 
 _CALL = {"input_ids", "attention_mask", "labels", "use_cache", "fused_lm_head"}  # what DPOTrainer gives a text model
+_LATER = "the first batch says nothing"  # its numbers are not finite, or another process has none that can be packed
 _SHARED_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -37,6 +42,10 @@ class PrefixSharing:
         self._trainer, self.mode = trainer, mode
         self._trials: WeakKeyDictionary[torch.nn.Module, str | Tried] = WeakKeyDictionary()
         self._may_draw: WeakKeyDictionary[torch.nn.Module, list[tuple[torch.nn.Module, str]]] = WeakKeyDictionary()
+        self._hooks: WeakKeyDictionary[torch.nn.Module, list[dict]] = WeakKeyDictionary()
+        # What each model was found to be on its first batch, by how it is called: `None` if both paths are the same
+        self._proofs: WeakKeyDictionary[torch.nn.Module, dict[tuple, str | None]] = WeakKeyDictionary()
+        self._drew: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
         self._said: set[str] = set()
         self.taken = {"fast": 0, "plain": 0}  # how many calls took which path
 
@@ -44,19 +53,131 @@ class PrefixSharing:
         """A stand-in for the model where it is only called, as `DPOTrainer` calls it; without `metrics`, for log-probs."""
         return SharedForward(self, model, metrics)
 
-    def pack(self, model: torch.nn.Module, kwargs: dict[str, Any]) -> PackedPairs | None:
-        """The batch of a call as packed pairs; `None` if the call must go to the model as it is."""
+    def pack(self, model: torch.nn.Module, kwargs: dict[str, Any], use: str | None = None) -> PackedPairs | None:
+        """The batch of a call as packed pairs; `None` if the call must go to the model as it is.
+
+        Args:
+            model (`torch.nn.Module`): The model as it is called.
+            kwargs (`dict`): The call.
+            use (`str`, *optional*): What for. The first call for it is run both ways, on all processes at the same time.
+        """
         if self.mode is False or not kwargs.get("fused_lm_head") or kwargs.get("labels") is None:
             return None
+        pairs, reason = None, None
         try:
-            self._check_call(model, kwargs)
-            pairs = pack_pairs(kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"] != -100)
-            self.check(model, pairs, kwargs)
-        except CannotShare as reason:
-            self._refuse(model, str(reason))
+            pairs = self._packed(model, kwargs)
+        except CannotShare as error:
+            reason = str(error)
+        if use is not None:
+            reason = self._proven(model, kwargs, pairs, reason, use)
+        if reason is not None:
+            self._refuse(model, reason)
             return None
         self.taken["fast"] += 1
         return pairs
+
+    def _packed(self, model: torch.nn.Module, kwargs: dict[str, Any]) -> PackedPairs:
+        self._check_call(model, kwargs)
+        pairs = pack_pairs(kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"] != -100)
+        self.check(model, pairs, kwargs)
+        return pairs
+
+    # ---- Proof on the batch at hand ----
+
+    def forget(self) -> None:
+        """Prove everything again: another training begins, or one that was interrupted."""
+        self._proofs.clear()
+        self._drew.clear()
+
+    def may_draw(self, model: torch.nn.Module) -> bool:
+        """Whether training draws random numbers in the forward pass; also if that is not known yet."""
+        return self._drew.get(model, True) or self._draws(model)
+
+    def note_draws(self, model: torch.nn.Module, drew: bool) -> None:
+        """Remember whether a forward pass in training drew random numbers."""
+        self._drew[model] = drew
+
+    def knows_draws(self, model: torch.nn.Module) -> bool:
+        """Whether that was noted."""
+        return model in self._drew
+
+    def _proven(
+        self, model: torch.nn.Module, kwargs: dict[str, Any], pairs: PackedPairs | None, reason: str | None, use: str
+    ) -> str | None:
+        """Why this call takes the plain path, if it does; by a proof if the model was not called like this before."""
+        if PartialState().num_processes == 1 and pairs is None:
+            return reason
+        verdicts = self._proofs.setdefault(model, {})
+        # A hook that is set later, or another adapter, is another case
+        adapter = getattr(unwrapped(model), "active_adapter", None)
+        key = (use, model.training, self._count_hooks(model), str(adapter))
+        if key not in verdicts:
+            reasons = of_all(reason)
+            if None not in reasons:
+                verdicts[key] = reason  # and no process asks the others again
+            elif any(reasons):
+                return reason or _LATER
+            else:
+                found = self.prove(model, kwargs, pairs)
+                if found == _LATER:
+                    return found
+                verdicts[key] = found
+        return verdicts[key] if reason is None else reason
+
+    def prove(
+        self, model: torch.nn.Module, kwargs: dict[str, Any], pairs: PackedPairs, at_once: int | None = None
+    ) -> str | None:
+        """What all processes agree on after each has run a batch both ways; `None` if the fast path is right everywhere."""
+        if is_sharded(self._trainer.accelerator):
+            at_once = 1  # all run the layers equally often, and none has to try again with less
+        try:
+            prove(model, kwargs, pairs, self._is_exact(causal_lm(model)), at_once)
+            found = None
+        except CannotShare as error:
+            found = str(error)
+        except NoVerdict:
+            found = _LATER
+        others = [other for other in of_all(found) if other is not None]
+        return next((other for other in others if other != _LATER), others[0] if others else None)
+
+    def plain_policies(
+        self,
+        policies: dict[str, Callable[[], AbstractContextManager[torch.nn.Module]]],
+        kwargs: dict[str, Any],
+        at_once: int,
+    ) -> set[str]:
+        """Which policies of a sweep must be scored on the plain path, by its first batch; the same on every process.
+
+        Args:
+            policies (`dict`): Name → opens the policy's model.
+            kwargs (`dict`): The call of the batch that the sweep begins with.
+            at_once (`int`): Pairs of it that the plain path takes at a time.
+        """
+        plain = set()
+        for name, policy in ({} if self.mode is False else policies).items():
+            with torch.no_grad(), policy() as model, self._trainer.accelerator.autocast():
+                pairs, reason = None, None
+                try:
+                    pairs = self._packed(model, kwargs)
+                except CannotShare as error:
+                    reason = str(error)
+                if any(other is not None for other in of_all(reason)):
+                    continue  # `pack` says it again
+                reason = self.prove(model, kwargs, pairs, at_once)
+                if reason is not None:
+                    plain.add(name)
+                    self._refuse(model, reason, counts=False)
+        return plain
+
+    def _count_hooks(self, model: torch.nn.Module) -> int:
+        """Hooks of all modules; which modules there are is looked up once."""
+        if model not in self._hooks:
+            self._hooks[model] = [
+                hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)
+            ]
+        return sum(map(len, self._hooks[model]))
+
+    # ---- Rules and trial ----
 
     def check(self, model: torch.nn.Module, pairs: PackedPairs, kwargs: dict[str, Any]) -> None:
         """Raise `CannotShare` unless these pairs get the same log-probs on both paths."""
@@ -81,10 +202,19 @@ class PrefixSharing:
             raise CannotShare(
                 "it was not tried, and a sharded model is tried only once: set max_length, and it is tried with that"
             )
-        # Truncation lets no pair of the run be longer than max_length. Without it, the trial is repeated for longer ones,
-        # seldom, as it goes further than they ask
+        # Truncation lets no pair of the run be longer than max_length. Without it, or without the memory for such a pair, the
+        # trial is repeated for longer ones, seldom, as it goes further than they ask
         longest = max(length, getattr(self._trainer.args, "max_length", None) or 2 * length)
-        return try_model(model, kwargs, longest, self._is_exact(causal_lm(model)))
+        if not first:
+            longest = min(longest, 2 * length)
+        with kept_random_state(kwargs["input_ids"].device) as before:
+            try:
+                return try_model(model, kwargs, longest, self._is_exact(causal_lm(model)), length)
+            except CannotShare as error:
+                drew = RandomState(kwargs["input_ids"].device) != before
+                if drew:
+                    raise CannotShare(DRAWS) from error
+                raise
 
     def _is_exact(self, inner: torch.nn.Module) -> bool:
         return self._trainer.accelerator.mixed_precision == "no" and all(
@@ -100,7 +230,7 @@ class PrefixSharing:
         if other:
             raise CannotShare(f"the batch also has {other}, which prefix sharing does not know")
         args, accelerator = self._trainer.args, self._trainer.accelerator
-        reason = broken_rule(model, args, accelerator.parallelism_config)
+        reason = broken_rule(model, args, accelerator.parallelism_config, model.training)
         if reason is None and model.training and self._draws(model):
             reason = "dropout is on, and it would draw other numbers (disable_dropout=True turns it off)"
         if reason is not None:
@@ -112,8 +242,10 @@ class PrefixSharing:
             self._may_draw[model] = _may_draw(model)
         return any(getattr(module, name) > 0 for module, name in self._may_draw[model])
 
-    def _refuse(self, model: torch.nn.Module, reason: str) -> None:
-        self.taken["plain"] += 1
+    def _refuse(self, model: torch.nn.Module, reason: str, counts: bool = True) -> None:
+        self.taken["plain"] += counts
+        if reason == _LATER:
+            return
         name = type(causal_lm(model)).__name__
         if self.mode is True:
             raise AMAError(
@@ -134,19 +266,28 @@ class SharedForward:
         self._sharing, self._model, self._metrics = sharing, model, metrics
 
     def __call__(self, *args, **kwargs):
-        pairs = None if args else self._sharing.pack(self._model, kwargs)
+        pairs = None if args else self._sharing.pack(self._model, kwargs, "policy" if self._metrics else "reference")
+        is_new = self._metrics and self._model.training and not self._sharing.knows_draws(self._model)
+        before = RandomState(next(self._model.parameters()).device) if is_new else None
         if pairs is None:
-            return self._model(*args, **kwargs)
-        return packed_forward(self._model, pairs, self._metrics, use_cache=False)
+            outputs = self._model(*args, **kwargs)
+        else:
+            outputs = packed_forward(self._model, pairs, self._metrics, use_cache=False)
+        if is_new:
+            self._sharing.note_draws(self._model, RandomState(next(self._model.parameters()).device) != before)
+        return outputs
 
 
-def broken_rule(model: torch.nn.Module, args: DPOConfig, parallelism: ParallelismConfig | None = None) -> str | None:
+def broken_rule(
+    model: torch.nn.Module, args: DPOConfig, parallelism: ParallelismConfig | None = None, training: bool = True
+) -> str | None:
     """The first rule that a model breaks, as half a sentence; `None` if it breaks none and is left to the trial.
 
     Args:
         model (`torch.nn.Module`): The model in all its wrappers; it is looked at, not run, and may be on the meta device.
         args (`DPOConfig`): The training arguments.
         parallelism (`ParallelismConfig`, *optional*): The accelerator's.
+        training (`bool`, *optional*): Whether it is trained, or only scored.
     """
     inner = causal_lm(model)
     config = inner.config.get_text_config()
@@ -164,6 +305,12 @@ def broken_rule(model: torch.nn.Module, args: DPOConfig, parallelism: Parallelis
     adapters = getattr(unwrapped(model), "peft_config", None) or {}
     if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
         return "its adapter learns a prompt, which would come before every pair"
+    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters.values()):
+        return (
+            "its adapter (aLoRA) acts from where its invocation tokens are in each row, which a packed row has many of"
+        )
+    if training and getattr(args, "neftune_noise_alpha", None):
+        return "neftune_noise_alpha adds noise, drawn for each row and scaled by its length"
     if getattr(args, "n_gpu", 1) > 1:
         return "DataParallel splits a batch by its rows, and a packed batch has one (launch a process for each GPU instead)"
     if args.torch_compile:

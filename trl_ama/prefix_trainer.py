@@ -43,6 +43,16 @@ class _SetEpoch(TrainerCallback):
             train_dataloader.set_epoch(int(state.epoch))
 
 
+class _ProveAgain(TrainerCallback):
+    """A training, and one that is resumed, proves the fast path on its own first batch."""
+
+    def __init__(self, sharing: PrefixSharing):
+        self._sharing = sharing
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._sharing.forget()
+
+
 class PrefixSharingTrainer(FiniteStepTrainer):
     """
     A [`~trl.DPOTrainer`] whose reference log-probs come from the fast path.
@@ -67,6 +77,7 @@ class PrefixSharingTrainer(FiniteStepTrainer):
                 keep_weights(model)
         self._pairs_of_rounds = [self.accelerator.num_processes]  # of a batch outside of training, its sum
         self.add_callback(_SetEpoch())
+        self.add_callback(_ProveAgain(self.prefix_sharing))
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         """As DPOTrainer's, whose errors are those of a chat template or a tokenizer; here the row is named, too."""
@@ -105,6 +116,18 @@ class PrefixSharingTrainer(FiniteStepTrainer):
             return inputs
         chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)  # (B,) each
         return {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+
+    def policy_forward(self, model: torch.nn.Module, inputs: dict[str, Any]) -> RecordedForward:
+        """The policy, to be called by DPOTrainer's loss on this batch, which gets reference log-probs if it has none.
+
+        They are computed first, while there is no graph in memory; but after it, as DPOTrainer does, where both may draw random
+        numbers.
+        """
+        forward = self.prefix_sharing.forward(model)
+        if self.model.training and self.prefix_sharing.may_draw(model):
+            return RecordedForward(forward, then=lambda: inputs.update(self.with_reference(inputs)))
+        inputs.update(self.with_reference(inputs))
+        return RecordedForward(forward)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -160,8 +183,8 @@ class SpecialistTrainer(ExactResume, PrefixSharingTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         counted = inputs.get(COUNTED)
-        inputs = self.with_reference({name: value for name, value in inputs.items() if name != COUNTED})
-        forward = RecordedForward(self.prefix_sharing.forward(model))
+        inputs = {name: value for name, value in inputs.items() if name != COUNTED}
+        forward = self.policy_forward(model, inputs)
         with self.reference_from_inputs():
             result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
         if counted is None or self.use_weighting:

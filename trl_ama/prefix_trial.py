@@ -12,20 +12,29 @@ from itertools import cycle, islice
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .prefix_sharing import CannotShare, causal_lm, install, pack_pairs, packed_forward
 
 
-_EXACT = 1e-3  # of a token's log-prob, in 32 bits
+EXACT = 1e-3  # of a token's log-prob, in 32 bits
 # In 16 bits, mean over tokens. Both paths are about 0.04 nats from 32 bits (SmolLM2-135M) and as far from each other, and more
 # on unlikely tokens: this is relative to their log-prob, if that is above 1. The same answer in the first and in the second
 # branch differs by 0.00 to 0.03 nats; if positions did not start again, it would by 0.09 to 1.3
-_ROUNDED, _SWAPPED = 0.1, 0.05
+ROUNDED, SWAPPED = 0.1, 0.05
 _SHORT, _ALIKE = 24, 8  # tokens of a pair in the part of the trial that several pairs share, and how many begin alike
 _ROPE_OF_LENGTH = {"dynamic", "longrope"}  # frequencies that depend on the longest sequence of the batch
 _NO_LIMIT = 2**62
+FAILURES = (
+    TypeError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    AttributeError,
+    IndexError,
+)  # of a call that a model cannot take
 _ROWS = 512  # of a mask that are looked at together
 
 
@@ -38,14 +47,15 @@ class Tried:
     beyond: str | None = None
 
 
-def try_model(model: torch.nn.Module, kwargs: dict[str, Any], longest: int, exact: bool) -> Tried:
-    """Try a model on sequences of up to `longest` tokens, or of as many as it can take.
+def try_model(model: torch.nn.Module, kwargs: dict[str, Any], longest: int, exact: bool, needed: int = 0) -> Tried:
+    """Try a model on sequences of up to `longest` tokens, or of as many as it can take and there is memory for.
 
     Args:
         model (`torch.nn.Module`): The model as it is trained, in all its wrappers.
         kwargs (`dict`): A call of it, of whose tokens the trial's pairs are made.
         longest (`int`): Tokens of the longest sequence of the run.
         exact (`bool`): Whether it computes in 32 bits.
+        needed (`int`, *optional*): Tokens without which the trial is of no use.
 
     Raises:
         CannotShare: If the two paths differ on sequences of any length.
@@ -55,7 +65,9 @@ def try_model(model: torch.nn.Module, kwargs: dict[str, Any], longest: int, exac
     config = causal_lm(model).config
     limit, beyond = sequence_limit(config)
     try:
-        _trial(model, kwargs, min(longest, limit), exact)
+        fits = _trial_that_fits(model, kwargs, min(longest, limit), exact, needed)
+        if fits < min(longest, limit):
+            return Tried(fits)
     except CannotShare as reason:
         window = _window(config)
         if window is None or window >= min(longest, limit):
@@ -63,6 +75,19 @@ def try_model(model: torch.nn.Module, kwargs: dict[str, Any], longest: int, exac
         limit, beyond = window, str(reason)
         _trial(model, kwargs, limit, exact)
     return Tried(min(longest, limit), beyond if longest >= limit else None)
+
+
+def _trial_that_fits(model: torch.nn.Module, kwargs: dict[str, Any], length: int, exact: bool, needed: int) -> int:
+    """The length of the longest trial for which there is memory: `max_length` may be far above any pair's. # tokens"""
+    while True:
+        try:
+            _trial(model, kwargs, length, exact)
+            return length
+        except RuntimeError as error:
+            if length <= needed or not should_reduce_batch_size(error):
+                raise
+        length = max(needed, length // 2)
+        clear_device_cache(garbage_collection=True)
 
 
 def sequence_limit(config: Any) -> tuple[int, str | None]:
@@ -125,7 +150,9 @@ def _trial(model: torch.nn.Module, kwargs: dict[str, Any], length: int, exact: b
                 _compare(model, call, exact)
     except CannotShare:
         raise
-    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as error:
+    except FAILURES as error:
+        if should_reduce_batch_size(error):
+            raise
         raise CannotShare(
             f"a trial failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
         ) from error
@@ -147,12 +174,12 @@ def _compare(model: torch.nn.Module, call: dict[str, torch.Tensor], exact: bool)
     expected = plain.log_probs.float()[pairs.scored]
     difference = (shared.log_probs.float()[pairs.scored] - expected).abs()
     if exact:
-        wrong = bool((difference > _EXACT * expected.abs().clamp(min=1)).any())
+        wrong = bool((difference > EXACT * expected.abs().clamp(min=1)).any())
     else:
-        swapped = _swapped_branches(model, call)[pairs.scored]
+        swapped = swapped_branches(model, call)[pairs.scored]
         moved = (shared.log_probs.float()[pairs.scored] - swapped).abs()
-        wrong = bool(difference.mean() > _ROUNDED * expected.abs().mean().clamp(min=1))
-        wrong = wrong or bool(moved.mean() > _SWAPPED)
+        wrong = bool(difference.mean() > ROUNDED * expected.abs().mean().clamp(min=1))
+        wrong = wrong or bool(moved.mean() > SWAPPED)
     if wrong or not bool(torch.isfinite(difference).all()):
         raise CannotShare(
             f"in a trial its log-probs differed by up to {difference.max().item():.2g} nats a token: tokens meet elsewhere than "
@@ -160,7 +187,7 @@ def _compare(model: torch.nn.Module, call: dict[str, torch.Tensor], exact: bool)
         )
 
 
-def _swapped_branches(model: torch.nn.Module, call: dict[str, torch.Tensor]) -> torch.Tensor:
+def swapped_branches(model: torch.nn.Module, call: dict[str, torch.Tensor]) -> torch.Tensor:
     """Log-probs of a call with each pair's answers in the other's place in the row, in the order of the call. # (2B, L-1)
 
     What meets elsewhere than in attention, or counts on from the first branch to the second, shows as a difference that is

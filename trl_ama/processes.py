@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers.integrations import deepspeed
 
 from .errors import AMAError, first_line
@@ -96,6 +96,11 @@ def _heard() -> Any:
     if problem is not None:
         raise AMAError(problem)
     return result
+
+
+def of_all(value: Any) -> list[Any]:
+    """Each process's value, on every process, in their order."""
+    return gather_object([value]) if PartialState().num_processes > 1 else [value]
 
 
 def sum_of_all(accelerator: Accelerator, values: np.ndarray) -> np.ndarray:

@@ -1,8 +1,7 @@
 """What `DPOTrainer` saw when it computed a loss: the policy's outputs, with their graph, and the log-probs in them."""
 
+from collections.abc import Callable
 from typing import Any
-
-import torch
 
 from .preference_losses import PairLogProbs, sequence_logps
 
@@ -11,16 +10,22 @@ class RecordedForward:
     """Forwards calls to the model and keeps the outputs of the first, with their graph.
 
     `DPOTrainer` only ever calls the model that its loss is given, so this stands in for it.
+
+    Args:
+        model (`Callable`): What is called.
+        then (`Callable`, *optional*): What to do when the first call is done.
     """
 
-    def __init__(self, model: torch.nn.Module):
-        self._model = model
+    def __init__(self, model: Callable, then: Callable[[], None] | None = None):
+        self._model, self._then = model, then
         self.outputs = None
 
     def __call__(self, *args, **kwargs):
         outputs = self._model(*args, **kwargs)
         if self.outputs is None:
             self.outputs = outputs
+            if self._then is not None:
+                self._then()
         return outputs
 
     def log_probs(self, inputs: dict[str, Any], ld_alpha: float | None) -> PairLogProbs:

@@ -110,6 +110,7 @@ def score_policies(
                 leave=overall is None or overall.disable,
             )
         )
+        sweep.prove(done)
         pairs, before = int(done.sum()), int(done.sum())
         for batches in sweep.rounds(done):
             if accelerator.process_index < len(batches):
@@ -181,6 +182,7 @@ class _Sweep:
         self._sharing = getattr(trainer, "prefix_sharing", None) or PrefixSharing(trainer, "auto")
         # Whether every process has to run a model as often as the others: it was shared out for training
         self.in_step = is_sharded(trainer.accelerator) and not isinstance(trainer, ScoringTrainer)
+        self._plain: set[str] = set()  # policies that the fast path does not get right
         self._longest, self._packed = _lengths(dataset, trainer.args.max_length)
         batch_size = trainer.args.precompute_ref_batch_size or trainer.args.per_device_eval_batch_size
         self._budget = int(2 * batch_size * self._longest.max(initial=0))
@@ -211,6 +213,14 @@ class _Sweep:
             for model, training in reversed(before):
                 model.train(training)
 
+    def prove(self, done: np.ndarray) -> None:
+        """Run the sweep's first batch both ways under every policy, on all processes."""
+        remaining = self._remaining(done)
+        if remaining:
+            _, kwargs = self._inputs(remaining[0])
+            at_once = max(1, self._budget // kwargs["input_ids"].shape[1] // 2)
+            self._plain = self._sharing.plain_policies(self._policies, kwargs, at_once)
+
     def rounds(self, done: np.ndarray) -> Iterator[list[np.ndarray]]:
         """What the processes score at the same time: a batch for each, or at the end for the first of them.
 
@@ -234,9 +244,9 @@ class _Sweep:
         """Whether rows take the fast path under every policy. The same rows everywhere, so all processes take the same."""
         _, kwargs = self._inputs(rows)
         packed = []
-        for policy in self._policies.values():
+        for prefix, policy in self._policies.items():
             with torch.no_grad(), policy() as model, self._trainer.accelerator.autocast():
-                packed.append(self._sharing.pack(model, kwargs) is not None)
+                packed.append(prefix not in self._plain and self._sharing.pack(model, kwargs) is not None)
         return all(packed)
 
     def share(self) -> None:
@@ -298,9 +308,9 @@ class _Sweep:
             # (rotary tables, masks, repacked weights) would be of no use to a training step with the same model
             with torch.no_grad(), self._policies[prefix]() as model, trainer.accelerator.autocast():
                 inner = causal_lm(model)
-                if inner not in packed:
+                if inner not in packed and prefix not in self._plain:
                     packed[inner] = self._sharing.pack(model, kwargs)
-                pairs = packed[inner]
+                pairs = None if prefix in self._plain else packed[inner]
                 # So many rows were meant for the fast path
                 is_too_large = len(rows) > 1 and kwargs["input_ids"].numel() > self._budget
                 if pairs is None and is_too_large and not self.in_step:
