@@ -518,14 +518,14 @@ def test_what_was_checked_is_what_is_used(hub, pulled, trainers, model_dir):
     assert model_identity("org/adapter") == f"org/adapter@{moved}"
 
 
-def test_only_two_files_of_an_adapter_are_fetched(hub, pulled, model_dir, evil, trainers):
+def test_only_three_files_of_an_adapter_are_asked_for(hub, pulled, model_dir, evil, trainers):
     hub.write("model", "org/adapter", evil)
     hub.clear_log()
     assert check_policy_source(model_dir, WHO, "org/adapter")
     with trained_policy(trainers[True], WHO, "org/adapter"):
         pass
     got = {request.path.rsplit("/", 1)[-1] for request in hub.requests if "/resolve/" in request.path}
-    assert got == {"adapter_config.json", "adapter_model.safetensors"}
+    assert got == {"adapter_config.json", "adapter_model.safetensors", "stage.json"}
     assert len([request for request in hub.requests if "/api/models/" in request.path]) == 1
 
 

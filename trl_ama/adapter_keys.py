@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import set_peft_model_state_dict
 from safetensors import safe_open
@@ -117,21 +117,3 @@ def result_problem(missing: list[str], unexpected: list[str]) -> str | None:
 
 def _plain(key: str) -> str:
     return key.replace(f".{ADAPTER}", "").removeprefix("base_model.model.")
-
-
-def changes_base(config: PeftConfig, base: PreTrainedModel | PeftModel, keys: list[str]) -> list[torch.nn.Parameter]:
-    """Parameters of the base model itself that loading an adapter writes to; they have to be put back afterwards.
-
-    PiSSA, OLoRA and the like subtract from the base's weights what the adapter starts from; biases and embeddings that
-    were trained along are saved, and loaded, in place.
-    """
-    parameters = dict(base.named_parameters())
-    init = getattr(config, "init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(("pissa", "olora", "loftq", "corda", "lora_ga")):
-        return [value for name, value in parameters.items() if ".lora_" not in name]
-    saved = {key.removeprefix("base_model.model.").replace(".base_layer.", ".") for key in keys}
-    return [
-        value
-        for name, value in parameters.items()
-        if name.removeprefix("base_model.model.").replace(".base_layer.", ".") in saved
-    ]

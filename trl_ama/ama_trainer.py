@@ -25,6 +25,7 @@ from .broken_pairs import broken_by_themselves
 from .errors import AMAError
 from .mixing import MixingStrategy
 from .mixture import Mixture
+from .policy_objects import check_is_model, check_specialist_objects
 from .policy_sources import check_policy_source
 from .preference_losses import PairLogProbs, PreferenceLossConfig, excess_losses, pair_losses, untrained_loss
 from .processes import is_sharded, sum_of_all
@@ -140,6 +141,9 @@ peft_config:
             train_dataset = with_task_labels(train_dataset, self.task_names)
         eval_dataset = label_eval(eval_dataset, self.task_names)
         specialists = check_specialists(specialists if specialists is not None else args.specialists, self.task_names)
+        if isinstance(model, str):
+            check_is_model(model)
+        check_specialist_objects(model, specialists or {}, peft_config)
         base_model = model if isinstance(model, str) else get_config_model_id(model.config)
         for task, source in (specialists or {}).items():
             if isinstance(source, str):  # before a single pair is scored

@@ -19,8 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from trl import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, use_adapter
 
-from .adapter_keys import ADAPTER, changes_base, loading_problem, result_problem, saved_shapes, saved_types
+from .adapter_keys import ADAPTER, loading_problem, result_problem, saved_shapes, saved_types
+from .base_weights import BaseWeights, drawn_anew
 from .errors import AMAError, sentence
+from .own_adapter import reference_base, started_by, true_base
 from .policy_files import ADAPTER_WEIGHTS, PolicySource, capital, policy_source
 from .policy_sources import check_kind, damaged, misfit
 from .processes import whole_models
@@ -37,11 +39,14 @@ _EXACT_WHEN_DISABLED = {
 
 @contextlib.contextmanager
 def reference_policy(trainer: DPOTrainer) -> Iterator[torch.nn.Module]:
-    """The reference policy that `DPOTrainer` would use: a reference model, the `ref` adapter, or no adapter at all."""
+    """The reference policy: a reference model, the `ref` adapter, or no adapter at all, on a base that is as it was."""
     if trainer.ref_model is not None:
         yield trainer.ref_model
     elif is_peft_model(trainer.model):
-        with use_adapter(trainer.model, "ref" if "ref" in trainer.model.peft_config else None):
+        with (
+            reference_base(trainer),
+            use_adapter(trainer.model, "ref" if "ref" in trainer.model.peft_config else None),
+        ):
             yield trainer.model
     else:
         yield trainer.model
@@ -72,9 +77,9 @@ def trained_policy_and_reference(
 ) -> Iterator[tuple[torch.nn.Module, Policy | None]]:
     """As [`trained_policy`], with the way to the reference policy while it is there.
 
-    That is `None` if there is none: the adapter writes to weights of the base itself (biases, PiSSA's residual), is of a kind
-    that was not seen to be exact when it is disabled, or stands where an adapter is the reference. The reference then has
-    to be run before or after.
+    That is `None` if there is none: the adapter writes to weights of the base itself (biases, PiSSA's residual; told by their
+    checksums), is of a kind that was not seen to be exact when it is disabled, or stands where an adapter is the reference. The
+    reference then has to be run before or after.
     """
     if not isinstance(source, str):
         _check_vocabulary(trainer, who, source)
@@ -98,15 +103,13 @@ def trained_policy_and_reference(
 def _adapter(trainer: DPOTrainer, place: PolicySource) -> Iterator[tuple[torch.nn.Module, Policy | None]]:
     model, folder, config = trainer.model, place.adapter_folder(), place.peft_config()
     try:
-        keys = list(saved_shapes(os.path.join(folder, ADAPTER_WEIGHTS)))
+        saved_shapes(os.path.join(folder, ADAPTER_WEIGHTS))
     except SafetensorError as error:
         raise damaged(place, error) from error
     base = model.get_base_model() if is_peft_model(model) else model
-    changed = changes_base(config, base, keys)
-    is_exact = not changed and config.peft_type in _EXACT_WHEN_DISABLED
-    with _left_as_it_was(base, changed):
-        _take_adapters_off(base)
-        wrapped = load_adapter(base, config, place, folder)
+    with true_base(trainer), _left_as_it_was(base, place) as weights:
+        wrapped, changed = put_on(weights, base, config, place, folder)
+        is_exact = not changed and config.peft_type in _EXACT_WHEN_DISABLED
         if isinstance(base.get_output_embeddings(), (BaseTunerLayer, TrainableTokensWrapper)):
             wrapped.unload()
             raise AMAError(
@@ -121,7 +124,8 @@ def _adapter(trainer: DPOTrainer, place: PolicySource) -> Iterator[tuple[torch.n
         try:
             yield wrapped.to(trainer.accelerator.device), reference
         finally:
-            wrapped.unload()
+            with weights.watched():
+                wrapped.unload()
 
 
 @contextlib.contextmanager
@@ -140,8 +144,29 @@ def load_adapter(base: torch.nn.Module, config: PeftConfig, place: PolicySource,
         folder (`str`): Holds its weights.
 
     Raises:
-        AMAError: If it does not fit.
+        AMAError: If it does not fit, or is another model whenever it is loaded.
     """
+    return put_on(BaseWeights(base), base, config, place, folder)[0]
+
+
+def put_on(
+    weights: BaseWeights, base: torch.nn.Module, config: PeftConfig, place: PolicySource, folder: str
+) -> tuple[PeftModel, bool]:
+    """As [`load_adapter`], with whether it changes the base; `weights`, what that held before, can undo it."""
+    with weights.watched():
+        model = _loaded(base, config, place, folder)
+    changed = weights.changed()
+    if changed and drawn_anew(base, config, changed):
+        raise AMAError(
+            f"{capital(place.who)} ('{place.given}') starts from random numbers that are drawn anew at every load "
+            f"({started_by(config)}) and taken out of the base model's weights, so nobody can load the model that was trained. Save it "
+            "from the run that trained it as a plain adapter: `save_pretrained(…, path_initial_model_for_weight_conversion=…)` (PEFT's "
+            "guide to LoRA says how)."
+        )
+    return model, bool(changed)
+
+
+def _loaded(base: torch.nn.Module, config: PeftConfig, place: PolicySource, folder: str) -> PeftModel:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*base_model_name_or_path. was renamed")
         try:
@@ -192,29 +217,42 @@ def _take_adapters_off(model: torch.nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _left_as_it_was(model: torch.nn.Module, changed: list[torch.nn.Parameter]) -> Iterator[None]:
-    """Put back what an adapter did to a model: modules, hooks, which weights are trainable, and contents of `changed`."""
-    modules = dict(model.named_modules())
-    hooks = [(module, list(module._forward_hooks)) for module in modules.values()]
+def _left_as_it_was(model: torch.nn.Module, place: PolicySource) -> Iterator[BaseWeights]:
+    """The bare base model for the time of the context; afterwards, all that an adapter did to the model is undone.
+
+    That is: modules, parameters, hooks, which weights are trainable, and what they hold.
+    """
+    modules = [
+        (module, type(module), dict(module._modules), dict(module._parameters), _hooks(module))
+        for module in model.modules()
+    ]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    contents = [(parameter, parameter.detach().clone()) for parameter in changed]
     peft_config = vars(model).get("peft_config")
+    _take_adapters_off(model)
+    weights = BaseWeights(model)
     try:
-        yield
+        yield weights
     finally:
-        for name, module in modules.items():
-            if name and model.get_submodule(name) is not module:
-                model.set_submodule(name, module)
-        for module, names in hooks:  # for gradient checkpointing
-            for name in [name for name in module._forward_hooks if name not in names]:
-                del module._forward_hooks[name]
-        for parameter, content in contents:
-            parameter.data = content
+        for module, kind, children, parameters, hooks in modules:
+            module.__class__ = kind  # a parametrized module is of a class of its own
+            for now, before in ((module._modules, children), (module._parameters, parameters)):
+                if now != before:
+                    now.clear()
+                    now.update(before)
+            for now, before in zip(_hooks(module, live=True), hooks, strict=True):  # for gradient checkpointing
+                for key in [key for key in now if key not in before]:
+                    del now[key]
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
         vars(model).pop("peft_config", None)
         if peft_config is not None:
             model.peft_config = peft_config
+        weights.restore(f"{capital(place.who)} ('{place.given}')")
+
+
+def _hooks(module: torch.nn.Module, live: bool = False) -> tuple[dict, ...]:
+    found = (module._forward_hooks, module._forward_pre_hooks)
+    return found if live else tuple(dict(hooks) for hooks in found)
 
 
 @contextlib.contextmanager

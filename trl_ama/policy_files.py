@@ -1,7 +1,7 @@
 """The files of a trained policy, from a local folder or from one commit of a Hub repository.
 
-Nothing here runs code from a repository: of an adapter, only `adapter_config.json` and `adapter_model.safetensors` are
-ever fetched, and PEFT reads them from a folder that holds nothing else.
+Nothing here runs code from a repository: of an adapter, only `adapter_config.json`, `adapter_model.safetensors` and the pipeline's
+note of its training, `stage.json`, are ever fetched, and PEFT reads them from a folder that holds nothing else.
 """
 
 import json

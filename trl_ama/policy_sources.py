@@ -58,7 +58,13 @@ def check_kind(
         _check_full_model(place, trust_remote_code)
         return False
     theirs = config.get("base_model_name_or_path")
-    if not _same_base(base_model, theirs, place):
+    same = _same_weights(base_model, base_revision, place)
+    if same is False and _same_name(base_model, theirs):
+        raise AMAError(
+            f"{capital(place.who)} ('{place.given}') was trained on other weights than '{base_model}' holds (its stage.json has their hash): "
+            "another model stands under that name, or it was trained again. Put back the base that it was trained on, or train it again."
+        )
+    if same is False or (same is None and not _same_name(base_model, theirs)):
         raise AMAError(
             f"{capital(place.who)} ('{place.given}') is an adapter of '{theirs}', but this run's base model is "
             f"'{base_model}'. Use one of the same base model, or set model_name_or_path to '{theirs}'. If '{base_model}' is "
@@ -107,19 +113,31 @@ def _check_full_model(place: PolicySource, trust_remote_code: bool) -> None:
     place.check_model_weights()
 
 
-def _same_base(ours: str, theirs: str | None, place: PolicySource) -> bool:
-    """Whether two names stand for one base model. Folders move and are copied, so names alone do not say."""
+def _same_weights(ours: str, revision: str | None, place: PolicySource) -> bool | None:
+    """Whether an adapter was trained on the weights that a base model holds; `None` if that is not known.
+
+    What the pipeline trained notes a hash of its base's weights, or the commit of a Hub repository, in its stage.json. The
+    adapters of others have a name of their base and nothing else.
+    """
+    if place.commit is not None and not os.path.isdir(ours):
+        return None  # a commit is in the adapter's configuration, too: no more of the Hub is asked for
+    note = place.json("stage.json")
+    fingerprint = note.get("fingerprint") if note is not None else None
+    noted = fingerprint.get("base_model") if isinstance(fingerprint, dict) else None
+    if not isinstance(noted, str) or not (os.path.isdir(ours) or "@sha256:" in noted):
+        return None
+    from .fingerprint import weights_identity
+
+    theirs, known = weights_identity(*noted.rpartition("@")[::2]), weights_identity(ours, revision)
+    return None if theirs is None or known is None else theirs == known
+
+
+def _same_name(ours: str, theirs: str | None) -> bool:
+    """Whether two names stand for one base model, where there is nothing but names."""
     if not theirs or theirs == ours:
         return True
     if os.path.isdir(theirs) and os.path.isdir(ours) and os.path.samefile(theirs, ours):
         return True
-    # A specialist that the pipeline trained notes a hash of its base's weights
-    note = place.json("stage.json") if place.commit is None and os.path.isdir(ours) else None
-    if note is not None:
-        from .fingerprint import model_identity
-
-        noted = str(note.get("fingerprint", {}).get("base_model"))
-        return noted.rsplit("@", 1)[-1] == model_identity(ours).rsplit("@", 1)[-1]
     local_copy = os.path.isdir(ours) != os.path.isdir(theirs)
     return local_copy and os.path.basename(os.path.abspath(ours)) == os.path.basename(theirs.rstrip("/"))
 

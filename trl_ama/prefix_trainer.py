@@ -17,7 +17,9 @@ from transformers import TrainerCallback
 from .errors import AMAError, first_line
 from .exact_resume import ExactResume
 from .finite_steps import FiniteStepTrainer
+from .own_adapter import OwnBase
 from .pair_rows import first_failure
+from .policy_objects import check_is_model, check_policy
 from .preference_losses import PreferenceLossConfig, pair_losses
 from .prefix_support import PrefixSharing
 from .processes import from_main
@@ -27,6 +29,7 @@ from .uneven_batches import COUNTED, mark_repeats
 
 
 _TEMPORARY = "_reference_logps-"
+_OF_BASE = "-of-the-base"
 
 
 class _SetEpoch(TrainerCallback):
@@ -45,11 +48,20 @@ class PrefixSharingTrainer(FiniteStepTrainer):
     A [`~trl.DPOTrainer`] whose reference log-probs come from the fast path.
 
     TRL runs the reference inside of its loss, out of reach of a stand-in for the model, so they are computed before it and
-    handed over as precomputed ones are.
+    handed over as precomputed ones are. And they are those of the base as it was, where the policy's adapter changes it: see
+    [`OwnBase`].
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model, ref_model=None, *args, **kwargs):
+        check_policy(model, ref_model is not None)
+        self.own_base = OwnBase()
+        try:
+            with self.own_base.watched(model):
+                super().__init__(model, ref_model, *args, **kwargs)
+        except OSError as error:
+            if isinstance(model, str):
+                check_is_model(model, error=error)
+            raise
         for model in (self.model, self.ref_model):
             if model is not None:
                 keep_weights(model)
@@ -84,7 +96,8 @@ class PrefixSharingTrainer(FiniteStepTrainer):
         self, model: torch.nn.Module, inputs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Reference log-probs of a batch, as DPOTrainer computes them. # (B,), (B,)"""
-        return super().compute_ref_log_probs(self.prefix_sharing.forward(model, metrics=False), inputs)
+        with contextlib.nullcontext() if self.ref_model is not None else self.own_base.reference(self):
+            return super().compute_ref_log_probs(self.prefix_sharing.forward(model, metrics=False), inputs)
 
     def with_reference(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch with its reference log-probs, which are computed if it has none."""
@@ -114,6 +127,9 @@ class PrefixSharingTrainer(FiniteStepTrainer):
         return loss + self.router_aux_loss_coef * outputs.aux_loss * own * share if self.aux_loss_enabled else loss
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
+        if self.own_base.moves_reference and self._precompute_model_hash is not None:
+            # TRL's cached ones are those of the model with its adapter disabled
+            self._precompute_model_hash = f"{self._precompute_model_hash.removesuffix(_OF_BASE)}{_OF_BASE}"
         if self.accelerator.num_processes == 1 or not isinstance(dataset, Dataset) or dataset.cache_files:
             return super()._precompute_ref_logps(dataset, name, batch_size)
         # Of a dataset in memory TRL keeps the result in the temporary folder of each process, where the others look for it

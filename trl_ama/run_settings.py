@@ -21,6 +21,7 @@ from .fingerprint import model_identity
 from .hub import is_hub_id
 from .pipeline_arguments import PipelineArguments
 from .policy_files import is_commit
+from .policy_objects import check_is_model
 from .recipe_text import public_name
 from .task_config import TaskConfig, TaskMixtureConfig
 from .task_loading import LoadedTasks, fits_into, read_tasks
@@ -241,6 +242,7 @@ class RunSettings:
         """The base model's tokenizer, as DPOTrainer loads and completes it, with the recipe's `template_date`."""
         if self.model_name.startswith((".", "/", "~")) and not Path(self.model_name).is_dir():
             raise AMAError(f"There is no folder '{self.model_name}'. Check model_name_or_path.")
+        check_is_model(self.model_name)
         try:
             # It may bring code of its own too, and what is refused should be so before anything is trained
             AutoConfig.from_pretrained(
@@ -254,6 +256,7 @@ class RunSettings:
                 trust_remote_code=self.training_args.trust_remote_code,
             )
         except (OSError, ValueError) as error:
+            check_is_model(self.model_name, self.model_args.model_revision, error)
             raise AMAError(
                 f"The base model '{self.model_name}' cannot be read: {sentence(error)} Check model_name_or_path, or your network."
             ) from error

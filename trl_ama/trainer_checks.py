@@ -94,7 +94,7 @@ def check_specialists(specialists: dict[str, Any] | None, task_names: list[str])
             f"Task '{missing[0]}' has no specialist; there are specialists for {sorted(specialists)}. Train one with "
             "`trl ama-specialists --config …`, or add it to `specialists`."
         )
-    return specialists
+    return {task: os.fspath(one) if isinstance(one, os.PathLike) else one for task, one in specialists.items()}
 
 
 def check_columns(train_dataset: Dataset | Any, eval_dataset: Any, ref_model: Any) -> tuple[bool, bool]:
