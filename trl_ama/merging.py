@@ -5,6 +5,7 @@ another model than the one that was trained and evaluated; added to 4-bit weight
 lost. What gives the trained model is the dequantised base: the weights that the 4-bit layers multiply with, in 16 or 32 bits.
 """
 
+import dataclasses
 import gc
 import os
 from pathlib import Path
@@ -23,8 +24,9 @@ from .adapter_keys import saved_shapes
 from .errors import AMAError, sentence
 from .fingerprint import package_versions, write_json
 from .merged_card import write_merged_card
+from .merged_check import check_sequences, distances, hold_to_effect, hold_to_training, in_32_bits, log_probs
 from .merged_folder import NOTE_FILE, whole_or_not
-from .merged_weights import Training, difference_from, log_probs, merged_model
+from .merged_weights import Merged, Training, merged_model
 from .policy_files import ADAPTER_WEIGHTS, PolicySource, capital, policy_source
 from .policy_sources import check_policy_source
 from .recipe_text import public_name
@@ -103,9 +105,11 @@ def merge_adapter(
     with whole_or_not(Path(output), overwrite, keep_off=[place.name, base_model]) as folder:
         tokenizer = _tokenizer(place, base_model, loading)
         dtype = config.dtype or torch.float32 if save_dtype == "auto" else getattr(torch, save_dtype)
-        model, before = merged_model(
-            place, base_model, loading, training if into == "dequantized" else None, dtype, tokenizer
+        sequences = check_sequences(tokenizer, config.get_text_config().vocab_size, place.adapter_config)
+        merged = merged_model(
+            place, base_model, loading, training if into == "dequantized" else None, dtype, sequences
         )
+        model = merged.model
         if tokenizer.pad_token_id is not None and model.generation_config.pad_token_id is None:
             model.generation_config.pad_token_id = tokenizer.pad_token_id
         try:
@@ -115,6 +119,7 @@ def merge_adapter(
                 f"The merged model cannot be saved: {sentence(error)} Mend that in '{base_model}'."
             ) from error
         tokenizer.save_pretrained(folder)
+        merged = dataclasses.replace(merged, model=None)
         del model
         gc.collect()
         saved = AutoModelForCausalLM.from_pretrained(
@@ -130,14 +135,32 @@ def merge_adapter(
             "trained_on": training.words,
             "dtype": str(dtype).removeprefix("torch."),
             "parameters": saved.num_parameters(),
-            **difference_from(place, before, log_probs(saved, tokenizer)),
+            **_differences(place, merged, saved, sequences),
             "versions": package_versions(),
         }
+        hold_to_effect(place, note, note["dtype"], save_dtype != "auto")
+        if merged.quantized is not None:
+            hold_to_training(place, note)
         del saved
         gc.collect()
         write_json(folder / NOTE_FILE, note)
         write_merged_card(folder, Path(os.path.abspath(output)).name, place, base_model, note)
     return note
+
+
+def _differences(
+    place: PolicySource, merged: Merged, saved: torch.nn.Module, sequences: list[list[int]]
+) -> dict[str, float | int | None]:
+    with in_32_bits(saved):
+        after = log_probs(saved, sequences)
+    with in_32_bits(saved, moved=[""] if saved.dtype == torch.float32 else merged.changed):
+        moved = log_probs(saved, sequences)
+    found = distances(merged.base, merged.adapted, after, moved)
+    if merged.quantized is not None:
+        base, adapted = merged.quantized
+        found["quantized_base_difference"] = (merged.base - base).abs().mean().item()
+        found["quantized_difference"] = (after - adapted).abs().mean().item()
+    return found
 
 
 def training_of(place: PolicySource) -> Training | None:

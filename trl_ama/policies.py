@@ -207,12 +207,16 @@ def _compute_as_trained(model: PeftModel) -> None:
 
 def _take_adapters_off(model: torch.nn.Module) -> None:
     """Leave the bare base model: PEFT can load one kind of adapter beside another only if they are much alike."""
-    for name, module in dict(model.named_modules()).items():
+    last = None
+    for name, module in dict(model.named_modules()).items():  # a module, then all that is inside of it
+        if last is not None and name.startswith(f"{last}."):
+            continue  # went with it, as a wrapper of `target_parameters` that another one is around
         bare = module
         while isinstance(bare, (AuxiliaryTrainingWrapper, BaseTunerLayer)):
             bare = bare.original_module if isinstance(bare, AuxiliaryTrainingWrapper) else bare.get_base_layer()
         if bare is not module:
             model.set_submodule(name, bare)
+            last = name
     vars(model).pop("peft_config", None)
 
 
