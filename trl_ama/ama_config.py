@@ -5,6 +5,7 @@ from typing import Any
 from trl import DPOConfig
 
 from .errors import AMAError, short
+from .limits import LIMITS, check_limits
 from .mixing import check_strategy_name
 from .preference_losses import check_loss_types
 from .recipe_text import is_secret
@@ -16,8 +17,10 @@ _SAMPLINGS = ("uniform", "proportional")
 # Fields that our code computes with; in Python nothing has looked at their types
 _CHECKED = (
     "mixing", "mixing_lr", "smoothing", "excess_clip", "sampling", "max_length", "truncation_mode", "seed", "data_seed",
-    "metric_for_best_model",
+    "metric_for_best_model", "streaming_buffer",
 )  # fmt: skip
+# Fields that are a number or a word, and convert a number that is text
+_TEXT_OR_NUMBER = ("mixing_lr", "pad_to_multiple_of")
 
 
 @dataclass
@@ -157,23 +160,19 @@ class AMAConfig(DPOConfig):
     def __post_init__(self):
         for name in _CHECKED:
             check_value(AMAConfig, name, getattr(self, name), "Of AMAConfig,", parses_text=False)
+        self.mixing_lr = _parse_mixing_lr(self.mixing_lr)
+        for name in LIMITS:
+            if isinstance(getattr(self, name, None), str) and name not in _TEXT_OR_NUMBER:
+                check_value(AMAConfig, name, getattr(self, name), "Of AMAConfig,", parses_text=False)
+        check_limits(vars(self), "Of AMAConfig,")
         super().__post_init__()
         check_strategy_name(self.mixing)
         check_loss_types(self.loss_type, self.label_smoothing)
-        self.mixing_lr = _parse_mixing_lr(self.mixing_lr)
         self.prefix_sharing = _parse_prefix_sharing(self.prefix_sharing)
-        if not 0.0 <= self.smoothing <= 1.0:
-            raise AMAError(f"smoothing is the share of uniform draws and must lie in [0, 1], got {self.smoothing}.")
-        if not isinstance(self.streaming_buffer, int) or self.streaming_buffer < 1:
-            raise AMAError(f"streaming_buffer is a number of pairs, at least 1, got {self.streaming_buffer!r}.")
         # The command line checks `choices` itself; YAML and Python come here
         for name, known in (("excess_clip", _EXCESS_CLIPS), ("sampling", _SAMPLINGS)):
             if getattr(self, name) not in known:
                 raise AMAError(f"{name} must be one of {list(known)}, got {getattr(self, name)!r}.")
-        for name in ("seed", "data_seed"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 2**32:
-                raise AMAError(f"{name} must lie in [0, 2**32), as NumPy takes no other, got {value}.")
         if self.specialists is not None and not isinstance(self.specialists, dict):
             raise AMAError(
                 f"specialists maps each task to its adapter, got {short(self.specialists)}. Write it as "

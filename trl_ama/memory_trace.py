@@ -174,7 +174,7 @@ def _stand_in(module: torch.nn.Module) -> None:
     module.forward = forward
 
 
-def _fill(model: torch.nn.Module) -> None:
+def fill_with_fakes(model: torch.nn.Module) -> None:
     """Put fake tensors in place of a model's parameters, which are on the meta device; what is tied stays so."""
     weights = set()
     for _, module in quantized_layers(model):
@@ -264,7 +264,7 @@ def trace_pass(
     inner = base_model(model)
     live, tuner = LiveBytes(), model
     with FakeTensorMode(allow_non_fake_inputs=True), _device(settings, inner.config._attn_implementation):
-        _fill(model)
+        fill_with_fakes(model)
         model.train(trains)
         if trains and settings.gradient_checkpointing:
             # The state of random numbers would be read, and there is no dropout

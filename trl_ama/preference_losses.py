@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from .errors import AMAError, nearest
 from .evaluate_modules.excess_loss import formula
+from .limits import check_limits
 
 
 @dataclass
@@ -54,6 +55,7 @@ class PreferenceLossConfig:
     discopop_tau: float = 0.05
 
     def __post_init__(self):
+        check_limits(vars(self), "Of PreferenceLossConfig,")
         check_loss_types(self.loss_type, self.label_smoothing)
         self.loss_weights = self.loss_weights or [1.0] * len(self.loss_type)
 

@@ -19,6 +19,7 @@ from .columns import numpy_column
 from .errors import AMAError, nearest, sentence
 from .fingerprint import model_identity
 from .hub import is_hub_id
+from .limits import LimitError, check_limits
 from .pipeline_arguments import PipelineArguments
 from .policy_files import is_commit
 from .policy_objects import check_is_model
@@ -52,6 +53,7 @@ class RunSettings:
             raise AMAError(
                 "There is no base model. Set `model_name_or_path` in the recipe, or pass --model_name_or_path."
             )
+        check_limits(vars(self.model_args), "Of the model's arguments,")
         training = self.given_args = self.training_args
         self.losses_read: dict[
             str, tuple[list, Any]
@@ -124,17 +126,20 @@ class RunSettings:
                     f"Unknown training argument {name!r} in specialist_args of task '{task.task}'. Leave it out."
                 )
             check_value(AMAConfig, name, value, f"Of the specialist_args of task '{task.task}',", parses_text=False)
-        return self.with_arguments(
-            **{
-                "output_dir": str(self.specialist_dir(task.task)),
-                "push_to_hub": False,
-                "eval_strategy": "no",
-                "load_best_model_at_end": False,
-                "metric_for_best_model": None,
-                "save_strategy": "no" if args.save_strategy == SaveStrategy.BEST else args.save_strategy,
-                **own,
-            }
-        )
+        changes = {
+            "output_dir": str(self.specialist_dir(task.task)),
+            "push_to_hub": False,
+            "eval_strategy": "no",
+            "load_best_model_at_end": False,
+            "metric_for_best_model": None,
+            "save_strategy": "no" if args.save_strategy == SaveStrategy.BEST else args.save_strategy,
+            **own,
+        }
+        try:
+            return self.with_arguments(**changes)
+        except LimitError as error:  # also of the recipe's value of a key, under what is set here
+            of = "Of" if error.key in own else "With"
+            raise error.told_of(f"{of} the specialist_args of task '{task.task}',") from None
 
     def scoring_arguments(self) -> AMAConfig:
         """Arguments of a trainer that only scores pairs: nothing is trained, saved, evaluated, logged or pushed."""

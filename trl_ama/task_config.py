@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .errors import AMAError, nearest, short
+from .limits import check_limits
 from .value_types import check_value
 
 
@@ -207,9 +208,4 @@ class TaskMixtureConfig:
         self.tasks: list[TaskConfig] = [TaskConfig.from_entry(entry) for entry in self.tasks]
         if self.tasks:
             check_task_names([task.task for task in self.tasks])
-        for name in ("max_train_pairs", "max_eval_pairs"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise AMAError(f"{name} must be a positive number, got {value}.")
-        if self.test_split_size is not None and not 0.0 < self.test_split_size < 1.0:
-            raise AMAError(f"test_split_size is a share and must lie in (0, 1), got {self.test_split_size}.")
+        check_limits(vars(self), "Of the tasks,")

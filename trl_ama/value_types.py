@@ -8,6 +8,7 @@ import dataclasses
 import enum
 import functools
 import numbers
+import re
 import types
 import typing
 from typing import Any
@@ -50,7 +51,11 @@ def check_value(cls: type, name: str, value: Any, where: str, parses_text: bool)
     wanted = list(dict.fromkeys(_NAMES[kind] for kind in _kinds(hint) if kind in _NAMES))
     hint = ""
     if isinstance(value, str) and _is_number(value):
-        hint = " YAML takes 1e-4 for text: write 1.0e-4."
+        hint = (
+            " YAML takes 1e-4 for text: write 1.0e-4."
+            if re.fullmatch(r"-?\d+e.*", value, re.I)
+            else " Leave the quotes out."
+        )
     elif value is None:
         hint = " Leave the key out for the default."
     elif wanted == [_NAMES[str]] and isinstance(value, (int, float)):

@@ -39,11 +39,9 @@ class CheckArguments:
     )
 
     def __post_init__(self):
-        from trl_ama.errors import AMAError
+        from trl_ama.limits import check_limits
 
-        for name in ("show", "sample"):
-            if getattr(self, name) < 0:
-                raise AMAError(f"{name} is a number of pairs and cannot be negative, got {getattr(self, name)}.")
+        check_limits(vars(self), "Of `trl ama-check`,")
 
 
 def main(check_args: CheckArguments, pipeline_args, training_args, model_args, task_args) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from trl_ama import interruption
 from trl_ama.errors import AMAError, nearest
+from trl_ama.limits import LimitError, check_limits
 from trl_ama.scripts.messages import tidy_warnings
 from trl_ama.task_config import NO_STREAMING
 from trl_ama.value_types import check_value
@@ -221,6 +222,10 @@ def parse_dataclasses(parser: Any, argv: list[str]) -> tuple[tuple[Any, ...], li
         *dataclasses, _, remaining = parser.parse_args_and_config(
             argv, return_remaining_strings=True, separate_remaining_strings=True
         )
+        for values in map(vars, dataclasses):  # ours have looked at theirs already
+            check_limits(values, "Of the arguments,")
+    except LimitError as error:
+        raise error.told_of(_place_of(error.key, argv) or str(error).partition(" '")[0]) from error
     except AMAError:
         raise
     except (
@@ -233,6 +238,17 @@ def parse_dataclasses(parser: Any, argv: list[str]) -> tuple[tuple[Any, ...], li
         )
         raise AMAError(f"These arguments do not go together, or one cannot be used: {said}") from error
     return tuple(dataclasses), remaining
+
+
+def _place_of(key: str, argv: list[str]) -> str | None:
+    """Where a value was given, as the beginning of a sentence; `None` if it was not, so that it is a default."""
+    if any(arg.partition("=")[0] == f"--{key}" for arg in argv):
+        return "On the command line,"
+    config = read_config(argv)
+    if config is None or key not in config.values:
+        return None
+    line = f", line {config.lines[key]}" if key in config.lines else ""
+    return f"The config file {config.path}{line}:"
 
 
 def split_arguments(parser: Any, argv: list[str]) -> tuple[list[str], list[str]]:
