@@ -5,7 +5,7 @@ from typing import Any
 from trl import DPOConfig
 
 from .errors import AMAError, short
-from .mixing import check_strategy_name
+from .mixing import STRATEGIES, check_strategy_name
 from .preference_losses import check_loss_types
 from .recipe_text import is_secret
 from .value_types import check_value
@@ -159,7 +159,8 @@ class AMAConfig(DPOConfig):
             check_value(AMAConfig, name, getattr(self, name), "Of AMAConfig,", parses_text=False)
         super().__post_init__()
         check_strategy_name(self.mixing)
-        check_loss_types(self.loss_type, self.label_smoothing)
+        plain = STRATEGIES[self.mixing].plain_loss and not self.specialists
+        check_loss_types(self.loss_type, self.label_smoothing, of_pairs=not plain)
         self.mixing_lr = _parse_mixing_lr(self.mixing_lr)
         self.prefix_sharing = _parse_prefix_sharing(self.prefix_sharing)
         if not 0.0 <= self.smoothing <= 1.0:
