@@ -6,7 +6,7 @@ from trl import DPOConfig
 
 from .errors import AMAError, short
 from .limits import LIMITS, check_limits
-from .mixing import check_strategy_name
+from .mixing import STRATEGIES, check_strategy_name
 from .preference_losses import check_loss_types
 from .recipe_text import is_secret
 from .value_types import check_value
@@ -167,7 +167,8 @@ class AMAConfig(DPOConfig):
         check_limits(vars(self), "Of AMAConfig,")
         super().__post_init__()
         check_strategy_name(self.mixing)
-        check_loss_types(self.loss_type, self.label_smoothing)
+        plain = STRATEGIES[self.mixing].plain_loss and not self.specialists
+        check_loss_types(self.loss_type, self.label_smoothing, of_pairs=not plain)
         self.prefix_sharing = _parse_prefix_sharing(self.prefix_sharing)
         # The command line checks `choices` itself; YAML and Python come here
         for name, known in (("excess_clip", _EXCESS_CLIPS), ("sampling", _SAMPLINGS)):

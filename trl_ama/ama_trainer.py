@@ -23,38 +23,34 @@ from trl.trainer.utils import get_config_model_id
 from .ama_config import AMAConfig
 from .broken_pairs import broken_by_themselves
 from .errors import AMAError
+from .held_out import check_eval_dataset, eval_parts
 from .mixing import MixingStrategy
 from .mixture import Mixture
 from .policy_objects import check_is_model, check_specialist_objects
 from .policy_sources import check_policy_source
-from .preference_losses import PairLogProbs, PreferenceLossConfig, excess_losses, pair_losses, untrained_loss
-from .processes import is_sharded, sum_of_all
-from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS, add_logp_columns
-from .step_recorder import TaskCollator
-from .stream_sources import StreamedTasks, is_streamed, stream_arguments
-from .task_evaluation import TaskEvaluationTrainer
-from .tasks import TASK_COLUMN, task_names_of, with_task_labels
+from .preference_losses import BATCH_LOSSES, PreferenceLossConfig, excess_losses, pair_losses, untrained_loss
+from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
+from .reference_trainer import ReferenceLossTrainer
+from .stream_sources import checked_losses, stream_arguments
+from .tasks import TASK_COLUMN
 from .trainer_checks import (
     check_arguments,
     check_best_metric,
     check_columns,
     check_config,
-    check_eval_dataset,
     check_no_task_lost,
     check_specialists,
     check_token_counts,
     check_train_dataset,
     descends_trl_loss,
-    eval_parts,
-    label_eval,
     strategy_for,
 )
+from .training_pairs import default_arguments, training_pairs
 from .uneven_batches import COUNTED
 
 
 logger = get_logger(__name__)
 
-_REFERENCE_TOLERANCE = 0.1  # nats a token; kernels and 16-bit precision make a few hundredths
 _STATE_KEY = "ama"  # in trainer_state.json's `stateful_callbacks`
 
 
@@ -66,7 +62,7 @@ class _BeginMixing(TrainerCallback):
         self._trainer._begin_mixing()
 
 
-class AMATrainer(TaskEvaluationTrainer):
+class AMATrainer(ReferenceLossTrainer):
     """
     Trainer for AutoMixAlign (AMA): one model that is good at several preference tasks.
 
@@ -93,9 +89,10 @@ class AMATrainer(TaskEvaluationTrainer):
 peft_config:
             As in [`~trl.DPOTrainer`].
         args ([`AMAConfig`], *optional*):
-            Configuration for this trainer. If `None`, a default configuration is used.
-        train_dataset ([`~datasets.Dataset`], or `dict[str, IterableDataset]`):
-            Preference pairs with a `task` column (string or `ClassLabel`), or task → stream of its pairs. With the columns `ref_chosen_logps` and
+            Configuration for this trainer. If `None`, a default configuration is used; for one task, that of [`~trl.DPOTrainer`].
+        train_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict[str, IterableDataset]`):
+            Preference pairs with a `task` column (string or `ClassLabel`), or task → stream of its pairs. With `mixing="proportional"`
+            also pairs without a `task`, and one stream, which is read as it comes. With the columns `ref_chosen_logps` and
             `ref_rejected_logps`, no reference model is loaded or run; with `specialist_chosen_logps` and
             `specialist_rejected_logps` as well, these are the reference losses.
         eval_dataset (*optional*):
@@ -125,43 +122,41 @@ peft_config:
         peft_config: PeftConfig | None = None,
         specialists: dict[str, Any] | None = None,
     ):
-        if args is None:
-            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = AMAConfig(f"{model_name.split('/')[-1]}-AMA")
-        check_config(args)
+        model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+        if args is not None:
+            check_config(args)
+            specialists = specialists if specialists is not None else args.specialists
         check_train_dataset(train_dataset)
         check_eval_dataset(eval_dataset)
-        streams = None
-        if is_streamed(train_dataset):
-            train_dataset = streams = StreamedTasks(train_dataset)
-            self.task_names = streams.names
-        else:
-            self.task_names = task_names_of(train_dataset)
-            train_dataset = with_task_labels(train_dataset, self.task_names)
-        eval_dataset = label_eval(eval_dataset, self.task_names)
-        specialists = check_specialists(specialists if specialists is not None else args.specialists, self.task_names)
+        pairs = training_pairs(train_dataset, None if args is None else args.mixing, specialists)
+        if args is None:
+            args = default_arguments(model_name, pairs)
+        self.task_names, self._have_tasks = pairs.task_names, pairs.have_tasks
+        eval_dataset = self._with_task_names(eval_dataset, "eval_dataset")
+        specialists = check_specialists(specialists, self.task_names)
         if isinstance(model, str):
             check_is_model(model)
         check_specialist_objects(model, specialists or {}, peft_config)
-        base_model = model if isinstance(model, str) else get_config_model_id(model.config)
         for task, source in (specialists or {}).items():
             if isinstance(source, str):  # before a single pair is scored
                 check_policy_source(
-                    base_model,
+                    model_name,
                     f"the specialist of task '{task}'",
                     source,
                     base_revision=(args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None,
                     trust_remote_code=args.trust_remote_code,
                 )
-        has_reference, has_specialist = check_columns(train_dataset, eval_dataset, ref_model)
+        has_reference, has_specialist = check_columns(pairs.source, eval_dataset, ref_model)
         self.has_reference_losses = has_specialist or specialists is not None
-        self._loss_config = PreferenceLossConfig.from_args(args)
-        strategy = strategy_for(args, train_dataset, self.task_names)
+        self._loss_config = PreferenceLossConfig.of_pairs(args)
+        self._pairs_have_losses = bool(self._loss_config.loss_type)
+        strategy = strategy_for(args, pairs.source, self.task_names)
         check_arguments(args, strategy, self.has_reference_losses)
         check_best_metric(args, strategy, eval_dataset, has_specialist, specialists is not None)
-        if streams is not None:
+        if pairs.streams is not None:
             args = stream_arguments(args, strategy, has_reference, has_specialist, specialists)
-        # DPOTrainer then loads no reference model; `_precompute_ref_logps` below computes nothing that is there
+        self._reference_given = self._reference_unchecked = has_reference
+        # DPOTrainer then loads no reference model, and `_precompute_ref_logps` computes nothing that is there
         if has_reference and peft_config is None and not (not isinstance(model, str) and is_peft_model(model)):
             args = copy.copy(args)  # the caller's stays as it is
             args.precompute_ref_log_probs = True
@@ -171,7 +166,7 @@ peft_config:
             ref_model=ref_model,
             args=args,
             data_collator=data_collator,
-            train_dataset=train_dataset if streams is None else streams.first,
+            train_dataset=pairs.dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             compute_metrics=compute_metrics,
@@ -181,27 +176,26 @@ peft_config:
             peft_config=peft_config,
         )
         parts = eval_parts(self.eval_dataset)
-        if streams is None:
-            check_no_task_lost(train_dataset, self.train_dataset, self.task_names, args.max_length)
+        unknown = set() if self._pairs_have_losses else {"loss"}
+        if pairs.streams is not None:
+            self.train_dataset = pairs.streams.prepared(self)
+        elif isinstance(self.train_dataset, Dataset):
+            check_no_task_lost(pairs.dataset, self.train_dataset, self.task_names, args.max_length)
             parts["train_dataset"] = self.train_dataset
         else:
-            self.train_dataset = streams.prepared(self)
+            self.train_dataset = checked_losses(self.train_dataset, pairs.column_names, args)
+            unknown |= {"probability", "weight"}
         for role, part in parts.items():
             check_token_counts(part, role, args.max_length, args.truncation_mode)
         strategy = strategy_for(args, self.train_dataset, self.task_names)  # over the pairs that are left
         self._has_excess = self.has_reference_losses or strategy.objective == "excess"
-        self.mixture = Mixture(strategy, self.task_names, untrained_loss(self._loss_config), self._has_excess)
-        self.data_collator = TaskCollator(self.data_collator)
+        self.mixture = Mixture(
+            strategy, self.task_names, untrained_loss(self._loss_config), self._has_excess, unknown=unknown
+        )
         self._eval_pairs = []
         self._step_batches = []
-        self._reference_unchecked = has_reference
         self.add_callback(_BeginMixing(self))
         if specialists is not None and not has_specialist:
-            if is_sharded(self.accelerator):  # no process has the whole model, and some have nothing yet
-                raise AMAError(
-                    "AMATrainer cannot score specialists in a run that shares the model out among processes (FSDP, DeepSpeed). "
-                    f"Compute {list(LOGP_COLUMNS)} first, with `trl ama-losses`, and leave `specialists` out."
-                )
             self._score_specialists(specialists)
         elif not self.has_reference_losses and self.strategy.objective == "excess":
             logger.warning(
@@ -214,32 +208,18 @@ peft_config:
         """The mixing strategy."""
         return self.mixture.strategy
 
-    # ---- Reference losses ----
-
-    def _score_specialists(self, specialists: dict[str, Any]) -> None:
-        self.train_dataset = add_logp_columns(self, self.train_dataset, self.task_names, specialists, "train")
-        by_name = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        scored = {
-            name: add_logp_columns(self, part, self.task_names, specialists, name)
-            if isinstance(part, Dataset) and TASK_COLUMN in part.column_names
-            else part
-            for name, part in by_name.items()
-        }
-        self.eval_dataset = scored if isinstance(self.eval_dataset, dict) else scored["eval"]
-
-    # Reference log-probs that the dataset carries are not computed again
-    def _precompute_ref_logps(self, dataset, name, batch_size):
-        if isinstance(dataset, IterableDataset) or REFERENCE_COLUMNS[0] in dataset.column_names:
-            return dataset
-        return super()._precompute_ref_logps(dataset, name, batch_size)
-
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        for column in (TASK_COLUMN, *LOGP_COLUMNS):
+        for column in (TASK_COLUMN, *LOGP_COLUMNS) if self._have_tasks else ():
             if column not in self._signature_columns:
                 self._signature_columns.append(column)
 
     # ---- Mixing ----
+
+    @property
+    def _exact_draws(self) -> bool:
+        # Without a mixture that depends on them, DPOTrainer goes on with other data, too; a pipeline's stage never does
+        return self.strategy.uses_own_sampler or self.stage_name is not None
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -278,7 +258,9 @@ peft_config:
             broken = self.mixture.broken_pairs
             if broken and self.prefix_sharing.mode is not False:
                 broken = broken_by_themselves(self, model, self._step_batches) or broken
-            self._broken_pairs = broken, self.mixture.step_pairs
+            self._broken_pairs = (broken, self.mixture.step_pairs) if self.mixture.step_pairs else None
+            if not self._have_tasks:
+                return loss
             # Only where there are some: nearly always zero, it would be one more curve for every task
             figures |= {f"ama/not_finite/{task}": float(count) for task, count in broken.items()}
             for name, value in figures.items():
@@ -289,31 +271,16 @@ peft_config:
 
     # ---- Loss ----
 
-    def _check_reference(self, pairs: PairLogProbs) -> None:
-        """Hold the data's reference log-probs against the policy, which has not moved yet and so should be the reference."""
-        self._reference_unchecked = False
-        if self.state.global_step > 0:
-            return
-        distances = pairs.chosen_logratios.abs() + pairs.rejected_logratios.abs()  # (B,)
-        finite = distances.isfinite()  # the others say nothing of the reference, and are told of when the step is done
-        tokens = (pairs.chosen_tokens + pairs.rejected_tokens)[finite]
-        # Of all processes, so that all are of one opinion
-        sums = np.array([distances[finite].sum().item(), float(tokens.sum())])
-        distance, tokens = sum_of_all(self.accelerator, sums).tolist()
-        distance /= max(1.0, tokens)
-        if distance > _REFERENCE_TOLERANCE:
-            self._report_foreign_reference(
-                f"The reference log-probs in train_dataset differ from those of the untrained policy by {distance:.2f} nats a token "
-                "on the first batch: another base model, tokenizer or chat template made them. Use the base model that they "
-                "were made with, or compute them again with `trl ama-losses`."
-            )
-
-    def _report_foreign_reference(self, message: str) -> None:
-        logger.warning(message)  # no error: a policy may be trained on from another start than the reference
+    def tasks_of(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """The task numbers of a batch, `None` if it does not tell them. # (B,)"""
+        if self._have_tasks:
+            return inputs.get(TASK_COLUMN)
+        return inputs["input_ids"].new_zeros(len(inputs["input_ids"]) // 2)  # chosen and rejected rows
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
-        task_ids = inputs.pop(TASK_COLUMN, None)
+        task_ids = self.tasks_of(inputs)
+        inputs.pop(TASK_COLUMN, None)
         counted = inputs.pop(COUNTED, None)
         specialist = [inputs.pop(column, None) for column in SPECIALIST_COLUMNS]
         if REFERENCE_COLUMNS[0] not in inputs:
@@ -325,12 +292,18 @@ peft_config:
         forward = self.policy_forward(model, inputs)
         with self.reference_from_inputs():
             result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
-        if task_ids is None:  # held-out pairs without tasks: DPOTrainer's evaluation
+        training = self.model.training
+        if not training and not self._have_tasks or task_ids is None:  # as DPOTrainer does
+            if training and not descends_trl_loss(self.strategy):
+                raise AMAError(
+                    f"The training batches have no 'task', by which mixing='{self.args.mixing}' weighs pairs. If you make the loader, take that "
+                    "of `AMATrainer.get_train_dataloader`, or add each pair's task number."
+                )
             return result
         loss = result[0] if return_outputs else result
 
         pairs = forward.log_probs(inputs, self.ld_alpha)
-        if self._reference_unchecked and self.model.training:
+        if self._reference_unchecked and training:
             self._check_reference(pairs)
         losses = pair_losses(pairs, self._loss_config)  # (B,)
         if specialist[0] is None:
@@ -340,7 +313,7 @@ peft_config:
                 baseline = pair_losses(replace(pairs, chosen=specialist[0], rejected=specialist[1]), self._loss_config)
         excess = excess_losses(losses, baseline, self.args.excess_clip)  # (B,)
 
-        if not self.model.training:
+        if not training:
             self._eval_knows_excess &= specialist[0] is not None or (
                 self._has_excess and not self.has_reference_losses
             )
@@ -352,7 +325,7 @@ peft_config:
             task_ids, losses, excess, baseline = (values[:own] for values in (task_ids, losses, excess, baseline))
         self.mixture.recorder.add(task_ids, losses, excess, losses.detach() - baseline)
         if descends_trl_loss(self.strategy):
-            if counted is None or self.use_weighting:
+            if counted is None or self.use_weighting or set(self.loss_types) & set(BATCH_LOSSES):
                 return result
             loss = self.loss_without_repeats(whole, counted, forward.outputs)
             return (loss, result[1]) if return_outputs else loss
@@ -366,10 +339,3 @@ peft_config:
             share = 1 if counted is None else own * self.accelerator.num_processes / counted[1]
             loss = loss + self.router_aux_loss_coef * forward.outputs.aux_loss * share
         return (loss, result[1]) if return_outputs else loss
-
-    def compute_ref_log_probs(
-        self, model: torch.nn.Module, inputs: dict[str, Any]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reference log-probs of a batch, as DPOTrainer computes them. # (B,), (B,)"""
-        ours = (TASK_COLUMN, *SPECIALIST_COLUMNS)
-        return super().compute_ref_log_probs(model, {key: value for key, value in inputs.items() if key not in ours})

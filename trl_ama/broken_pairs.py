@@ -27,12 +27,13 @@ def broken_by_themselves(
         batches (`list[dict]`): The step's micro-batches on this process.
     """
     counts = torch.zeros(len(trainer.task_names), device=trainer.accelerator.device)
-    config = PreferenceLossConfig.from_args(trainer.args)
+    config = PreferenceLossConfig.of_pairs(trainer.args)
     mode, trainer.prefix_sharing.mode = trainer.prefix_sharing.mode, False
     try:
         for batch in batches:
             inputs = dict(trainer._prepare_inputs(batch))
-            own, _ = inputs.pop(COUNTED, (len(inputs[TASK_COLUMN]), None))
+            tasks = trainer.tasks_of(inputs)
+            own, _ = inputs.pop(COUNTED, (len(tasks), None))
             inputs = trainer.with_reference(inputs)
             ours = ("completion_mask", TASK_COLUMN, *LOGP_COLUMNS)
             kwargs = {key: value for key, value in inputs.items() if key not in ours}
@@ -41,7 +42,7 @@ def broken_by_themselves(
             with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
                 forward(**kwargs, labels=labels, use_cache=False, fused_lm_head=True)
             losses = pair_losses(forward.log_probs(inputs, trainer.ld_alpha), config)[:own]
-            counts += torch.bincount(inputs[TASK_COLUMN][:own][~losses.isfinite()], minlength=len(counts))
+            counts += torch.bincount(tasks[:own][~losses.isfinite()], minlength=len(counts))
     finally:
         trainer.prefix_sharing.mode = mode
     counts = trainer.accelerator.reduce(counts, reduction="sum").tolist()

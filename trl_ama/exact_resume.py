@@ -13,7 +13,7 @@ from pathlib import Path
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, rotate_checkpoints
 
 from . import interruption
 from .checkpoints import (
@@ -51,8 +51,10 @@ class _CheckpointFlow(TrainerCallback):
             if not control.should_save and args.save_strategy != SaveStrategy.BEST:
                 self._trainer._only_for_a_signal.add(state.global_step)
             control.should_save = True
-        # The end of an epoch may evaluate and log. What is saved before would have to do that when it is resumed
-        if control.should_save and (control.should_training_stop or float(state.epoch).is_integer()):
+        # Where the end of an epoch evaluates or logs, what is saved before would have to do that when it is resumed
+        ends = control.should_training_stop or float(state.epoch).is_integer()
+        strategies = (args.eval_strategy, args.logging_strategy, args.save_strategy)
+        if control.should_save and ends and any(strategy == IntervalStrategy.EPOCH for strategy in strategies):
             control.should_save, self._due = False, True
 
     def on_epoch_end(self, args, state, control, **kwargs):

@@ -53,6 +53,8 @@ class HubTrainer(ExactResume, PrefixSharingTrainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        if model_name is None:  # the one that a checkpoint's card has
+            model_name = Path(self.args.hub_model_id or self.args.output_dir).name
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         if self.is_world_process_zero():
             complete_card(self)

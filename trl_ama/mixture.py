@@ -1,5 +1,6 @@
 """The mixture of one training run: strategy, sampler, the sums of the step under way, and their state."""
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -29,15 +30,24 @@ class Mixture:
         task_names (`list[str]`): Names of the task numbers.
         excess_range (`float`): Excess of an untrained policy over a perfect specialist, in nats.
         has_excess (`bool`): Whether there is an excess to log: not for a fixed mixture without reference losses.
+        unknown (`Collection[str]`): Figures that nobody knows here, and that are not logged.
     """
 
-    def __init__(self, strategy: MixingStrategy, task_names: list[str], excess_range: float, has_excess: bool = True):
+    def __init__(
+        self,
+        strategy: MixingStrategy,
+        task_names: list[str],
+        excess_range: float,
+        has_excess: bool = True,
+        unknown: Collection[str] = (),
+    ):
         self.strategy = strategy
         self.recorder = StepRecorder(len(task_names))
         self.sampler: BlockSampler | None = None
         self._task_names = task_names
         self._excess_range = excess_range
         self._has_excess = has_excess
+        self._unknown = frozenset(unknown)
         self._first_state = strategy.state_dict()
         self._monitor = MixtureMonitor(task_names)
         self._num_steps = 0
@@ -80,6 +90,11 @@ class Mixture:
         Raises:
             AMAError: If there is no state, or it is of other tasks, another strategy or another sampler.
         """
+        if not self.strategy.uses_own_sampler and (state is None or state.get("task_names") != self._task_names):
+            self._reset(
+                num_steps
+            )  # a fixed mixture learns nothing that could be lost: as DPOTrainer, it goes on with other data
+            return
         if state is None:
             raise AMAError(
                 "The checkpoint has no mixing state: it was not written by AMATrainer. Start without "
@@ -141,18 +156,21 @@ class Mixture:
 
     def _figures(self, step: StepStatistics) -> dict[str, float]:
         figures: dict[str, float] = {}
-        for name, values in self.strategy.metrics().items():
+        for name, values in self._known(self.strategy.metrics()):
             figures.update(zip(self._keys(name), values.tolist(), strict=True))
         sums = {"loss": step.loss_sums}
         if self._has_excess:
             sums |= {"excess": step.excess_sums, "clipped_fraction": step.clipped_counts}
         finite = step.finite_counts
         drawn = np.flatnonzero(finite)
-        for name, values in sums.items():
+        for name, values in self._known(sums):
             keys = self._keys(name)
             means = values[drawn] / finite[drawn]
             figures.update(zip([keys[index] for index in drawn], means.tolist(), strict=True))
         return figures
+
+    def _known(self, figures: dict[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:
+        return [(name, values) for name, values in figures.items() if name not in self._unknown]
 
     def _keys(self, name: str) -> list[str]:
         """What a figure is logged as, by task."""

@@ -64,6 +64,18 @@ class PreferenceLossConfig:
         """Take the fields from a `DPOConfig`."""
         return cls(**{name: getattr(args, name) for name in cls.__dataclass_fields__})
 
+    @classmethod
+    def of_pairs(cls, args) -> "PreferenceLossConfig":
+        """The part of a `DPOConfig`'s loss that each pair has by itself: without those of `BATCH_LOSSES`, maybe nothing."""
+        weights = args.loss_weights or [1.0] * len(args.loss_type)
+        kept = [
+            (kind, weight) for kind, weight in zip(args.loss_type, weights, strict=True) if kind not in BATCH_LOSSES
+        ]
+        fields = {name: getattr(args, name) for name in cls.__dataclass_fields__}
+        return cls(
+            **{**fields, "loss_type": [kind for kind, _ in kept], "loss_weights": [weight for _, weight in kept]}
+        )
+
 
 def sequence_logps(
     per_token_logps: torch.Tensor, completion_mask: torch.Tensor, ld_alpha: float | None = None
@@ -206,20 +218,24 @@ PAIR_LOSSES: dict[str, Callable[[PairLogProbs, PreferenceLossConfig], torch.Tens
 }
 
 # TRL's losses that mix the pairs of a batch, and why a pair has no loss of its own under them
-_BATCH_LOSSES = {
+BATCH_LOSSES = {
     "aot": "it sorts log-ratios across the batch",
     "aot_unpaired": "it sorts log-ratios across the batch",
     "sft": "it averages over the batch's tokens",
 }
 
 
-def check_loss_types(loss_types: list[str], label_smoothing: float = 0.0) -> None:
-    """Raise an `AMAError` for a loss type under which a single pair has no loss, or that lacks its label smoothing."""
+def check_loss_types(loss_types: list[str], label_smoothing: float = 0.0, of_pairs: bool = True) -> None:
+    """Raise an `AMAError` for an unknown loss type, one that lacks its label smoothing, or, with `of_pairs`, one under which a
+    single pair has no loss."""
     for loss_type in loss_types:
-        if loss_type in _BATCH_LOSSES:
+        if loss_type in BATCH_LOSSES:
+            if not of_pairs:
+                continue
             raise AMAError(
-                f"loss_type '{loss_type}' has no per-pair meaning ({_BATCH_LOSSES[loss_type]}), which excess losses "
-                f"need. Use one of {sorted(PAIR_LOSSES)}, or DPOTrainer."
+                f"loss_type '{loss_type}' has no per-pair meaning ({BATCH_LOSSES[loss_type]}), which excess losses "
+                f"need. Use one of {sorted(PAIR_LOSSES)}; or mixing='proportional' or 'uniform' without reference losses, which "
+                "need none; or DPOTrainer."
             )
         if loss_type not in PAIR_LOSSES:
             raise AMAError(
@@ -234,10 +250,12 @@ def check_loss_types(loss_types: list[str], label_smoothing: float = 0.0) -> Non
 
 def pair_losses(pair: PairLogProbs, config: PreferenceLossConfig) -> torch.Tensor:
     """The preference loss L(θ, z) of each pair: the weighted sum over `loss_type`, in nats for the logistic ones. # (B,)"""
-    return sum(
+    losses = [
         weight * PAIR_LOSSES[loss_type](pair, config)
         for loss_type, weight in zip(config.loss_type, config.loss_weights, strict=True)
-    )
+    ]
+    # A pair without a loss of its own may still be one that gives no finite number
+    return sum(losses) if losses else 0 * (pair.chosen - pair.rejected)
 
 
 def excess_losses(losses: torch.Tensor, reference_losses: torch.Tensor, excess_clip: str) -> torch.Tensor:

@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+from accelerate.logging import get_logger
 from datasets import Dataset
 
 from .checkpoints import best_of
 from .errors import AMAError
 from .versions import VERSIONS, check_version
 
+
+logger = get_logger(__name__)
 
 KEY = "ama_progress"  # in trainer_state.json's `stateful_callbacks`
 
@@ -20,6 +23,7 @@ class ResumedProgress:
     """
 
     _resumed = False
+    _exact_draws = True  # whether a run may only be resumed if its draws can go on
     _resumed_from: Path | None = None
     # Steps whose checkpoints an undisturbed run would not have: none of them may become the best one
     _only_for_a_signal: set[int]
@@ -86,9 +90,11 @@ class ResumedProgress:
             if field == "pairs" and None in (saved[field], ours[field]):
                 continue
             if field in ours and field in saved and saved[field] != ours[field]:
-                raise AMAError(
-                    f"The checkpoint was written with {name} {saved[field]}, this run has {ours[field]}, so its draws cannot be "
-                    "continued. Resume with the same settings and data, or start a new output_dir."
+                differs = f"The checkpoint was written with {name} {saved[field]}, this run has {ours[field]}, so its draws cannot be continued"
+                if self._exact_draws:
+                    raise AMAError(f"{differs}. Resume with the same settings and data, or start a new output_dir.")
+                logger.warning(
+                    f"{differs}: as with DPOTrainer, some pairs of this epoch may be trained on twice, and others not at all."
                 )
 
     def log(self, logs, start_time=None):

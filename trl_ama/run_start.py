@@ -9,6 +9,7 @@ from transformers.trainer_utils import IntervalStrategy
 from .errors import AMAError
 from .generalists import generalist_stage
 from .policy_sources import check_policy_source
+from .preference_losses import check_loss_types
 from .quantized import check_optimizer, check_quantization
 from .reference_losses import reference_losses_done, reference_losses_of
 from .run_settings import RunSettings
@@ -30,6 +31,8 @@ def check_recipe(settings: RunSettings, stages: Sequence[str] = STAGES) -> None:
             UserWarning,
             stacklevel=2,
         )
+    # Reference losses are compared pair by pair, whatever the mixing
+    check_loss_types(settings.training_args.loss_type, settings.training_args.label_smoothing)
     check_quantization(settings)
     _check_optimizers(settings, stages)
     # One task is no mixture, but its specialist and losses can be made, to be added to those of others
@@ -39,6 +42,7 @@ def check_recipe(settings: RunSettings, stages: Sequence[str] = STAGES) -> None:
         check_arguments(args, strategy_for(args, settings.data["train"], settings.task_names), True)
     for task in settings.task_args.tasks:
         args = settings.specialist_arguments(task)
+        check_loss_types(args.loss_type, args.label_smoothing)
         max_length = args.max_length
         if max_length is not None and args.truncation_mode == "keep_start":  # DPOTrainer drops no pair otherwise
             fits = prompt_fits_into(settings.tokenizer, max_length)

@@ -108,7 +108,7 @@ class StreamedTasks:
         needed = [column for column in LOGP_COLUMNS if column in self.column_names]
 
         def keep(name: str, row: dict[str, Any]) -> dict[str, Any]:
-            _check_token_counts(name, row, args)
+            _check_token_counts(f"task '{name}'", row, args)
             held = row if kept is None else {column: value for column, value in row.items() if column in kept}
             return {**held, **{column: np.array(row[column], dtype=np.int32) for column in _IDS}}
 
@@ -234,13 +234,7 @@ def _checked(
         raise AMAError(
             f"{where} says that it is of task '{row[TASK_COLUMN]}'. Give each task a stream of its own rows."
         )
-    for column in needed:
-        value = row.get(column)
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise AMAError(
-                f"{where}: '{column}' is missing or not finite ({value}). Compute the reference losses again with "
-                "`trl ama-losses`, or drop such pairs."
-            )
+    _check_finite(row, needed, where)
     if TEMPLATE_KWARGS not in row:
         return {}
     kwargs = row[TEMPLATE_KWARGS]
@@ -257,7 +251,17 @@ def _checked(
     return {TEMPLATE_KWARGS: kwargs or {}}
 
 
-def _check_token_counts(task: str, row: dict[str, Any], args: AMAConfig) -> None:
+def _check_finite(row: dict[str, Any], columns: list[str], where: str) -> None:
+    for column in columns:
+        value = row.get(column)
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise AMAError(
+                f"{where}: '{column}' is missing or not finite ({value}). Compute the reference losses again with "
+                "`trl ama-losses`, or drop such pairs."
+            )
+
+
+def _check_token_counts(whose: str, row: dict[str, Any], args: AMAConfig) -> None:
     """As `check_token_counts` of a dataset in memory, of one row."""
     for column, ids in zip(TOKEN_COLUMNS, _IDS[1:], strict=True):
         if row.get(column) is None:
@@ -265,10 +269,32 @@ def _check_token_counts(task: str, row: dict[str, Any], args: AMAConfig) -> None
         ours = kept_tokens(len(row["prompt_ids"]), len(row[ids]), args.max_length, args.truncation_mode)
         if ours != row[column]:
             raise AMAError(
-                f"The log-probs of task '{task}' were summed over other tokens: '{column}' of a pair is {row[column]}, and this "
+                f"The log-probs of {whose} were summed over other tokens: '{column}' of a pair is {row[column]}, and this "
                 f"run's tokenisation has {ours}. Use the tokenizer, chat template and max_length that the reference losses were "
                 "made with, or compute them again with `trl ama-losses`."
             )
+
+
+def checked_losses(stream: IterableDataset, columns: list[str], args: AMAConfig) -> IterableDataset:
+    """A prepared stream whose log-probs are looked at when they are read, pair by pair.
+
+    Args:
+        stream ([`~datasets.IterableDataset`]): Tokenised pairs.
+        columns (`list[str]`): What was found in the first of them.
+        args ([`AMAConfig`]): Says how answers are cut.
+    """
+    needed = [column for column in LOGP_COLUMNS if column in columns]
+    return (
+        stream.map(_with_checked_losses, with_indices=True, fn_kwargs={"needed": needed, "args": args})
+        if needed
+        else stream
+    )
+
+
+def _with_checked_losses(row: dict[str, Any], index: int, needed: list[str], args: AMAConfig) -> dict[str, Any]:
+    _check_finite(row, needed, f"train_dataset, row {index} of its stream")
+    _check_token_counts("train_dataset's stream", row, args)
+    return {}
 
 
 # ---- What goes with streams ----
@@ -290,8 +316,9 @@ def stream_arguments(
     if not strategy.uses_own_sampler or (args.mixing == "ama_r" and args.sampling == "proportional"):
         setting = f"mixing='{args.mixing}'" if not strategy.uses_own_sampler else "sampling='proportional'"
         raise AMAError(
-            f"{setting} draws in proportion to the tasks' numbers of pairs, which streams do not tell. Use mixing='ama_s', "
-            "'ama_r' with sampling='uniform', or 'uniform'; or load the tasks without streaming."
+            f"{setting} draws in proportion to the tasks' numbers of pairs, which streams by task do not tell. Use mixing='ama_s', "
+            "'ama_r' with sampling='uniform', or 'uniform'; load the tasks without streaming; or, with mixing='proportional', give "
+            "one stream of all of them, which is read as it comes."
         )
     if specialists is not None and not has_specialist:
         raise AMAError(

@@ -5,16 +5,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from trl import DPOConfig
 
 from .ama_config import AMAConfig
 from .columns import list_lengths, numpy_column
 from .errors import AMAError, nearest
+from .held_out import eval_parts
 from .mixing import MixingStrategy, build_strategy
+from .preference_losses import check_loss_types
 from .reference_columns import REFERENCE_COLUMNS, SPECIALIST_COLUMNS, TOKEN_COLUMNS, has_columns
 from .sampler import count_tasks
-from .tasks import TASK_COLUMN, with_task_labels
+from .tasks import TASK_COLUMN
+
+
+logger = get_logger(__name__)
 
 
 def check_config(args: Any) -> None:
@@ -29,7 +35,7 @@ def check_config(args: Any) -> None:
 def check_train_dataset(train_dataset: Any) -> None:
     """Raise an `AMAError` unless there are pairs that can be drawn by task."""
     if train_dataset is None:
-        raise AMAError("AMATrainer needs a `train_dataset` of preference pairs with a `task` column, got None.")
+        raise AMAError("`train_dataset` is required: give AMATrainer preference pairs with a `task` column, got None.")
     if not isinstance(train_dataset, (Dataset, IterableDataset, dict)):
         raise AMAError(
             f"train_dataset must be a datasets.Dataset, got {type(train_dataset).__name__}. See Dataset.from_list, and for streams "
@@ -37,31 +43,6 @@ def check_train_dataset(train_dataset: Any) -> None:
         )
     if isinstance(train_dataset, (Dataset, dict)) and len(train_dataset) == 0:
         raise AMAError("train_dataset has no rows. Give it preference pairs with a `task` column.")
-
-
-def check_eval_dataset(eval_dataset: Any) -> None:
-    """Raise an `AMAError` unless held-out pairs are a dataset, a mapping of names to datasets, or `None`."""
-    for part in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
-        if not isinstance(part, (Dataset, IterableDataset)) and not (part is None and part is eval_dataset):
-            raise AMAError(
-                f"eval_dataset must be a datasets.Dataset or a mapping of names to them, found {type(part).__name__}. Leave it out if there "
-                "are no held-out pairs."
-            )
-
-
-def label_eval(eval_dataset: Any, task_names: list[str]) -> Any:
-    """Number the tasks of the held-out pairs as those of the training pairs; datasets without tasks pass as they are."""
-    if isinstance(eval_dataset, dict):
-        return type(eval_dataset)({name: label_eval(part, task_names) for name, part in eval_dataset.items()})
-    if isinstance(eval_dataset, Dataset) and TASK_COLUMN in eval_dataset.column_names:
-        return with_task_labels(eval_dataset, task_names, "eval_dataset")
-    return eval_dataset
-
-
-def eval_parts(eval_dataset: Any) -> dict[str, Dataset]:
-    """The map-style datasets in `eval_dataset`, by their name for messages."""
-    parts = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-    return {f"eval_dataset {name}".strip(): part for name, part in parts.items() if isinstance(part, Dataset)}
 
 
 def check_specialists(specialists: dict[str, Any] | None, task_names: list[str]) -> dict[str, Any] | None:
@@ -121,8 +102,8 @@ def check_columns(train_dataset: Dataset | Any, eval_dataset: Any, ref_model: An
 
 
 def strategy_for(args: AMAConfig, train_dataset: Dataset | Any, task_names: list[str]) -> MixingStrategy:
-    """Build the strategy that `args` asks for, over the tasks' numbers of pairs: 1 each if they are streamed."""
-    if isinstance(train_dataset, Dataset):
+    """Build the strategy that `args` asks for, over the tasks' numbers of pairs: 1 each if they are streamed or not told."""
+    if isinstance(train_dataset, Dataset) and TASK_COLUMN in train_dataset.column_names:
         sizes = count_tasks(numpy_column(train_dataset, TASK_COLUMN), len(task_names))
     else:
         sizes = np.ones(len(task_names))
@@ -138,11 +119,15 @@ def strategy_for(args: AMAConfig, train_dataset: Dataset | Any, task_names: list
 
 def check_no_task_lost(before: Dataset, after: Dataset, task_names: list[str], max_length: int | None) -> None:
     """Raise an `AMAError` if `DPOTrainer` dropped every pair of a task because its prompts fill `max_length`."""
-    counts, left = (count_tasks(numpy_column(data, TASK_COLUMN), len(task_names)) for data in (before, after))
+    if TASK_COLUMN in before.column_names:
+        counts, left = (count_tasks(numpy_column(data, TASK_COLUMN), len(task_names)) for data in (before, after))
+    else:
+        counts, left = [len(before)], [len(after)]
     for name, count, rest in zip(task_names, counts, left, strict=True):
         if rest == 0:
+            whose = f" of task '{name}'" if TASK_COLUMN in before.column_names else ""
             raise AMAError(
-                f"All {count} pairs of task '{name}' were dropped, because their prompts alone fill max_length "
+                f"All {count} pairs{whose} were dropped, because their prompts alone fill max_length "
                 f"({max_length}). Raise max_length, or remove the task."
             )
 
@@ -183,6 +168,8 @@ def check_arguments(args: AMAConfig, strategy: MixingStrategy, has_reference_los
             "come next. Leave train_sampling_strategy at 'random', or use mixing='proportional'."
         )
     check_processes(args)
+    if has_reference_losses or not descends_trl_loss(strategy):
+        check_loss_types(args.loss_type, args.label_smoothing)
     if args.use_weighting and not descends_trl_loss(strategy):
         raise AMAError(
             "use_weighting (WPO) weighs pairs by the policy's own probabilities, and excess losses over a specialist cannot "
@@ -198,6 +185,7 @@ def check_arguments(args: AMAConfig, strategy: MixingStrategy, has_reference_los
 def check_processes(args: AMAConfig) -> None:
     """Raise an `AMAError` for ways to share batches among processes that are not one micro-batch for each."""
     if args.world_size == 1:
+        _warn_of_one_process()
         return
     for name, needed in (("split_batches", (False,)), ("dispatch_batches", (None, False)), ("even_batches", (True,))):
         value = getattr(args.accelerator_config, name)
@@ -211,6 +199,17 @@ def check_processes(args: AMAConfig) -> None:
         raise AMAError(
             "parallelism_config gives several processes the same pairs (tensor, context or sequence parallelism), and the "
             "mixture would count them more than once. Share the model by FSDP or DeepSpeed ZeRO instead."
+        )
+
+
+def _warn_of_one_process() -> None:
+    """Warn if `accelerate launch` was asked for several processes and started one, which it does on a CPU."""
+    # It then sets where the first process is to be found, and neither a world size nor a rank, which its other launchers set
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("MASTER_ADDR") == "127.0.0.1"
+    if launched and "WORLD_SIZE" not in os.environ:
+        logger.warning_once(
+            "`accelerate launch` was asked for several processes and has started one, as it does without several GPUs: a step is "
+            "of one process's pairs. On a CPU, launch them with `torchrun --nproc-per-node` or MPI, or leave `num_processes` out."
         )
 
 

@@ -60,11 +60,13 @@ class MixingStrategy(ABC):
             over the specialists.
         uses_own_sampler: Whether draws follow `probabilities()`. If not, the Trainer's ordinary sampler draws, which is
             what `proportional` means, and keeps such a run equal to a `DPOTrainer` run, number for number.
+        plain_loss: Whether a step descends the plain mean of its pairs' losses, as `DPOTrainer` does, whatever the tasks' sizes.
     """
 
     name: ClassVar[str]
     objective: ClassVar[str] = "excess"
     uses_own_sampler: ClassVar[bool] = True
+    plain_loss: ClassVar[bool] = False
 
     def __init__(self, task_sizes: np.ndarray):
         self.task_sizes = np.asarray(task_sizes, dtype=np.float64)

@@ -13,6 +13,7 @@ class Proportional(MixingStrategy):
     name: ClassVar[str] = "proportional"
     objective: ClassVar[str] = "loss"
     uses_own_sampler: ClassVar[bool] = False
+    plain_loss: ClassVar[bool] = True
 
     def probabilities(self) -> np.ndarray:
         return self.task_sizes / self.task_sizes.sum()
@@ -26,6 +27,7 @@ class Uniform(MixingStrategy):
 
     name: ClassVar[str] = "uniform"
     objective: ClassVar[str] = "loss"
+    plain_loss: ClassVar[bool] = True
 
     def probabilities(self) -> np.ndarray:
         return np.full(self.num_tasks, 1.0 / self.num_tasks)
@@ -38,6 +40,7 @@ class TaskNormalized(Proportional):
     """Draw as `proportional`, weigh each pair N / (k n_i): every task counts equally in the objective."""
 
     name: ClassVar[str] = "task_normalized"
+    plain_loss: ClassVar[bool] = False
 
     def loss_weights(self) -> np.ndarray:
         return self.task_sizes.sum() / (self.num_tasks * self.task_sizes)
