@@ -84,7 +84,7 @@ def _judge_rows(figures: TaskFigures, rows: dict[str, Any], where: str) -> None:
             found = f"drop_empty drops {count} of {rows['read']} {where}pairs: they have an empty answer."
             figures.add("note", "empty_answer", found, "")
         elif reason != HELD_OUT:
-            found = f"{count} of {rows['read']} {where}rows are left out: {reason}."
+            found = f"Of {rows['read']} {where}rows {count} {reason} are left out."
             figures.add(level_of(count / rows["read"], 0.02), "left_out", found, "Mend them, if they are worth it.")
     for what, count in rows["noted"].items():
-        figures.add("note", "noted", f"Of {rows['read']} {where}rows {count} are {what}.", "")
+        figures.add("note", "noted", f"Of {rows['read']} {where}rows {count} {what}.", "")

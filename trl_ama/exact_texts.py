@@ -5,6 +5,7 @@ days and times for such; and of a column that holds texts and lists, `datasets` 
 of which something may have been changed once more by Python's own reader.
 """
 
+import glob
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from datasets import (
     load_dataset,
     load_dataset_builder,
 )
+from datasets.exceptions import DatasetGenerationError
 
 from .errors import AMAError
 
@@ -50,7 +52,12 @@ def load_texts(split: str, **source: Any) -> tuple[Dataset, str | None]:
     """
     if source["path"] == "csv":
         source |= _csv_as_text(source)
-    dataset = load_dataset(split=split, **source)
+    try:
+        dataset = load_dataset(split=split, **source)
+    except DatasetGenerationError as error:
+        if "timestamp" not in str(error.__cause__):
+            raise
+        return _read_json_of_two_types(split, source, error)
     commit = _commit(dataset)
     reader = dataset.info.builder_name
     if reader == "csv" and source["path"] != "csv":
@@ -58,7 +65,11 @@ def load_texts(split: str, **source: Any) -> tuple[Dataset, str | None]:
     elif reader == "json":
         features, changed = _texts(dataset.features, dataset.data)
         if changed:
-            dataset = _read_json_again(dataset, split, Features(features), source)
+            sizes = {name: info.num_examples for name, info in dataset.info.splits.items()}
+            dataset = _read_json_again(load_dataset_builder(**source), split, Features(features), sizes)
+    for column, feature in dataset.features.items():
+        if feature == Value("string_view"):  # which little of Arrow works with
+            dataset = dataset.cast_column(column, Value("string"))
     return dataset, commit
 
 
@@ -160,33 +171,58 @@ def _any(texts: Any, pattern: str) -> bool:
     return bool(pc.any(pc.match_substring_regex(texts, pattern)).as_py())
 
 
-def _read_json_again(dataset: Dataset, split: str, features: Features, source: dict[str, Any]) -> Dataset:
-    """The same rows, with `features`, by a reader that leaves texts alone."""
+def _read_json_of_two_types(split: str, source: dict[str, Any], error: Exception) -> tuple[Dataset, str | None]:
+    """A dataset whose first file holds nothing but times in a column, and another one other texts, which `datasets` refuses."""
     builder = load_dataset_builder(**source)
-    files, config = _local_files(builder), builder.config
-    sizes = {name: info.num_examples for name, info in dataset.info.splits.items()}
+    if builder.name != "json" or builder.config.field is not None:
+        raise error
+    first = next(iter(_local_files(builder).values()))[0]
+    start = load_dataset("json", data_files=glob.escape(first), split="train", encoding=builder.config.encoding)
+    features, changed = _texts(start.features, start.data)
+    if not changed:
+        raise error
+    commit = builder.hash if builder.repo_id and _COMMIT.fullmatch(builder.hash or "") else None
+    return _read_json_again(builder, split, Features(features)), commit
+
+
+def _read_json_again(
+    builder: DatasetBuilder, split: str, features: Features, sizes: dict[str, int] | None = None
+) -> Dataset:
+    """The same rows, with `features`, by a reader that leaves texts alone.
+
+    Args:
+        builder (`DatasetBuilder`): Of the loader `json`.
+        split (`str`): As for `load_dataset`.
+        features (`Features`): What the rows hold.
+        sizes (`dict[str, int]`, *optional*): Split → its rows, if they were counted.
+    """
+    files = _local_files(builder)
+    counted = sizes or {name: len(_whole_split(builder, name, paths, features)) for name, paths in files.items()}
     parts = []
-    for part in ReadInstruction.from_spec("+".join(sizes) if split == "all" else split).to_absolute(sizes):
-        paths = files[part.splitname]
-        whole = Dataset.from_generator(
-            _rows,
-            features=features,
-            split=NamedSplit(part.splitname),
-            gen_kwargs={
-                "paths": paths,
-                "coding": (config.encoding, config.encoding_errors),
-                "field": config.field,
-                "features": features,
-                "stamps": [(stat.st_mtime_ns, stat.st_size) for stat in map(os.stat, paths)],  # for the cache
-            },
-        )
-        if len(whole) != sizes[part.splitname]:
+    for part in ReadInstruction.from_spec("+".join(counted) if split == "all" else split).to_absolute(counted):
+        whole = _whole_split(builder, part.splitname, files[part.splitname], features)
+        if len(whole) != counted[part.splitname]:
             raise AMAError(
-                f"Split '{part.splitname}' of {paths} was read as {sizes[part.splitname]} rows first and as {len(whole)} again. Write a JSON "
-                "object on every line."
+                f"Split '{part.splitname}' of {files[part.splitname]} was read as {counted[part.splitname]} rows first and as "
+                f"{len(whole)} again. Write a JSON object on every line."
             )
         parts.append(whole.select(range(part.from_, part.to)))
     return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+
+
+def _whole_split(builder: DatasetBuilder, name: str, paths: list[str], features: Features) -> Dataset:
+    return Dataset.from_generator(
+        _rows,
+        features=features,
+        split=NamedSplit(name),
+        gen_kwargs={
+            "paths": paths,
+            "coding": (builder.config.encoding, builder.config.encoding_errors),
+            "field": builder.config.field,
+            "features": features,
+            "stamps": [(stat.st_mtime_ns, stat.st_size) for stat in map(os.stat, paths)],  # for the cache
+        },
+    )
 
 
 def _rows(

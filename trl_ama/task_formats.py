@@ -95,9 +95,9 @@ def _from_transcripts(dataset: Dataset, task: TaskConfig, split: str, account: R
         if found.problem is None:
             kept.append(number)
         else:
-            account.drop(f"transcripts {found.problem}", 1)
+            account.drop(found.problem, 1)
         if found.note is not None:
-            account.note(f"transcripts {found.note}", 1)
+            account.note(found.note, 1)
     if not kept:
         reasons = ", ".join(f"{count} {reason}" for reason, count in account.dropped.items())
         raise AMAError(

@@ -127,7 +127,8 @@ def _load_task(
         parts = _read_splits(task, config, loaded)
         for split, part in parts.items():
             kept = _with_answers(part, task, split, config.drop_empty)
-            accounts[split].drop(EMPTY, len(part) - len(kept))
+            if config.drop_empty:
+                accounts[split].drop(EMPTY, len(part) - len(kept))
             parts[split] = with_template_kwargs(_preference_columns(kept, task), task)
         if "test" not in parts and config.test_split_size is not None:
             parts = _held_out(parts["train"], task, config.test_split_size, seed)
@@ -148,9 +149,9 @@ def _load_task(
             )
     for split, limit in (("train", config.max_train_pairs), ("test", config.max_eval_pairs)):
         if split in parts:
-            part = parts[split]
-            parts[split] = _at_most(part, limit, seed)
-            accounts[split].drop(LIMITS[split], len(part) - len(parts[split]))
+            if limit is not None:
+                accounts[split].drop(LIMITS[split], max(0, len(parts[split]) - limit))
+            parts[split] = _at_most(parts[split], limit, seed)
             accounts[split].close(len(parts[split]))
     return {split: part for split, part in parts.items() if len(part)}
 

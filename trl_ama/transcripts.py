@@ -14,7 +14,7 @@ _TURN = re.compile(r"(?:\A\s*|\n[^\S\n]*\n)(Human|Assistant):")
 _LABEL = re.compile(r"(?i)\Asystem:")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
-INNER_TURNS = "with “Human:” or “Assistant:” turns within an answer, kept as its text"
+INNER_TURNS = "hold “Human:” or “Assistant:” turns within an answer, kept as its text"
 NO_TURNS = "without turns (“Human: …”, an empty line, “Assistant: …”)"
 NO_QUESTION = "with nothing before the answer"
 NO_ANSWER = "that end with the human's turn"
