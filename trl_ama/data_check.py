@@ -12,12 +12,15 @@ from datasets import Dataset, DatasetDict, Value
 from transformers import PreTrainedTokenizerBase
 
 from .ama_config import AMAConfig
+from .data_account import judge_account
 from .data_duplicates import duplicates, text_hashes
 from .data_formats import mistakes_of, text_of
 from .data_rules import trivial_rules
+from .data_tokens import SAME_AFTER_CUT, SAME_TEXT, SAME_TOKENS, equal_answers, unknown_tokens
 from .data_verdict import FATAL, TaskFigures, judge, judge_sizes
 from .errors import AMAError, first_line
 from .pair_tokens import token_counts, tokenise
+from .row_account import RowAccount
 from .run_settings import RunSettings
 from .task_loading import read_tasks
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN, concatenate_tasks
@@ -25,6 +28,7 @@ from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN, con
 
 SAMPLE = 5000  # pairs of each task and split that are tokenised and read
 _SPLITS = {"train": "training", "test": "held-out"}  # in messages
+_SAME = (SAME_TEXT, SAME_TOKENS, SAME_AFTER_CUT)
 _EXCERPT = 60  # characters of a prompt by which its pair can be found
 
 
@@ -98,21 +102,14 @@ def check_data(settings: RunSettings, show: int = 2, sample: int | None = SAMPLE
             )
             continue
         pairs = loaded[task.task] = found.pairs
-        for split, count in found.empty.get(task.task, {}).items():
-            where = "held-out " if split == "test" else ""
-            figures.add(
-                "note",
-                "empty_answer",
-                f"drop_empty drops {count} of {count + len(pairs.get(split, ()))} {where}pairs: they have an empty answer.",
-                "",
-            )
-        _look_at(figures, pairs, settings, tokenizer, show, sample)
+        _look_at(figures, pairs, found.accounts[task.task], settings, tokenizer, show, sample)
         _check_specialist_length(figures, settings, task)
     hashes = {task: {split: text_hashes(part) for split, part in pairs.items()} for task, pairs in loaded.items()}
     found = duplicates(hashes) if hashes else {}
     for figures in checked:
         figures.duplicates = found.get(figures.task, {})
         judge(figures, args.max_length, settings.task_args.drop_truncated)
+        judge_account(figures, args.max_length)
     judge_sizes(checked)
     _check_together(checked, loaded)
     for figures in checked:
@@ -123,6 +120,7 @@ def check_data(settings: RunSettings, show: int = 2, sample: int | None = SAMPLE
 def _look_at(
     figures: TaskFigures,
     pairs: DatasetDict,
+    accounts: dict[str, RowAccount],
     settings: RunSettings,
     tokenizer: PreTrainedTokenizerBase,
     show: int,
@@ -145,6 +143,7 @@ def _look_at(
         answers[split] = [(text_of(row["chosen"]), text_of(row["rejected"])) for row in read]
         figures.splits[split] = {
             "pairs": len(part),
+            "rows": accounts[split].to_dict(),
             "looked_at": len(read),
             "mistakes": {kind: (count, *first[kind]) for kind, count in mistakes.items()},
         }
@@ -155,7 +154,9 @@ def _look_at(
             continue
         limit = settings.task_args.max_train_pairs if split == "train" else settings.task_args.max_eval_pairs
         figures.splits[split] |= _lengths(tokenised, args.max_length)
-        figures.splits[split]["left"] = _left(tokenised, len(part), settings, limit)
+        same = equal_answers(tokenised, read, args)
+        figures.splits[split]["left"] = _left(tokenised, same, len(part), settings, limit)
+        figures.splits[split]["unknown_tokens"] = unknown_tokens(tokenised, read, tokenizer)
         if split == "train" and show:
             some = np.random.default_rng(args.seed).permutation(len(read))[:show]
             figures.shown = [
@@ -191,8 +192,13 @@ def _lengths(tokenised: Dataset, max_length: int | None) -> dict[str, Any]:
     }
 
 
-def _left(tokenised: Dataset, total: int, settings: RunSettings, limit: int | None) -> dict[str, Any]:
-    """What the pipeline drops, in its order; counted on the sample and scaled if there are more pairs than it holds."""
+def _left(
+    tokenised: Dataset, same: list[str | None], total: int, settings: RunSettings, limit: int | None
+) -> dict[str, Any]:
+    """What the pipeline drops, in its order, and how much of the rest teaches nothing, as both answers are the same.
+
+    Counted on the sample and scaled if there are more pairs than it holds.
+    """
     args = settings.training_args
     prompt, chosen, rejected = token_counts(tokenised).T
     rows, scale = np.arange(len(prompt)), total / len(prompt)
@@ -210,20 +216,14 @@ def _left(tokenised: Dataset, total: int, settings: RunSettings, limit: int | No
         dropped["prompt_fills_max_length"] = round(kept * float(fills.mean()))
         rows = rows[~fills]
     left = kept - dropped["prompt_fills_max_length"]
-    same = sum(_same_after_cut(tokenised[row], args) for row in rows.tolist()) if args.max_length is not None else 0
+    kinds = Counter(same[row] for row in rows.tolist())
     return {
         **dropped,
         "left": left,
-        "same_after_cut": round(same * left / len(rows)) if len(rows) else 0,
+        **{kind: round(kinds[kind] * left / len(rows)) if len(rows) else 0 for kind in _SAME},
+        "teaches_nothing": left > 0 and not kinds[None],
         "estimated": scale != 1,
     }
-
-
-def _same_after_cut(row: dict[str, list[int]], args: AMAConfig) -> bool:
-    room = args.max_length - len(row["prompt_ids"])
-    if args.truncation_mode != "keep_start" or max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= room:
-        return False
-    return row["chosen_ids"][:room] == row["rejected_ids"][:room]
 
 
 def _shown(

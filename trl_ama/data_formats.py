@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from .json_messages import messages_in
 from .tasks import PAIR_COLUMNS
 
 
@@ -29,6 +30,10 @@ def _content(message: Any) -> str:
     return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
 
 
+def _texts(side: Any) -> list[Any]:
+    return [side] if isinstance(side, str) else [message.get("content") for message in side]
+
+
 def _is_messages(side: Any) -> bool:
     return isinstance(side, list) and all(isinstance(message, dict) and "role" in message for message in side)
 
@@ -50,6 +55,8 @@ def mistakes_of(row: dict[str, Any], special_tokens: Sequence[str]) -> list[str]
         found.append("empty_prompt")
     if any(not text_of(row[side]).strip() for side in ("chosen", "rejected")):
         found.append("empty_answer")
+    if any(messages_in(text) is not None for column in PAIR_COLUMNS for text in _texts(row[column])):
+        found.append("json_text")
     if _has_special_token(row, special_tokens):
         found.append("special_token")
     return found

@@ -24,6 +24,7 @@ from .pipeline_arguments import PipelineArguments
 from .policy_files import is_commit
 from .policy_objects import check_is_model
 from .recipe_text import public_name
+from .row_account import RowAccount
 from .task_config import TaskConfig, TaskMixtureConfig
 from .task_loading import LoadedTasks, fits_into, read_tasks
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN
@@ -295,9 +296,9 @@ class RunSettings:
         return self._loaded.pairs
 
     @property
-    def dropped_empty(self) -> dict[str, dict[str, int]]:
-        """Task → split → pairs without an answer that `drop_empty` dropped; only where there were any."""
-        return self._loaded.empty
+    def row_accounts(self) -> dict[str, dict[str, RowAccount]]:
+        """Task → split → which rows were read, and what became of them."""
+        return self._loaded.accounts
 
     @property
     def dropped_truncated(self) -> dict[str, dict[str, int]]:

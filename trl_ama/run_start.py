@@ -12,6 +12,7 @@ from .policy_sources import check_policy_source
 from .preference_losses import check_loss_types
 from .quantized import check_optimizer, check_quantization
 from .reference_losses import reference_losses_done, reference_losses_of
+from .row_account import account_lines
 from .run_settings import RunSettings
 from .specialists import require_specialists, specialist_stage
 from .task_loading import prompt_fits_into
@@ -97,9 +98,7 @@ def describe_plan(settings: RunSettings, stages: Sequence[str]) -> list[str]:
         f"AutoMixAlign in '{settings.output_dir}': {len(settings.task_names)} tasks, {counts['train']} training pairs, "
         f"{counts.get('test', 0)} held out; base model {settings.model_name}"
     ]
-    for task, dropped in settings.dropped_empty.items():
-        found = " and ".join(f"{count} of {split}" for split, count in dropped.items())
-        lines.append(f"  without an answer {task:<14} {found} dropped")
+    lines += [f"  rows read         {task:<14} {found}" for task, found in account_lines(settings.row_accounts)]
     if "specialists" in stages or "losses" in stages:
         for task in settings.chosen_tasks:
             if task in settings.external_specialists:

@@ -9,6 +9,7 @@ from typing import Any
 
 from .errors import AMAError, nearest, short
 from .limits import check_limits
+from .recipe_yaml import load_yaml
 from .value_types import check_value
 
 
@@ -77,7 +78,8 @@ class TaskConfig:
             Columns to keep, or a mapping from `prompt`, `chosen`, `rejected` to the dataset's own names.
         format (`str`, *optional*):
             `"hh_rlhf"` turns `"\\n\\nHuman: … \\n\\nAssistant: …"` transcripts into conversations, `"single_turn"` plain
-            strings `prompt`, `chosen`, `rejected` into one user and one assistant message.
+            strings `prompt`, `chosen`, `rejected` into one user and one assistant message, `"json_messages"` reads messages
+            out of columns that hold them as the text of a JSON list.
         chat_template_kwargs (`dict`, *optional*):
             What the chat template is given with every pair of the task, e.g. `{enable_thinking: false}`. A pair's own, in a
             column of that name, win. Also for files of `tasks_dir`.
@@ -114,7 +116,7 @@ class TaskConfig:
             import yaml
 
             try:
-                entry = yaml.safe_load(entry)
+                entry = load_yaml(entry, f"The task {short(entry)}")
             except yaml.YAMLError:
                 entry = None
         if not isinstance(entry, dict):
