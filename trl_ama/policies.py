@@ -183,7 +183,7 @@ def _loaded(base: torch.nn.Module, config: PeftConfig, place: PolicySource, fold
                 f"PEFT cannot put {place.who} ('{place.given}') on the base model '{name}': {sentence(error)} Use an adapter "
                 "of another kind, or merge it into a model and name that instead."
             ) from error
-    problem = result_problem(result.missing_keys, result.unexpected_keys)
+    problem = result_problem(model, result.missing_keys, result.unexpected_keys)
     if problem is not None:
         raise misfit(place, get_config_model_id(base.config), problem)
     if is_quantized(base) and "BF16" in saved_types(os.path.join(folder, ADAPTER_WEIGHTS)):
