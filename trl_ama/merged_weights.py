@@ -1,31 +1,23 @@
-"""The sums of a merge, and how far their result is from the adapter on its base."""
+"""The sums of a merge."""
 
+import functools
 import gc
-import math
-import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .adapter_keys import saved_shapes
 from .errors import AMAError, sentence
+from .merged_check import in_32_bits, is_wrapper, log_probs
 from .policies import load_adapter
-from .policy_files import ADAPTER_WEIGHTS, PolicySource
+from .policy_files import PolicySource, capital
 from .quantized import dequantized_weight, keep_weights, quantized_layers
-
-
-# What adapter and merged model are compared on; a little of several kinds
-_PROBE = (
-    "The river was quiet that night. She asked: how many apples are in three baskets of seven? Twenty-one, he said, and lit "
-    "the lamp.\n\ndef mean(values):\n    return sum(values) / len(values)\n\nDie Antwort ist nicht immer einfach."
-)
-_TOO_DIFFERENT = 0.5  # nats a token, mean: far above what rounding does
 
 
 @dataclass(frozen=True)
@@ -52,34 +44,75 @@ class Training:
         return f"{config.bnb_4bit_quant_type.upper()}{double}"
 
 
+@dataclass(frozen=True)
+class Merged:
+    """A merged model, and what it is held to.
+
+    Args:
+        model (`PreTrainedModel`): On the CPU, all of its weights in the type to save.
+        changed (`list[str]`): Names of its modules that the adapter changed.
+        base (`torch.Tensor`): Log-probs of the base that it was merged into. # (T,)
+        adapted (`torch.Tensor`): Of that base with the adapter on it. # (T,)
+        quantized (`tuple[torch.Tensor, torch.Tensor]`, *optional*): The same two of the quantised base, in its own arithmetic.
+    """
+
+    model: PreTrainedModel
+    changed: list[str]
+    base: torch.Tensor
+    adapted: torch.Tensor
+    quantized: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
 def merged_model(
     place: PolicySource,
     base_model: str,
     loading: dict[str, Any],
     training: Training | None,
     dtype: torch.dtype,
-    tokenizer: PreTrainedTokenizerBase,
-) -> tuple[PreTrainedModel, torch.Tensor | None]:
-    """The merged model on the CPU, and the log-probs of what it is merged from."""
-    before = None
+    sequences: list[list[int]],
+) -> Merged:
+    """Merge an adapter into its base, or into the weights of its quantised base.
+
+    Args:
+        place ([`PolicySource`]): The adapter.
+        base_model (`str`): Path or Hub id.
+        loading (`dict`): For `from_pretrained`.
+        training ([`Training`], *optional*): What to quantise the base by, if its quantised weights are what to merge into.
+        dtype (`torch.dtype`): What to save in.
+        sequences (`list[list[int]]`): Token ids to hold it to the adapter on.
+
+    Raises:
+        AMAError: If the adapter does not fit, or PEFT cannot merge it.
+    """
+    quantized = None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="peft")
         model = load_model(base_model, dtype=dtype, device_map={"": "cpu"}, **loading)
         if training is not None:
-            quantized = load_model(
+            trained = load_model(
                 base_model, dtype=getattr(torch, training.dtype), quantization_config=training.quantization, **loading
             )
-            keep_weights(quantized)
-            _copy_weights(quantized, model)
-            wrapped = load_adapter(quantized, place.peft_config(), place, place.adapter_folder())
-            before = log_probs(wrapped, tokenizer)
-            del quantized, wrapped
+            keep_weights(trained)
+            _copy_weights(trained, model)
+            before = log_probs(trained, sequences)
+            wrapped = load_adapter(trained, place.peft_config(), place, place.adapter_folder())
+            quantized = (before, log_probs(wrapped, sequences))
+            del trained, wrapped
             gc.collect()
-        _untie(model, place)
+        with in_32_bits(model):
+            base = log_probs(model, sequences)
+        types = {name: parameter.dtype for name, parameter in model.named_parameters()}
         wrapped = load_adapter(model, place.peft_config(), place, place.adapter_folder())
-        if before is None:
-            before = log_probs(wrapped, tokenizer)
-        return _merge_layers(wrapped, place), before
+        with in_32_bits(wrapped):
+            adapted = log_probs(wrapped, sequences)
+        changed = [name for name, module in model.named_modules() if is_wrapper(module)]
+        was_tied = _untie(model)
+        merged = _merge_layers(wrapped, place)
+        for name, parameter in merged.named_parameters():  # whole modules that were trained are in 32 bits
+            parameter.data = parameter.data.to(types.get(name, dtype))
+        if was_tied:
+            _tie(merged)
+        return Merged(merged, changed, base, adapted, quantized)
 
 
 def load_model(base_model: str, **kwargs: Any) -> PreTrainedModel:
@@ -105,41 +138,54 @@ def _copy_weights(quantized: PreTrainedModel, model: PreTrainedModel) -> None:
             model.get_parameter(name).copy_(parameter)
 
 
-def _untie(model: PreTrainedModel, place: PolicySource) -> None:
-    """Give the head weights of its own if the adapter changes the embeddings or the head, and not both alike.
+def _untie(model: PreTrainedModel) -> bool:
+    """Give a tied head weights of its own, under its adapter; whether it was tied.
 
-    A layer of LoRA changes what one of the two computes; merged into the weights that both share, it would change the other
-    one too.
+    A layer of LoRA changes what one of head and embeddings computes, or both: merged into the weights that they share, it would change the
+    other one, too, or be added twice.
     """
-    if any(place.adapter_config.get(name) for name in ("ensure_weight_tying", "trainable_token_indices")):
-        return  # PEFT then changes both
-    shapes = saved_shapes(os.path.join(place.adapter_folder(), ADAPTER_WEIGHTS))
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    head, embeddings = _bare(model.get_output_embeddings()), _bare(model.get_input_embeddings())
     if head is None or head.weight is not embeddings.weight:
-        return
-    names = {id(module): name for name, module in model.named_modules()}
-    changed = {names[id(head)], names[id(embeddings)]}
-    if not any(f"{name}." in key for key in shapes for name in changed):
-        return
+        return False
     head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    for config in {
-        id(model.config): model.config,
-        id(model.config.get_text_config()): model.config.get_text_config(),
-    }.values():
-        config.tie_word_embeddings = False
+    return True
+
+
+def _bare(module: torch.nn.Module | None) -> torch.nn.Module | None:
+    while is_wrapper(module):
+        module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+    return module
+
+
+def _tie(model: PreTrainedModel) -> None:
+    """Tie head and embeddings again if they are still the same, and say in the configuration if they are not."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = torch.equal(head.weight, embeddings.weight)
+    if tied:
+        head.weight = embeddings.weight
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = tied
 
 
 @torch.no_grad()
 def _merge_layers(wrapped: PeftModel, place: PolicySource) -> PreTrainedModel:
-    """Merge by PEFT, each layer in 32 bits: in 16, adding what an adapter learned rounds much of it away twice."""
+    """Merge by PEFT, each layer in 32 bits: in 16, adding what an adapter learned rounds much of it away twice.
+
+    And each layer once: of some kinds (OSF), PEFT adds what was learned a second time if it is asked twice.
+    """
+    if not hasattr(wrapped.base_model, "merge_and_unload"):
+        raise AMAError(
+            f"{capital(place.who)} ('{place.given}') is of the kind {place.adapter_config.get('peft_type')}, which works beside the base's "
+            "layers and not on their weights, so it cannot be merged. Use it as an adapter."
+        )
+    if place.adapter_config.get("alora_invocation_tokens"):
+        raise AMAError(
+            f"{capital(place.who)} ('{place.given}') is an aLoRA adapter, which works from its invocation tokens on; merged, it would work "
+            "before them, too. Use it as an adapter."
+        )
     try:
         for layer in [module for module in wrapped.modules() if isinstance(module, BaseTunerLayer)]:
-            base = layer.get_base_layer()
-            types = {name: parameter.dtype for name, parameter in base.named_parameters()}
-            base.float()
-            layer.merge(safe_merge=True)
-            for name, parameter in base.named_parameters():
-                parameter.data = parameter.data.to(types[name])
+            layer.merge = functools.partial(_merge_in_32_bits, layer, layer.merge)
         return wrapped.merge_and_unload(safe_merge=True)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         kind = place.adapter_config.get("peft_type")
@@ -148,33 +194,10 @@ def _merge_layers(wrapped: PeftModel, place: PolicySource) -> PreTrainedModel:
         ) from error
 
 
-@torch.no_grad()
-def log_probs(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor | None:
-    """Log-probs of the tokens of a short text; `None` if it has none in this vocabulary. # (T,)"""
-    ids = tokenizer(_PROBE, return_tensors="pt", add_special_tokens=False)["input_ids"][:, :128]  # (1, T+1)
-    if ids.shape[1] < 2:
-        return None
-    device = next(model.parameters()).device
-    model.eval()
-    logits = model(input_ids=ids.to(device), use_cache=False).logits[0, :-1].float()  # (T, V)
-    return logits.log_softmax(-1).gather(1, ids[0, 1:, None].to(device)).squeeze(1).cpu()
-
-
-def difference_from(
-    place: PolicySource, before: torch.Tensor | None, after: torch.Tensor | None
-) -> dict[str, float | int | None]:
-    """How far the checkpoint is from the adapter on its base. # nats a token
-
-    Raises:
-        AMAError: If it is another model.
-    """
-    if before is None or after is None:
-        return {"mean_difference": None, "largest_difference": None, "compared_tokens": 0}
-    distance = (after - before).abs()
-    mean, largest = distance.mean().item(), distance.max().item()
-    if not math.isfinite(mean) or mean > _TOO_DIFFERENT:
-        raise AMAError(
-            f"Merged, {place.who} ('{place.given}') gives other log-probs than on its base, by {mean:.2g} nats a token: PEFT merges this "
-            f"adapter ({place.adapter_config.get('peft_type')}) into something else. Use it as an adapter."
-        )
-    return {"mean_difference": mean, "largest_difference": largest, "compared_tokens": len(distance)}
+def _merge_in_32_bits(layer: torch.nn.Module, merge: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    base = layer.get_base_layer()
+    types = {name: parameter.dtype for name, parameter in base.named_parameters()}
+    layer.float()
+    merge(*args, **kwargs)
+    for name, parameter in base.named_parameters():
+        parameter.data = parameter.data.to(types.get(name, parameter.dtype))

@@ -5,6 +5,7 @@ another model than the one that was trained and evaluated; added to 4-bit weight
 lost. What gives the trained model is the dequantised base: the weights that the 4-bit layers multiply with, in 16 or 32 bits.
 """
 
+import dataclasses
 import gc
 import os
 from pathlib import Path
@@ -23,8 +24,9 @@ from .adapter_keys import saved_shapes
 from .errors import AMAError, sentence
 from .fingerprint import package_versions, write_json
 from .merged_card import write_merged_card
+from .merged_check import check_sequences, distances, hold_to_effect, hold_to_training, in_32_bits, log_probs
 from .merged_folder import NOTE_FILE, whole_or_not
-from .merged_weights import Training, difference_from, log_probs, merged_model
+from .merged_weights import Merged, Training, merged_model
 from .policy_files import ADAPTER_WEIGHTS, PolicySource, capital, policy_source
 from .policy_sources import check_policy_source
 from .recipe_text import public_name
@@ -51,8 +53,8 @@ def merge_adapter(
 ) -> dict[str, Any]:
     """Merge an adapter into a full checkpoint with tokenizer, chat template, generation configuration and card.
 
-    The sums are made in 32 bits, a layer at a time, and rounded once. The checkpoint is read back and held against the
-    adapter on its base before it is put into its place.
+    The sums are made in 32 bits, a layer at a time, and rounded once. The checkpoint is read back and held to what the adapter
+    does on its base before it is put into its place.
 
     Args:
         adapter (`str`): Adapter folder, or Hub id with an optional `@revision`.
@@ -62,7 +64,7 @@ def merge_adapter(
         training ([`Training`], *optional*): What the adapter was trained on, unless its folder says (`stage.json`).
         into (`str`, *optional*): `"base"`, or `"dequantized"`: the weights of the quantised base. The latter is the default for
             an adapter that is known to be trained on one.
-        save_dtype (`str`): `"auto"` is the base checkpoint's.
+        save_dtype (`str`): `"auto"` is the base checkpoint's, unless that would round much of the adapter away, which is an error.
         overwrite (`bool`): Whether to replace what an earlier merge wrote to `output`.
         trust_remote_code (`bool`): Whether code that the base brings may run.
 
@@ -78,8 +80,14 @@ def merge_adapter(
             raise AMAError(f"{name} is '{value}', but must be one of {list(known)}.")
     place = policy_source(_WHO, adapter, check_again=True)
     if place.adapter_config is None:
+        several = sorted(path.parent.name for path in Path(place.name).glob("*/adapter_config.json"))
         raise AMAError(
-            f"{capital(_WHO)} ('{adapter}') has no adapter_config.json, so there is nothing to merge. A full model can be used as it is."
+            f"{capital(_WHO)} ('{adapter}') has no adapter_config.json, so there is nothing to merge. "
+            + (
+                f"It holds adapters in folders of its own: name one of {several}."
+                if several
+                else "A full model can be used as it is."
+            )
         )
     base_model = base_model or place.adapter_config.get("base_model_name_or_path")
     if not base_model:
@@ -103,9 +111,11 @@ def merge_adapter(
     with whole_or_not(Path(output), overwrite, keep_off=[place.name, base_model]) as folder:
         tokenizer = _tokenizer(place, base_model, loading)
         dtype = config.dtype or torch.float32 if save_dtype == "auto" else getattr(torch, save_dtype)
-        model, before = merged_model(
-            place, base_model, loading, training if into == "dequantized" else None, dtype, tokenizer
+        sequences = check_sequences(tokenizer, config.get_text_config().vocab_size, place.adapter_config)
+        merged = merged_model(
+            place, base_model, loading, training if into == "dequantized" else None, dtype, sequences
         )
+        model = merged.model
         if tokenizer.pad_token_id is not None and model.generation_config.pad_token_id is None:
             model.generation_config.pad_token_id = tokenizer.pad_token_id
         try:
@@ -115,6 +125,7 @@ def merge_adapter(
                 f"The merged model cannot be saved: {sentence(error)} Mend that in '{base_model}'."
             ) from error
         tokenizer.save_pretrained(folder)
+        merged = dataclasses.replace(merged, model=None)
         del model
         gc.collect()
         saved = AutoModelForCausalLM.from_pretrained(
@@ -130,14 +141,32 @@ def merge_adapter(
             "trained_on": training.words,
             "dtype": str(dtype).removeprefix("torch."),
             "parameters": saved.num_parameters(),
-            **difference_from(place, before, log_probs(saved, tokenizer)),
+            **_differences(place, merged, saved, sequences),
             "versions": package_versions(),
         }
+        hold_to_effect(place, note, note["dtype"], save_dtype != "auto")
+        if merged.quantized is not None:
+            hold_to_training(place, note)
         del saved
         gc.collect()
         write_json(folder / NOTE_FILE, note)
         write_merged_card(folder, Path(os.path.abspath(output)).name, place, base_model, note)
     return note
+
+
+def _differences(
+    place: PolicySource, merged: Merged, saved: torch.nn.Module, sequences: list[list[int]]
+) -> dict[str, float | int | None]:
+    with in_32_bits(saved):
+        after = log_probs(saved, sequences)
+    with in_32_bits(saved, moved=[""] if saved.dtype == torch.float32 else merged.changed):
+        moved = log_probs(saved, sequences)
+    found = distances(merged.base, merged.adapted, after, moved)
+    if merged.quantized is not None:
+        base, adapted = merged.quantized
+        found["quantized_base_difference"] = (merged.base - base).abs().mean().item()
+        found["quantized_difference"] = (after - adapted).abs().mean().item()
+    return found
 
 
 def training_of(place: PolicySource) -> Training | None:

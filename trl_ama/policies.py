@@ -31,6 +31,7 @@ from .quantized import is_quantized, keep_weights
 
 # Gives a policy's model for the time of a context: for one batch, or for all of them
 Policy = Callable[[], AbstractContextManager[torch.nn.Module]]
+_CAPTURES_OUTPUTS = "transformers.utils.output_capturing"
 # Kinds of adapters that were seen to leave, when PEFT disables them, the base bit by bit
 _EXACT_WHEN_DISABLED = {
     PeftType.LORA, PeftType.ADALORA, PeftType.LOHA, PeftType.LOKR, PeftType.IA3, PeftType.VERA
@@ -183,11 +184,7 @@ def _loaded(base: torch.nn.Module, config: PeftConfig, place: PolicySource, fold
                 f"PEFT cannot put {place.who} ('{place.given}') on the base model '{name}': {sentence(error)} Use an adapter "
                 "of another kind, or merge it into a model and name that instead."
             ) from error
-    places = dict(model.named_parameters(remove_duplicate=False))
-    # Weights that layers share, such as VB-LoRA's bank, are in the file once
-    there = {id(parameter) for name, parameter in places.items() if name not in result.missing_keys}
-    missing = [name for name in result.missing_keys if id(places.get(name)) not in there]
-    problem = result_problem(missing, result.unexpected_keys)
+    problem = result_problem(model, result.missing_keys, result.unexpected_keys)
     if problem is not None:
         raise misfit(place, get_config_model_id(base.config), problem)
     if is_quantized(base) and "BF16" in saved_types(os.path.join(folder, ADAPTER_WEIGHTS)):
@@ -207,12 +204,16 @@ def _compute_as_trained(model: PeftModel) -> None:
 
 def _take_adapters_off(model: torch.nn.Module) -> None:
     """Leave the bare base model: PEFT can load one kind of adapter beside another only if they are much alike."""
-    for name, module in dict(model.named_modules()).items():
+    last = None
+    for name, module in dict(model.named_modules()).items():  # a module, then all that is inside of it
+        if last is not None and name.startswith(f"{last}."):
+            continue  # went with it, as a wrapper of `target_parameters` that another one is around
         bare = module
         while isinstance(bare, (AuxiliaryTrainingWrapper, BaseTunerLayer)):
             bare = bare.original_module if isinstance(bare, AuxiliaryTrainingWrapper) else bare.get_base_layer()
         if bare is not module:
             model.set_submodule(name, bare)
+            last = name
     vars(model).pop("peft_config", None)
 
 
@@ -241,7 +242,9 @@ def _left_as_it_was(model: torch.nn.Module, place: PolicySource) -> Iterator[Bas
                     now.update(before)
             for now, before in zip(_hooks(module, live=True), hooks, strict=True):  # for gradient checkpointing
                 for key in [key for key in now if key not in before]:
-                    del now[key]
+                    # transformers puts its own on layers once, at the first call, and they belong to the model
+                    if getattr(now[key], "__module__", None) != _CAPTURES_OUTPUTS:
+                        del now[key]
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
         vars(model).pop("peft_config", None)
