@@ -8,6 +8,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+import trl.trainer.dpo_trainer
 from conftest import QUICK, make_dataset, make_model
 from peft import (
     AutoPeftModelForCausalLM,
@@ -22,13 +23,17 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from test_policy_sources import logits, save_adapter
 from transformers import AutoModelForCausalLM
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, ModelConfig
 
 from trl_ama import AMAConfig, AMAError, AMATrainer
 from trl_ama.base_weights import BaseWeights, checksums
+from trl_ama.own_adapter import OwnBase
+from trl_ama.pipeline_arguments import PipelineArguments
 from trl_ama.policies import trained_policy, trained_policy_and_reference
 from trl_ama.policy_objects import check_policy
+from trl_ama.run_settings import RunSettings
 from trl_ama.scoring import ScoringTrainer
+from trl_ama.task_config import TaskMixtureConfig
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -286,6 +291,25 @@ def test_the_reference_is_the_base_all_along(base_dir, tmp_path, start):
     np.testing.assert_allclose(chosen, by_hand(load(base_dir), pairs, "chosen"), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [*KINDS, *STARTS])
+def test_without_a_trained_adapter_of_any_kind_the_base_is_left(trainer, base_dir, kind):
+    """As DPOTrainer makes, trains and disables it."""
+    own, fresh, model = OwnBase(), logits(load(base_dir)), load(base_dir)
+    with own.watched(base_dir):
+        policy = trl.trainer.dpo_trainer.get_peft_model(model, config_of(kind)).eval()
+    assert own.moves_reference == (kind in ("pissa", "olora", "kasa", "bias all", "bias lora_only"))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    moved = logits(policy)
+    assert (moved - fresh).abs().max() > 1e-3
+    for _ in range(2):
+        with own.reference(trainer), policy.disable_adapter():
+            assert torch.equal(logits(policy), fresh)
+        assert torch.equal(logits(policy), moved)
+
+
 def test_precomputed_references_are_those_of_the_base(base_dir, tmp_path):
     trainer = build(base_dir, tmp_path, config_of("pissa"), {}, mixing="uniform", precompute_ref_log_probs=True)
     assert_scored(trainer, "ref", load(base_dir))
@@ -369,6 +393,18 @@ def test_policies_that_dpo_trainer_would_not_train_or_mistake(base_dir, tmp_path
     ):
         with pytest.raises(AMAError, match=text):
             build(policy, tmp_path, None, {}, mixing="proportional")
+    merged = PeftModel.from_pretrained(load(base_dir), plain, is_trainable=True)
+    merged.merge_adapter()
+    with pytest.raises(AMAError, match="adapter is merged into the base's weights"):
+        build(merged, tmp_path, None, {}, mixing="proportional")
+    frozen = build(adapted(base_dir, plain), tmp_path, None, {}, mixing="proportional", ref_model=load(base_dir))
+    with pytest.raises(AMAError, match="No weight of the policy is trainable. .*is_trainable=True"):
+        frozen.train()
+    settings = RunSettings(
+        PipelineArguments(), AMAConfig(str(tmp_path / "run"), **QUICK), ModelConfig(plain), TaskMixtureConfig()
+    )
+    with pytest.raises(AMAError, match="is an adapter .* and training starts from a model"):
+        _ = settings.tokenizer
     trainer = build(named, tmp_path, None, {}, mixing="proportional", ref_model=load(base_dir))
     trainer.train()
     assert trainer.state.global_step == 3

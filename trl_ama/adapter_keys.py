@@ -73,7 +73,7 @@ def keys_problem(config: PeftConfig, shapes: dict[str, tuple[int, ...]], base_mo
         return loading_problem(error)
     # As PeftModel.load_adapter does: the base's own weights are missing from every adapter
     missing = [key for key in result.missing_keys if prefix in key and ADAPTER in key]
-    return result_problem(missing, result.unexpected_keys)
+    return result_problem(model, missing, result.unexpected_keys)
 
 
 def _empty_model(base_model: str, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedModel:
@@ -105,8 +105,22 @@ def loading_problem(error: Exception) -> str | None:
     return _no_targets(error)
 
 
-def result_problem(missing: list[str], unexpected: list[str]) -> str | None:
-    """What PEFT's load result says, in words; `None` if every weight found its place."""
+def result_problem(model: torch.nn.Module, missing: list[str], unexpected: list[str]) -> str | None:
+    """What PEFT's load result says of a model, in words; `None` if every weight found its place.
+
+    Two kinds of weights are saved under one name and looked for under several, or the other way round: those that layers share (VBLoRA's
+    vector bank), and trained tokens of a head that is tied to the embeddings.
+    """
+    if missing:
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        brought = {id(parameter) for name, parameter in parameters.items() if name not in missing}
+        missing = [name for name in missing if id(parameters.get(name)) not in brought]
+    modules = dict(model.named_modules()) if unexpected else {}
+    unexpected = [
+        name
+        for name in unexpected
+        if getattr(modules.get(name.partition(".trainable_tokens_delta")[0]), "tied_adapter", None) is None
+    ]
     parts = [
         f"{len(names)} are {kind} (the first: '{_plain(names[0])}')"
         for kind, names in (("missing", sorted(missing)), ("unexpected", sorted(unexpected)))

@@ -45,9 +45,9 @@ def write_merged_card(folder: Path, name: str, place: PolicySource, base: str, n
         base_model=hub_link(base, "model", note["base_revision"]) if base_id else code(public_name(base)) + " (local)",
         into=_into(note),
         weights=f"{note['parameters']:,} parameters in {note['dtype']}",
-        compared="the quantised base" if note["into"] == "dequantized" else "the same base, not quantised",
+        compared="the same weights",
         difference=difference(note),
-        explanation=explanation(note),
+        explanation=f"{explanation(note)}\n\n{rounding(note)}",
         use_python=load_snippet(None, uses_peft=False),
         versions=versions_line(),
     )
@@ -59,13 +59,28 @@ def _into(note: dict[str, Any]) -> str:
 
 
 def difference(note: dict[str, Any]) -> str:
-    """How far the checkpoint is from what it was merged from, in words."""
-    if note["mean_difference"] is None:
-        return "not measured"
+    """How far the checkpoint is from what it was merged from, in words, and next to what the adapter does."""
+    share, effect = note["share_of_effect"], note["adapter_effect"]
+    of_effect = "where the adapter changes nothing"
+    if share is not None:
+        of_effect = f"{share:.2%} of what the adapter changes ({effect:.2g})"
     return (
-        f"{note['mean_difference']:.2g} nats a token in the mean, {note['largest_difference']:.2g} at most "
+        f"{note['mean_difference']:.2g} nats a token in the mean, {of_effect}; {note['largest_difference']:.2g} at most "
         f"({note['compared_tokens']} tokens)"
     )
+
+
+def rounding(note: dict[str, Any]) -> str:
+    """What rounding the weights does, and 4 or 8 bits did, in words."""
+    text = (
+        f"Rounding the merged weights to {note['dtype']} alone moves log-probs by {note['rounding']:.2g} nats a token."
+    )
+    if "quantized_difference" in note:
+        text += (
+            f" From the quantised base with the adapter, in its own arithmetic, the checkpoint is {note['quantized_difference']:.2g} nats a "
+            f"token away; without the adapter the two are {note['quantized_base_difference']:.2g} apart."
+        )
+    return text
 
 
 def explanation(note: dict[str, Any]) -> str:

@@ -53,8 +53,8 @@ def check_sequences(
         sequences.append([token for pair in zip(tokens, drawn, strict=False) for token in pair])
     waits_for = adapter_config.get("alora_invocation_tokens") or []
     sequences = [sequence[: _LENGTH - len(waits_for)] for sequence in sequences]
-    # After the first tokens, as the adapter works from there on
-    sequences = [sequence[:2] + waits_for + sequence[2:] for sequence in sequences]
+    if waits_for:  # in the middle: the adapter works from there on, and must not do so before
+        sequences = [one[: len(one) // 2] + waits_for + one[len(one) // 2 :] for one in sequences]
     return [sequence for sequence in sequences if len(sequence) > 1 and max(sequence) < vocab_size]
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +13,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .adapter_keys import saved_shapes
 from .errors import AMAError, sentence
 from .merged_check import in_32_bits, is_wrapper, log_probs
 from .policies import load_adapter
-from .policy_files import ADAPTER_WEIGHTS, PolicySource
+from .policy_files import PolicySource, capital
 from .quantized import dequantized_weight, keep_weights, quantized_layers
 
 
@@ -104,14 +102,16 @@ def merged_model(
         with in_32_bits(model):
             base = log_probs(model, sequences)
         types = {name: parameter.dtype for name, parameter in model.named_parameters()}
-        _untie(model, place)
         wrapped = load_adapter(model, place.peft_config(), place, place.adapter_folder())
         with in_32_bits(wrapped):
             adapted = log_probs(wrapped, sequences)
         changed = [name for name, module in model.named_modules() if is_wrapper(module)]
+        was_tied = _untie(model)
         merged = _merge_layers(wrapped, place)
         for name, parameter in merged.named_parameters():  # whole modules that were trained are in 32 bits
             parameter.data = parameter.data.to(types.get(name, dtype))
+        if was_tied:
+            _tie(merged)
         return Merged(merged, changed, base, adapted, quantized)
 
 
@@ -138,28 +138,33 @@ def _copy_weights(quantized: PreTrainedModel, model: PreTrainedModel) -> None:
             model.get_parameter(name).copy_(parameter)
 
 
-def _untie(model: PreTrainedModel, place: PolicySource) -> None:
-    """Give the head weights of its own if the adapter changes the embeddings or the head, and not both alike.
+def _untie(model: PreTrainedModel) -> bool:
+    """Give a tied head weights of its own, under its adapter; whether it was tied.
 
-    A layer of LoRA changes what one of the two computes; merged into the weights that both share, it would change the other
-    one too.
+    A layer of LoRA changes what one of head and embeddings computes, or both: merged into the weights that they share, it would change the
+    other one, too, or be added twice.
     """
-    if any(place.adapter_config.get(name) for name in ("ensure_weight_tying", "trainable_token_indices")):
-        return  # PEFT then changes both
-    shapes = saved_shapes(os.path.join(place.adapter_folder(), ADAPTER_WEIGHTS))
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    head, embeddings = _bare(model.get_output_embeddings()), _bare(model.get_input_embeddings())
     if head is None or head.weight is not embeddings.weight:
-        return
-    names = {id(module): name for name, module in model.named_modules()}
-    changed = {names[id(head)], names[id(embeddings)]}
-    if not any(f"{name}." in key for key in shapes for name in changed):
-        return
+        return False
     head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    for config in {
-        id(model.config): model.config,
-        id(model.config.get_text_config()): model.config.get_text_config(),
-    }.values():
-        config.tie_word_embeddings = False
+    return True
+
+
+def _bare(module: torch.nn.Module | None) -> torch.nn.Module | None:
+    while is_wrapper(module):
+        module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+    return module
+
+
+def _tie(model: PreTrainedModel) -> None:
+    """Tie head and embeddings again if they are still the same, and say in the configuration if they are not."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = torch.equal(head.weight, embeddings.weight)
+    if tied:
+        head.weight = embeddings.weight
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = tied
 
 
 @torch.no_grad()
@@ -168,6 +173,16 @@ def _merge_layers(wrapped: PeftModel, place: PolicySource) -> PreTrainedModel:
 
     And each layer once: of some kinds (OSF), PEFT adds what was learned a second time if it is asked twice.
     """
+    if not hasattr(wrapped.base_model, "merge_and_unload"):
+        raise AMAError(
+            f"{capital(place.who)} ('{place.given}') is of the kind {place.adapter_config.get('peft_type')}, which works beside the base's "
+            "layers and not on their weights, so it cannot be merged. Use it as an adapter."
+        )
+    if place.adapter_config.get("alora_invocation_tokens"):
+        raise AMAError(
+            f"{capital(place.who)} ('{place.given}') is an aLoRA adapter, which works from its invocation tokens on; merged, it would work "
+            "before them, too. Use it as an adapter."
+        )
     try:
         for layer in [module for module in wrapped.modules() if isinstance(module, BaseTunerLayer)]:
             layer.merge = functools.partial(_merge_in_32_bits, layer, layer.merge)

@@ -53,8 +53,8 @@ def merge_adapter(
 ) -> dict[str, Any]:
     """Merge an adapter into a full checkpoint with tokenizer, chat template, generation configuration and card.
 
-    The sums are made in 32 bits, a layer at a time, and rounded once. The checkpoint is read back and held against the
-    adapter on its base before it is put into its place.
+    The sums are made in 32 bits, a layer at a time, and rounded once. The checkpoint is read back and held to what the adapter
+    does on its base before it is put into its place.
 
     Args:
         adapter (`str`): Adapter folder, or Hub id with an optional `@revision`.
@@ -64,7 +64,7 @@ def merge_adapter(
         training ([`Training`], *optional*): What the adapter was trained on, unless its folder says (`stage.json`).
         into (`str`, *optional*): `"base"`, or `"dequantized"`: the weights of the quantised base. The latter is the default for
             an adapter that is known to be trained on one.
-        save_dtype (`str`): `"auto"` is the base checkpoint's.
+        save_dtype (`str`): `"auto"` is the base checkpoint's, unless that would round much of the adapter away, which is an error.
         overwrite (`bool`): Whether to replace what an earlier merge wrote to `output`.
         trust_remote_code (`bool`): Whether code that the base brings may run.
 
@@ -80,8 +80,14 @@ def merge_adapter(
             raise AMAError(f"{name} is '{value}', but must be one of {list(known)}.")
     place = policy_source(_WHO, adapter, check_again=True)
     if place.adapter_config is None:
+        several = sorted(path.parent.name for path in Path(place.name).glob("*/adapter_config.json"))
         raise AMAError(
-            f"{capital(_WHO)} ('{adapter}') has no adapter_config.json, so there is nothing to merge. A full model can be used as it is."
+            f"{capital(_WHO)} ('{adapter}') has no adapter_config.json, so there is nothing to merge. "
+            + (
+                f"It holds adapters in folders of its own: name one of {several}."
+                if several
+                else "A full model can be used as it is."
+            )
         )
     base_model = base_model or place.adapter_config.get("base_model_name_or_path")
     if not base_model:

@@ -31,6 +31,7 @@ from .quantized import is_quantized, keep_weights
 
 # Gives a policy's model for the time of a context: for one batch, or for all of them
 Policy = Callable[[], AbstractContextManager[torch.nn.Module]]
+_CAPTURES_OUTPUTS = "transformers.utils.output_capturing"
 # Kinds of adapters that were seen to leave, when PEFT disables them, the base bit by bit
 _EXACT_WHEN_DISABLED = {
     PeftType.LORA, PeftType.ADALORA, PeftType.LOHA, PeftType.LOKR, PeftType.IA3, PeftType.VERA
@@ -183,11 +184,7 @@ def _loaded(base: torch.nn.Module, config: PeftConfig, place: PolicySource, fold
                 f"PEFT cannot put {place.who} ('{place.given}') on the base model '{name}': {sentence(error)} Use an adapter "
                 "of another kind, or merge it into a model and name that instead."
             ) from error
-    places = dict(model.named_parameters(remove_duplicate=False))
-    # Weights that layers share, such as VB-LoRA's bank, are in the file once
-    there = {id(parameter) for name, parameter in places.items() if name not in result.missing_keys}
-    missing = [name for name in result.missing_keys if id(places.get(name)) not in there]
-    problem = result_problem(missing, result.unexpected_keys)
+    problem = result_problem(model, result.missing_keys, result.unexpected_keys)
     if problem is not None:
         raise misfit(place, get_config_model_id(base.config), problem)
     if is_quantized(base) and "BF16" in saved_types(os.path.join(folder, ADAPTER_WEIGHTS)):
@@ -245,7 +242,9 @@ def _left_as_it_was(model: torch.nn.Module, place: PolicySource) -> Iterator[Bas
                     now.update(before)
             for now, before in zip(_hooks(module, live=True), hooks, strict=True):  # for gradient checkpointing
                 for key in [key for key in now if key not in before]:
-                    del now[key]
+                    # transformers puts its own on layers once, at the first call, and they belong to the model
+                    if getattr(now[key], "__module__", None) != _CAPTURES_OUTPUTS:
+                        del now[key]
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
         vars(model).pop("peft_config", None)

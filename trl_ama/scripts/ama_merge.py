@@ -30,7 +30,8 @@ class MergeArguments:
             `"base"`: the base as it is saved. `"dequantized"`: the weights of the quantised base that the adapter was trained
             on; the default for such an adapter.
         save_dtype (`str`, *optional*, defaults to `"auto"`):
-            `"bfloat16"`, `"float16"`, `"float32"`, or `"auto"` for the base checkpoint's.
+            `"bfloat16"`, `"float16"`, `"float32"`, or `"auto"` for the base checkpoint's, unless that rounds much of the adapter
+            away.
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether to replace what an earlier merge wrote to `output`.
     """
@@ -67,7 +68,7 @@ class MergeArguments:
 def main(merge_args: MergeArguments, pipeline_args, training_args, model_args, task_args) -> None:
     """Merge, and say what was done."""
     from trl_ama.errors import AMAError
-    from trl_ama.merged_card import difference, explanation
+    from trl_ama.merged_card import difference, explanation, rounding
     from trl_ama.merging import merge_adapter, training_from
     from trl_ama.mixing import STRATEGIES
 
@@ -91,7 +92,8 @@ def main(merge_args: MergeArguments, pipeline_args, training_args, model_args, t
     where = "the dequantised base" if note["into"] == "dequantized" else "the base as it is saved"
     print(f"Merged:     {adapter} (trained on a base: {note['trained_on']})")
     print(f"Into:       {where}, {note['base_model']}")
-    print(f"Difference: {difference(note)}, from the adapter on its base")
+    print(f"Difference: {difference(note)}, from the adapter on the same weights")
+    print(rounding(note))
     print(explanation(note))
     print(f"Checkpoint: {merge_args.output} ({note['parameters']:,} parameters in {note['dtype']})", flush=True)
 
