@@ -1,7 +1,6 @@
 """`prefix_sharing="auto"` gives DPOTrainer's numbers: with every setting of `corpus_settings.py`, and every kind of adapter that
 PEFT has, whether the fast path is taken or not."""
 
-import gc
 import importlib.util
 
 import pytest
@@ -14,15 +13,6 @@ from trl import DPOConfig, DPOTrainer
 from trl_ama import AMAConfig, AMATrainer
 from trl_ama.errors import AMAError
 from trl_ama.prefix_trainer import SpecialistTrainer
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _light():
-    """The Trainer collects garbage before it trains, two fifths of such a run: what is there already need not be looked at."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -106,7 +106,7 @@ class PrefixSharing:
         self, model: torch.nn.Module, kwargs: dict[str, Any], pairs: PackedPairs | None, reason: str | None, use: str
     ) -> str | None:
         """Why this call takes the plain path, if it does; by a proof if the model was not called like this before."""
-        if PartialState().num_processes == 1 and pairs is None:
+        if pairs is None and not _several_processes():
             return reason
         verdicts = self._proofs.setdefault(model, {})
         # A hook that is set later, or another adapter, is another case
@@ -277,6 +277,10 @@ class SharedForward:
         if is_new:
             self._sharing.note_draws(self._model, RandomState(next(self._model.parameters()).device) != before)
         return outputs
+
+
+def _several_processes() -> bool:
+    return PartialState().num_processes > 1
 
 
 def _kind(adapter: Any) -> str:
