@@ -27,6 +27,7 @@ logger = get_logger(__name__)
 
 _CALL = {"input_ids", "attention_mask", "labels", "use_cache", "fused_lm_head"}  # what DPOTrainer gives a text model
 _LATER = "the first batch says nothing"  # its numbers are not finite, or another process has none that can be packed
+_MIXES_TOKENS = {"LILY"}
 _SHARED_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -105,7 +106,7 @@ class PrefixSharing:
         self, model: torch.nn.Module, kwargs: dict[str, Any], pairs: PackedPairs | None, reason: str | None, use: str
     ) -> str | None:
         """Why this call takes the plain path, if it does; by a proof if the model was not called like this before."""
-        if PartialState().num_processes == 1 and pairs is None:
+        if pairs is None and not _several_processes():
             return reason
         verdicts = self._proofs.setdefault(model, {})
         # A hook that is set later, or another adapter, is another case
@@ -240,7 +241,7 @@ class PrefixSharing:
         """Whether anything draws random numbers; which modules could is looked up once, as a walk takes milliseconds."""
         if model not in self._may_draw:
             self._may_draw[model] = _may_draw(model)
-        return any(getattr(module, name) > 0 for module, name in self._may_draw[model])
+        return any(_level(getattr(module, name)) > 0 for module, name in self._may_draw[model])
 
     def _refuse(self, model: torch.nn.Module, reason: str, counts: bool = True) -> None:
         self.taken["plain"] += counts
@@ -278,6 +279,15 @@ class SharedForward:
         return outputs
 
 
+def _several_processes() -> bool:
+    return PartialState().num_processes > 1
+
+
+def _kind(adapter: Any) -> str:
+    kind = getattr(adapter, "peft_type", None)
+    return str(getattr(kind, "value", kind))
+
+
 def broken_rule(
     model: torch.nn.Module, args: DPOConfig, parallelism: ParallelismConfig | None = None, training: bool = True
 ) -> str | None:
@@ -305,6 +315,9 @@ def broken_rule(
     adapters = getattr(unwrapped(model), "peft_config", None) or {}
     if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
         return "its adapter learns a prompt, which would come before every pair"
+    mixing = [name for name in map(_kind, adapters.values()) if name in _MIXES_TOKENS]
+    if mixing:
+        return f"its adapter ({mixing[0]}) averages over all tokens of a batch, padding among them"
     if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters.values()):
         return (
             "its adapter (aLoRA) acts from where its invocation tokens are in each row, which a packed row has many of"
@@ -330,6 +343,12 @@ def _may_draw(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
         if isinstance(module, torch.nn.Dropout):
             found.append((module, "p"))
         else:
-            names = [name for name, value in vars(module).items() if isinstance(value, float)]
+            names = [name for name, value in vars(module).items() if isinstance(value, (float, dict))]
             found += [(module, name) for name in names if "drop" in name or "jitter" in name]
     return found
+
+
+def _level(value: Any) -> float:
+    """How much is drawn: a number, or one for each adapter, as PEFT has them."""
+    values = value.values() if isinstance(value, dict) else [value]
+    return max((float(one) for one in values if isinstance(one, (int, float))), default=0.0)
