@@ -5,22 +5,32 @@ import warnings
 
 import torch
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .errors import AMAError, nearest
 
 
 _MOST_SHOWN = 12
+_LAYERS = (torch.nn.Linear, torch.nn.Embedding)
+_OTHER_LAYERS = ("Conv1D", "Linear4bit", "Linear8bitLt")
 
 
 def leaf_names(model: torch.nn.Module) -> list[str]:
-    """Last parts of the names of the model's linear layers, in their order, each once."""
-    kinds = (torch.nn.Linear, torch.nn.Embedding)
-    names = [
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, kinds) or type(module).__name__ in ("Conv1D", "Linear4bit", "Linear8bitLt")
-    ]
-    return list(dict.fromkeys(name for name in names if name and not name.isdigit()))
+    """Last parts of the names of the layers that adapters are for, in their order, each once; adapted ones under their own name."""
+    found: dict[str, None] = {}
+    adapted: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{layer}.") for layer in adapted[-1:]):
+            continue
+        is_adapted = isinstance(module, BaseTunerLayer)
+        if is_adapted:
+            adapted.append(name)
+        last = name.rpartition(".")[2]
+        if (
+            is_adapted or isinstance(module, _LAYERS) or type(module).__name__ in _OTHER_LAYERS
+        ) and not last.isdigit():
+            found[last] = None
+    return [name for name in found if name]
 
 
 def check_adapter(model: torch.nn.Module, config: PeftConfig) -> None:
@@ -104,17 +114,13 @@ def _check_parameters(model: torch.nn.Module, targets: list[str], dropout: float
         _warn(f"{said} Only the others are adapted.")
 
 
-def explain_adapter(error: Exception, layers: list[str]) -> str | None:
-    """The sentence that goes on after an error of PEFT's, with the keys that it is about; `None` if it is not PEFT's.
-
-    Args:
-        error (`Exception`): What was raised.
-        layers (`list[str]`): Of [`leaf_names`].
-    """
+def explain_adapter(error: Exception, model: torch.nn.Module | None) -> str | None:
+    """The sentence that goes on after an error of PEFT's, with the keys that it is about; `None` if it is not PEFT's."""
     trace = error.__traceback__
     while trace is not None:
         if "/peft/" in trace.tb_frame.f_code.co_filename.replace("\\", "/"):
-            return f"Look at the lora_* keys (peft_config); the model has the layers {layers[:_MOST_SHOWN]}."
+            has = "" if model is None else f"; the model has the layers {leaf_names(model)[:_MOST_SHOWN]}"
+            return f"Look at the lora_* keys (peft_config){has}."
         trace = trace.tb_next
     return None
 

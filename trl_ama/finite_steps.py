@@ -12,9 +12,9 @@ import torch
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
-from trl import DPOTrainer
 
 from .errors import AMAError
+from .start_errors import StartErrorsTrainer
 
 
 logger = get_logger(__name__)
@@ -35,18 +35,14 @@ class _NoBrokenSaves(TrainerCallback):
     on_epoch_end = on_step_end
 
 
-class FiniteStepTrainer(DPOTrainer):
+class FiniteStepTrainer(StartErrorsTrainer):
     """
     A [`~trl.DPOTrainer`] that leaves out the optimizer steps whose gradient is not finite.
 
     fp16's loss scaling does so itself, and DeepSpeed steps within the backward pass, where nothing can be left out; the run
     ends after [`trl_ama.finite_steps.MOST_IN_A_ROW`] steps there, too.
-
-    Attributes:
-        what (`str`): Who is trained, for messages.
     """
 
-    what = "The policy"
     # Of the step under way, where pairs can be told apart: those without a finite loss, by task, and how many there were
     _broken_pairs: tuple[dict[str, int], int] | None = None
     _left_out = _in_a_row = _verified_step = 0

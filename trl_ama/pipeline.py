@@ -32,6 +32,7 @@ from .run_settings import RunSettings
 from .run_start import STAGES, check_recipe, describe_plan
 from .safe_files import check_seal, is_full, sealed
 from .specialists import require_specialists, train_specialists
+from .stage_rehearsal import rehearse_stages
 from .task_config import TaskMixtureConfig
 from .versions import VERSIONS, check_version
 
@@ -80,6 +81,7 @@ def run_pipeline(
     ):
         with main_first():
             check_recipe(settings, stages)
+        rehearse_stages(settings, stages)
         plan = from_main(lambda: describe_plan(settings, stages))
         makes_something = set(stages) - {"eval"}  # else `max_length` has been told of
         _say("\n".join([*plan, *(length_lines(settings) if makes_something else [])]))

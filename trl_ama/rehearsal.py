@@ -30,7 +30,7 @@ from transformers.utils import logging
 from trl import DPOTrainer
 from trl.trainer.utils import create_model_from_path
 
-from .adapter_settings import check_adapter, explain_adapter, leaf_names
+from .adapter_settings import check_adapter, explain_adapter
 from .ama_config import AMAConfig
 from .errors import AMAError
 from .memory_trace import fill_with_fakes
@@ -133,8 +133,9 @@ def rehearse(
     pairs: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     peft_config: PeftConfig | None = None,
+    runs_batch: bool = False,
 ) -> None:
-    """Build DPOTrainer on a model without weights, with a few pairs, and run a batch's shapes through it.
+    """Build DPOTrainer on a model without weights, with a few pairs.
 
     Args:
         what (`str`): The stage, for messages, e.g. `"The specialist of task 'code'"`.
@@ -143,6 +144,7 @@ def rehearse(
         pairs (`Dataset`): A few of its pairs.
         tokenizer (`PreTrainedTokenizerBase`): The model's.
         peft_config (`PeftConfig`, *optional*): The adapter's.
+        runs_batch (`bool`): Whether a batch's shapes are run through it, too.
 
     Raises:
         AMAError: If TRL or a library below it refuses something; the message names the keys to look at.
@@ -153,7 +155,6 @@ def rehearse(
             f"The weights of '{model.name_or_path}' are quantised, and weights of so few bits cannot be trained themselves. Set "
             "use_peft: true (pass a peft_config), or take the model that they were made from."
         )
-    layers = leaf_names(model)
     if peft_config is not None:
         peft_config = copy.deepcopy(peft_config)
         if not isinstance(getattr(peft_config, "init_lora_weights", True), bool):
@@ -163,7 +164,7 @@ def rehearse(
         with told(
             f"{what} cannot be trained with these settings",
             "the training arguments",
-            lambda error: _explained(error, layers),
+            lambda error: explained(error, model),
         ):
             trainer = _Rehearsal(
                 model,
@@ -175,14 +176,34 @@ def rehearse(
                 peft_config=peft_config,
             )
         check_optimization(args, trainer.model)
-        if len(trainer.train_dataset) == 0:
-            return  # all were cut away, which is told of where the data is looked at
-        with told(
-            f"{what} gets no batches with these settings", "per_device_train_batch_size and the dataloader_* keys"
-        ):
-            batch = trainer.data_collator([trainer.train_dataset[0]])
+        if not runs_batch or len(trainer.train_dataset) == 0:
+            return  # all cut away is told of where the data is looked at
         with told(f"{what} cannot run a batch", "the model and the adapter's settings"):
-            _run(trainer, batch)
+            _run(trainer, trainer.data_collator([trainer.train_dataset[0]]))
+
+
+def check_batches(what: str, args: AMAConfig, count: int, columns: list[str]) -> None:
+    """Raise an `AMAError` if an epoch has no batch, or batches are to be made by lengths that nobody has.
+
+    Args:
+        what (`str`): What is trained, for the message.
+        args ([`AMAConfig`]): The training arguments.
+        count (`int`): How many pairs there are.
+        columns (`list[str]`): What they have.
+    """
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and count < batch:
+        raise AMAError(
+            f"{what} has {count} pairs, and dataloader_drop_last drops what does not fill a batch of {batch} "
+            "(per_device_train_batch_size on every process), so nothing would be trained. Lower it, or set "
+            "dataloader_drop_last: false."
+        )
+    by_length = args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+    if by_length and args.length_column_name not in columns:
+        raise AMAError(
+            f"train_sampling_strategy '{args.train_sampling_strategy}' sorts pairs by a column of lengths, and they have none named "
+            f"'{args.length_column_name}' (length_column_name). Add it to the dataset, or use 'random'."
+        )
 
 
 def check_optimization(args: AMAConfig, model: torch.nn.Module) -> None:
@@ -237,9 +258,15 @@ def _rehearsal_arguments(args: AMAConfig, folder: str) -> AMAConfig:
     return own
 
 
-def _explained(error: Exception, layers: list[str]) -> str | None:
+def explained(error: Exception, model: torch.nn.Module | None) -> str | None:
+    """The sentence that goes on after an error of another library's: none if it names a key, PEFT's keys if it is PEFT's.
+
+    Args:
+        error (`Exception`): What was raised.
+        model (`torch.nn.Module`, *optional*): The model.
+    """
     names = {field.name for field in dataclasses.fields(AMAConfig)}
-    return "" if names & set(re.findall(r"\w+", str(error))) else explain_adapter(error, layers)
+    return "" if names & set(re.findall(r"\w+", str(error))) else explain_adapter(error, model)
 
 
 def _run(trainer: DPOTrainer, batch: dict[str, Any]) -> None:

@@ -1,0 +1,87 @@
+"""A DPOTrainer whose errors at the start, which are those of the libraries below it, are one sentence each."""
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from trl import DPOTrainer
+
+from .adapter_settings import check_adapter
+from .errors import AMAError
+from .others_errors import told
+from .rehearsal import check_batches, empty_policy, explained
+from .token_limits import TokenLimits
+
+
+class StartErrorsTrainer(DPOTrainer):
+    """
+    A [`~trl.DPOTrainer`] that says in one sentence, naming the keys, why it cannot be made or cannot begin.
+
+    What DPOTrainer trains, it trains; an error stays of the kind that DPOTrainer raises.
+
+    Attributes:
+        what (`str`): Who is trained, for messages.
+    """
+
+    what = "The policy"
+
+    def __init__(self, model: Any, *args: Any, **kwargs: Any):
+        config = kwargs.get("peft_config")
+        given = kwargs.get("args") or next((one for one in args if hasattr(one, "per_device_train_batch_size")), None)
+
+        def explain(error: Exception) -> str | None:
+            if isinstance(error, IndexError) and "out of range" in str(error):
+                return "Some token, or some position, is beyond the model's embeddings: use the tokenizer that the model was made with."
+            if config is None:
+                return explained(error, None)
+            policy = model if isinstance(model, torch.nn.Module) else _empty(model, given)
+            if policy is not None:
+                check_adapter(policy, config)
+            return explained(error, policy)
+
+        with told("This cannot be trained", "the training arguments and the model", explain):
+            super().__init__(model, *args, **kwargs)
+        if config is not None:
+            check_adapter(self.model, config)  # warns of what PEFT did without a word
+        limits = TokenLimits(self.model, self._tokenizer)
+        if limits.apply:
+            held_out = (
+                self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
+            )
+            for where, part in {"train_dataset": self.train_dataset, **held_out}.items():
+                if isinstance(part, Dataset):
+                    limits.check(part, where, self.args.max_length)
+
+    def get_train_dataloader(self):
+        with told(
+            "There are no batches", "per_device_train_batch_size, train_sampling_strategy and the dataloader_* keys"
+        ):
+            if isinstance(self.train_dataset, Dataset):
+                check_batches(self.what, self.args, len(self.train_dataset), self.train_dataset.column_names)
+            return super().get_train_dataloader()
+
+    def create_optimizer(self, *args, **kwargs):
+        with told(
+            f"optim '{getattr(self.args.optim, 'value', self.args.optim)}' cannot be made",
+            "optim, optim_args and optim_target_modules",
+        ):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args, **kwargs):
+        kind = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
+        with told(
+            f"lr_scheduler_type '{kind}' cannot be made",
+            f"lr_scheduler_kwargs (now {self.args.lr_scheduler_kwargs or {}}) and warmup_steps",
+        ):
+            return super().create_scheduler(*args, **kwargs)
+
+
+def _empty(name: str, args: Any) -> torch.nn.Module | None:
+    try:
+        return empty_policy(
+            name,
+            getattr(args, "model_init_kwargs", None) or {},
+            trust_remote_code=getattr(args, "trust_remote_code", False),
+        )
+    except (AMAError, OSError):
+        return None
