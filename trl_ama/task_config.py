@@ -166,7 +166,7 @@ class TaskMixtureConfig:
             The tasks; see [`TaskConfig`]. On the command line, each as inline YAML, replacing the recipe's list:
             `--tasks '{task: helpful, path: json, data_files: helpful.jsonl}' '{task: code, path: org/code}'`.
         tasks_dir (`str`, *optional*):
-            Folder to read every task from instead: `<task>_train.*` and `<task>_test.*` (JSON lines, Parquet or CSV,
+            Folder to read every task from instead: `<task>_train.*` and `<task>_test.*` (JSON lines, Parquet, CSV or TSV,
             possibly compressed), in TRL's preference format: `columns` and `format` do not apply. Points a recipe at local
             data without editing it.
         test_split_size (`float`, *optional*):
