@@ -133,7 +133,7 @@ def _look_at(
         if sample is not None and len(part) > sample:
             rows = np.sort(np.random.default_rng(args.seed).choice(len(part), sample, replace=False))
         columns = [name for name in (*PAIR_COLUMNS, *EXTRA_COLUMNS) if name in part.column_names]
-        read = part.select(rows).select_columns(columns).to_list()
+        read = list(part.select(rows).select_columns(columns))
         mistakes: Counter[str] = Counter()
         first: dict[str, tuple[int, str]] = {}
         for number, row in zip(rows.tolist(), read, strict=True):

@@ -117,18 +117,24 @@ def _messages(value: Any) -> list[tuple[str, str]]:
     if not isinstance(value, list):
         return [("", "" if value is None else str(value)[:_LONGEST])]
     messages = []
-    for message in value:
+    for message in map(_parsed, value):
         content = message.get("content") if isinstance(message, dict) else message
         role = str(message.get("role") or "") if isinstance(message, dict) else ""
-        if not isinstance(content, str):  # parts of several kinds, or calls of tools
-            shown = (
-                {key: entry for key, entry in message.items() if key != "role" and entry is not None}
-                if role
-                else content
-            )
+        more = {key: entry for key, entry in message.items() if entry is not None} if role else {}
+        more = {key: entry for key, entry in more.items() if key not in ("role", "content")}
+        if more or not isinstance(content, str):  # parts of several kinds, calls of tools, …
+            shown = content if not role else more if content is None else {"content": content, **more}
             content = json.dumps(shown, ensure_ascii=False, default=str)
         messages.append((role[:40], content[:_LONGEST]))
     return messages
+
+
+def _parsed(message: Any) -> Any:
+    """A message out of a column of Json, or as it is."""
+    try:
+        return json.loads(message) if isinstance(message, str) else message
+    except ValueError:
+        return message
 
 
 def loss_stderr(folder: Path | None, fingerprint: dict[str, Any]) -> float | None:
