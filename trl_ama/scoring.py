@@ -17,12 +17,14 @@ from trl import DPOTrainer
 from . import interruption
 from .columns import list_lengths
 from .loss_shards import LossShards
+from .pair_images import has_images
 from .policies import Policy, reference_policy, trained_policy_and_reference
 from .preference_losses import sequence_logps
 from .prefix_sharing import causal_lm, packed_forward
 from .prefix_support import PrefixSharing
 from .prefix_trainer import PrefixSharingTrainer
 from .processes import from_main, is_sharded, whole_models
+from .tasks import EXTRA_COLUMNS, IMAGE_COLUMNS, PAIR_COLUMNS
 
 
 _INPUTS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -39,6 +41,8 @@ class ScoringTrainer(PrefixSharingTrainer):
     def __init__(self, *args, **kwargs):
         with whole_models():
             super().__init__(*args, **kwargs)
+        if has_images(self.train_dataset):
+            self.ref_model = None  # of pairs with images DPOTrainer cannot be told not to load one
         if is_sharded(self.accelerator):  # where the Trainer leaves it to be placed when it is shared out
             self.model.to(self.accelerator.device)
 
@@ -74,7 +78,8 @@ def score_policies(
         trainer (`DPOTrainer`): Gives the collator, device, precision and `ld_alpha`.
         policies (`dict[str, Policy]`): Prefix of the columns' names, e.g. `"ref_"` → opens a model with TRL's fused LM head.
             A policy is opened again for every batch; what is costly about it should be open already.
-        dataset (`Dataset`): Pairs as `DPOTrainer` prepares them (`prompt_ids`, `chosen_ids`, `rejected_ids`). # N rows
+        dataset (`Dataset`): Pairs as `DPOTrainer` prepares them: `prompt_ids`, `chosen_ids`, `rejected_ids`; or, of pairs with
+            images, the rows as they are. # N rows
         description (`str`): For the progress bar.
         shards ([`LossShards`], *optional*): Where the numbers are kept while the sweep lasts. What is there is not scored
             again.
@@ -105,7 +110,7 @@ def score_policies(
                 initial=found,
                 desc=description,
                 disable=trainer.args.disable_tqdm,
-                unit="tok",
+                unit=unit_of(dataset),
                 unit_scale=True,
                 leave=overall is None or overall.disable,
             )
@@ -167,8 +172,16 @@ def score_reference_and_specialist(
 
 
 def count_tokens(dataset: Dataset, max_length: int | None) -> int:
-    """Tokens that pass through a model when a dataset is scored on the fast path, for a bar over several sweeps."""
+    """Tokens that pass through a model when a dataset is scored on the fast path, for a bar over several sweeps.
+
+    Of pairs with images, which are tokenised batch by batch, sequences instead.
+    """
     return int(_lengths(dataset, max_length)[1].sum())
+
+
+def unit_of(dataset: Dataset) -> str:
+    """What [`count_tokens`] counts, for a bar."""
+    return "seq" if has_images(dataset) else "tok"
 
 
 class _Sweep:
@@ -176,7 +189,9 @@ class _Sweep:
 
     def __init__(self, trainer: DPOTrainer, policies: dict[str, Policy], dataset: Dataset):
         self._trainer, self._policies = trainer, policies
-        self._rows = dataset.select_columns(list(_INPUTS))
+        self._knows_lengths = not has_images(dataset)
+        given = _INPUTS if self._knows_lengths else (*PAIR_COLUMNS, *EXTRA_COLUMNS, *IMAGE_COLUMNS)
+        self._rows = dataset.select_columns([name for name in given if name in dataset.column_names])
         self._collator = getattr(trainer.data_collator, "inner", trainer.data_collator)
         self._sharing = getattr(trainer, "prefix_sharing", None) or PrefixSharing(trainer, "auto")
         # Whether every process has to run a model as often as the others: it was shared out for training
@@ -254,7 +269,7 @@ class _Sweep:
         """Rows that are scored together: longest first, so that an out-of-memory shows at once, and like with like.
 
         As many as hold no more tokens in one packed row, or `padded`, than the padded batch of the longest `batch_size` pairs
-        has.
+        has; `batch_size` pairs if their lengths are not known.
         """
         order = np.lexsort((self._packed, self._longest))[::-1]
         if padded or self._sharing.mode is False:
@@ -302,7 +317,7 @@ class _Sweep:
                     packed[inner] = self._sharing.pack(model, kwargs)
                 pairs = packed[inner]
                 # So many rows were meant for the fast path
-                is_too_large = len(rows) > 1 and kwargs["input_ids"].numel() > self._budget
+                is_too_large = self._knows_lengths and len(rows) > 1 and kwargs["input_ids"].numel() > self._budget
                 if pairs is None and is_too_large and not self.in_step:
                     too_many.append(prefix)
                     continue
@@ -324,7 +339,12 @@ class _Sweep:
 
 
 def _lengths(dataset: Dataset, max_length: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of each pair's longer sequence, and of prompt and both answers. # (N,), (N,)"""
+    """Tokens of each pair's longer sequence, and of prompt and both answers. # (N,), (N,)
+
+    As if every sequence were one token if the pairs have images, which say how many tokens they are when they are processed.
+    """
+    if has_images(dataset):
+        return np.ones(len(dataset), dtype=np.int64), np.full(len(dataset), 2, dtype=np.int64)
     prompt, chosen, rejected = (list_lengths(dataset, name).astype(np.int64) for name in _INPUTS)
     longest = np.minimum(prompt + np.maximum(chosen, rejected), max_length or np.iinfo(np.int64).max)
     return longest, np.minimum(prompt + chosen + rejected, 2 * longest)

@@ -16,6 +16,7 @@ TASK_COLUMN = "task"
 PAIR_ID_COLUMN = "pair_id"
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 EXTRA_COLUMNS = ("tools", "chat_template_kwargs")  # DPOTrainer's tokenisation reads them
+IMAGE_COLUMNS = ("images", "image")  # by which `DPOTrainer` tells that pairs are about images
 
 
 def task_names_of(dataset: Dataset, role: str = "train_dataset") -> list[str]:
