@@ -58,7 +58,7 @@ def _counts(settings: RunSettings, task: str, pairs: Dataset) -> np.ndarray:
     quiet = are_progress_bars_disabled()
     disable_progress_bars()
     try:
-        return token_counts(tokenise(pairs, settings.tokenizer, settings)).T
+        return token_counts(tokenise(pairs, settings.processor, settings)).T
     except AMAError as error:
         raise AMAError(f"Task '{task}', training pairs: {error}") from error
     finally:

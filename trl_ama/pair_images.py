@@ -1,10 +1,199 @@
 """Pairs about images: in the columns that `DPOTrainer` reads, `images` (a list) or `image`, as datasets' `Image`."""
 
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
-from .tasks import IMAGE_COLUMNS
+from datasets import Dataset, Features, Image, LargeList, List, Value
+
+from .errors import AMAError, first_line, short
+
+
+IMAGES, IMAGE = IMAGE_COLUMNS = ("images", "image")
+_MANY = List(Image())
+_PATHS = ("string", "large_string")
+_BYTES = ("binary", "large_binary")
 
 
 def has_images(dataset: Any) -> bool:
     """Whether `DPOTrainer` takes these pairs for pairs about images; it then tokenises them batch by batch."""
     return any(column in (dataset.column_names or ()) for column in IMAGE_COLUMNS)
+
+
+def images_of(row: Mapping[str, Any]) -> list[Any]:
+    """A row's images in their order; none if it has no such column."""
+    if row.get(IMAGE) is not None:
+        return [row[IMAGE]]
+    return list(row.get(IMAGES) or ())
+
+
+def image_identity(image: Any) -> str:
+    """A hash of what is to be seen, so that an image is the same one as a file, as bytes, in memory, as PNG or as TIFF.
+
+    Args:
+        image: What a row of a dataset gives (a PIL image), or what datasets' `Image` takes.
+    """
+    import PIL.Image
+
+    if not isinstance(image, PIL.Image.Image):
+        image = Image().decode_example(Image().encode_example(image))
+    if image.mode == "P":  # numbers of colours in a palette, of which there may be several for the same colours
+        image = image.convert("RGBA")
+    width, height = image.size
+    return hashlib.sha256(f"{image.mode} {width} {height} ".encode() + image.tobytes()).hexdigest()[:24]
+
+
+# ---- Reading ----
+
+
+def read_images(dataset: Dataset, task: str, split: str, folders: Sequence[Path] | None) -> Dataset:
+    """Pairs whose images, if they have any, are datasets' `Image`; in a column `images` if some have none.
+
+    Args:
+        dataset (`Dataset`): Pairs with a column of images, paths of files, bytes or `{bytes, path}`, one each or lists.
+        task, split (`str`): For messages.
+        folders (`Sequence[Path]`, *optional*): Where paths may start, beside the working directory; `None` if the pairs are from
+            somewhere that must not name files of this machine.
+
+    Raises:
+        AMAError: If a column holds something else, or a row names an image that is not there.
+    """
+    columns = [column for column in IMAGE_COLUMNS if column in dataset.column_names]
+    if not columns:
+        return dataset
+    if len(columns) > 1:
+        raise AMAError(
+            f"Task '{task}' has both columns '{IMAGES}' and '{IMAGE}', and a pair's images are in one of them. Choose one with "
+            "`columns`."
+        )
+    column = columns[0]
+    given = dataset.features[column]
+    is_list = isinstance(given, (List, LargeList))
+    kind = given.feature if is_list else given
+    is_struct = isinstance(kind, dict) and {*kind} <= {"bytes", "path"}
+    names_files = isinstance(kind, Value) and kind.dtype in _PATHS
+    known = isinstance(kind, Image) or is_struct or (isinstance(kind, Value) and kind.dtype in ("null", *_BYTES))
+    if not known and not names_files:
+        raise AMAError(
+            f"Column '{column}' of task '{task}' is of type {short(given, 100)}, which is no image. Give images "
+            "(`datasets.Image`), paths of files or bytes; lists of them in a column 'images'."
+        )
+    lacks = dataset.data.column(column).null_count > 0
+    if isinstance(kind, Image) and kind.decode and not lacks and is_list == (column == IMAGES):
+        return dataset
+    if isinstance(kind, Image):
+        raw = Image(decode=False)
+        dataset = dataset.cast_column(column, List(raw) if is_list else raw)
+
+    def read(row: dict[str, Any], number: int) -> dict[str, Any]:
+        value = row[column]
+        values = [] if value is None else value if is_list else [value]
+        where = f"Task '{task}', row {number} of the {split} pairs"
+        found = [_stored(image, where, folders) for image in values]
+        return {target: found[0] if target == IMAGE else found}
+
+    target = IMAGE if column == IMAGE and not is_list and not lacks else IMAGES
+    features = {name: feature for name, feature in dataset.features.items() if name != column}
+    return dataset.map(
+        read,
+        with_indices=True,
+        remove_columns=[column],
+        features=Features({**features, target: Image() if target == IMAGE else _MANY}),
+        desc=f"Reading the images of {task}",
+    )
+
+
+def _stored(image: Any, where: str, folders: Sequence[Path] | None) -> dict[str, Any]:
+    """An image as `Image` stores it: its bytes, or else the path of its file."""
+    if isinstance(image, (bytes, bytearray)):
+        image = {"bytes": image}
+    if isinstance(image, str):
+        image = {"path": image}
+    if not image or (image.get("bytes") is None and image.get("path") is None):
+        raise AMAError(f"{where} has an empty image among its images. Drop such rows, or leave the image out of the list.")
+    if image.get("bytes") is not None:
+        # Without the name of its file: `Image` prefers a file of that name, if there happens to be one
+        return {"bytes": bytes(image["bytes"]), "path": None}
+    path = image["path"]
+    if "://" in path:
+        raise AMAError(f"{where} names the image '{short(path)}', and nothing is downloaded in training. Save it in the dataset.")
+    if folders is None:
+        raise AMAError(
+            f"{where} names the file '{short(path)}' as its image, and a dataset of the Hub has to hold its images. Download the "
+            "dataset, and name the local files in the task."
+        )
+    for place in (Path(path), *(folder / path for folder in folders)):
+        if place.is_file():
+            return {"bytes": None, "path": str(place.absolute())}
+    raise AMAError(f"{where} names the image '{short(path)}', which is not there. Mend the path; it may be relative to the data's folder.")
+
+
+def unite_images(parts: Sequence[Dataset]) -> list[Dataset]:
+    """The tasks' pairs with the same column of images, if any of them has one: `images`, empty for pairs without."""
+    kinds = {column for part in parts for column in IMAGE_COLUMNS if column in part.column_names}
+    if not kinds or (len(kinds) == 1 and all(kinds <= {*part.column_names} for part in parts)):
+        return list(parts)
+    return [_with_list(part) for part in parts]
+
+
+def _with_list(part: Dataset) -> Dataset:
+    if IMAGES in part.column_names:
+        return part
+    if IMAGE not in part.column_names:
+        features = Features({**part.features, IMAGES: _MANY})
+        return part.map(lambda batch: {IMAGES: [[]] * len(batch["chosen"])}, batched=True, features=features)
+    features = {name: feature for name, feature in part.features.items() if name != IMAGE}
+    return part.cast_column(IMAGE, Image(decode=False)).map(
+        lambda row: {IMAGES: [_stored(row[IMAGE], "A pair", ())]},
+        remove_columns=[IMAGE],
+        features=Features({**features, IMAGES: _MANY}),
+    )
+
+
+# ---- Saving, and what others saved ----
+
+
+def embedded(dataset: Dataset) -> Dataset:
+    """Pairs whose images are in the rows themselves, byte by byte as they were, and no longer say where their files were."""
+
+    def embed(image: dict[str, Any]) -> dict[str, Any]:
+        content = image["bytes"]
+        return {"bytes": Path(image["path"]).read_bytes() if content is None else content, "path": None}
+
+    return _change_stored(dataset, embed)
+
+
+def check_embedded(dataset: Dataset, refuse: Callable[[str], Exception]) -> None:
+    """Hold a stranger's images to what [`embedded`] makes: none of them may name a file, which would be opened.
+
+    Args:
+        dataset (`Dataset`): Rows whose columns of images, if any, are `Image` or lists of it.
+        refuse (`Callable`): Makes an error of what is wrong.
+    """
+    for column in IMAGE_COLUMNS:
+        if column not in dataset.column_names:
+            continue
+        is_list = not isinstance(dataset.features[column], Image)
+        raw = Image(decode=False)
+        rows = dataset.select_columns([column]).cast_column(column, List(raw) if is_list else raw)
+        for number, row in enumerate(rows):
+            for image in row[column] or () if is_list else [row[column]]:
+                if not isinstance(image, dict) or not image["bytes"] or image["path"] is not None:
+                    raise refuse(f"Row {number} has an image that is not in the row itself")
+
+
+def _change_stored(dataset: Dataset, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Dataset:
+    for column in IMAGE_COLUMNS:
+        if column not in dataset.column_names:
+            continue
+        is_list = not isinstance(dataset.features[column], Image)
+        raw = Image(decode=False)
+        dataset = dataset.cast_column(column, List(raw) if is_list else raw).map(
+            lambda row, column=column, is_list=is_list: {
+                column: [change(image) for image in row[column]] if is_list else change(row[column])
+            },
+            features=Features({**dataset.features, column: _MANY if is_list else Image()}),
+        )
+    return dataset

@@ -23,7 +23,7 @@ STAGES = ("specialists", "losses", "train", "eval")
 
 def check_recipe(settings: RunSettings, stages: Sequence[str] = STAGES) -> None:
     """Find what is wrong with a recipe before anything is trained."""
-    if asks_for_the_day(settings.tokenizer) and PartialState().is_main_process:
+    if asks_for_the_day(settings.processor) and PartialState().is_main_process:
         warnings.warn(
             f"The chat template of '{settings.model_name}' writes today's date into every prompt, so reference losses of one day "
             "are not quite those of the next. Fix it with `template_date: 2025-07-08` (any day) in the recipe.",
@@ -41,7 +41,7 @@ def check_recipe(settings: RunSettings, stages: Sequence[str] = STAGES) -> None:
         args = settings.specialist_arguments(task)
         max_length = args.max_length
         if max_length is not None and args.truncation_mode == "keep_start":  # DPOTrainer drops no pair otherwise
-            fits = prompt_fits_into(settings.tokenizer, max_length)
+            fits = prompt_fits_into(settings.processor, max_length)
             pairs = settings.pairs_of(task.task, "train")
             if not any(map(fits, pairs)):
                 raise AMAError(
