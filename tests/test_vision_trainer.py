@@ -6,7 +6,14 @@ from conftest import QUICK
 from vision_model import make_processor, make_vision_model, make_vision_rows
 
 
-QUICK = {**QUICK, "learning_rate": 1e-3, "logging_steps": 1, "max_steps": 3, "seed": 7, "per_device_eval_batch_size": 4}
+QUICK = {
+    **QUICK,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "max_steps": 3,
+    "seed": 7,
+    "per_device_eval_batch_size": 4,
+}
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +116,9 @@ def test_specialists_score_what_trl_scores(vision_dir, specialists, tmp_path, pa
         vision_dir, rows, tmp_path, specialists, mixing="ama_s", per_device_eval_batch_size=3, peft_config=_lora()
     )
     plain = _dpo(vision_dir, rows, tmp_path)
-    columns = {name: np.array(trainer.train_dataset[name]) for name in trainer.train_dataset.column_names if "logps" in name}
+    columns = {
+        name: np.array(trainer.train_dataset[name]) for name in trainer.train_dataset.column_names if "logps" in name
+    }
     reference = trl_logps(plain, plain.ref_model, rows)
     np.testing.assert_allclose(columns["ref_chosen_logps"], reference[:, 0], rtol=1e-5)
     np.testing.assert_allclose(columns["ref_rejected_logps"], reference[:, 1], rtol=1e-5)

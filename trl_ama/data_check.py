@@ -17,10 +17,11 @@ from .data_formats import mistakes_of, text_of
 from .data_rules import trivial_rules
 from .data_verdict import FATAL, TaskFigures, judge, judge_sizes
 from .errors import AMAError, first_line
+from .pair_forms import TEMPLATE_COLUMNS
 from .pair_tokens import token_counts, tokenise
 from .run_settings import RunSettings
 from .task_loading import read_tasks
-from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN, concatenate_tasks
+from .tasks import PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN, concatenate_tasks
 
 
 SAMPLE = 5000  # pairs of each task and split that are tokenised and read
@@ -134,7 +135,7 @@ def _look_at(
         rows = np.arange(len(part))
         if sample is not None and len(part) > sample:
             rows = np.sort(np.random.default_rng(args.seed).choice(len(part), sample, replace=False))
-        columns = [name for name in (*PAIR_COLUMNS, *EXTRA_COLUMNS) if name in part.column_names]
+        columns = [name for name in (*PAIR_COLUMNS, *TEMPLATE_COLUMNS) if name in part.column_names]
         read = part.select(rows).select_columns(columns).to_list()
         mistakes: Counter[str] = Counter()
         first: dict[str, tuple[int, str]] = {}
@@ -149,7 +150,7 @@ def _look_at(
             "mistakes": {kind: (count, *first[kind]) for kind, count in mistakes.items()},
         }
         try:
-            tokenised = tokenise(part.select(rows), tokenizer, settings, rows.tolist())
+            tokenised = tokenise(part.select(rows), settings.processor, settings, rows.tolist())
         except AMAError as error:
             figures.add("fatal", "template", f"Of the {_SPLITS[split]} pairs: {error}", "")
             continue

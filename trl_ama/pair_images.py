@@ -1,17 +1,20 @@
 """Pairs about images: in the columns that `DPOTrainer` reads, `images` (a list) or `image`, as datasets' `Image`."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from io import BytesIO
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Image, LargeList, List, Value
+from trl import prepare_multimodal_messages
 
+from .columns import list_lengths
 from .errors import AMAError, first_line, short
+from .task_config import TaskConfig
 
 
 IMAGES, IMAGE = IMAGE_COLUMNS = ("images", "image")
+_SIDES = ("prompt", "chosen", "rejected")
 _MANY = List(Image())
 _PATHS = ("string", "large_string")
 _BYTES = ("binary", "large_binary")
@@ -20,6 +23,11 @@ _BYTES = ("binary", "large_binary")
 def has_images(dataset: Any) -> bool:
     """Whether `DPOTrainer` takes these pairs for pairs about images; it then tokenises them batch by batch."""
     return any(column in (dataset.column_names or ()) for column in IMAGE_COLUMNS)
+
+
+def is_about_images(row: Mapping[str, Any]) -> bool:
+    """As [`has_images`], of a row."""
+    return any(column in row for column in IMAGE_COLUMNS)
 
 
 def images_of(row: Mapping[str, Any]) -> list[Any]:
@@ -46,6 +54,32 @@ def image_identity(image: Any) -> str:
 
 
 # ---- Reading ----
+
+
+def image_folders(task: TaskConfig, tasks_dir: str | None) -> list[Path] | None:
+    """Where the paths of a task's images may start; `None` if its pairs are not from files of this machine."""
+    if tasks_dir is not None:
+        return [Path(tasks_dir)]
+    folder, files = Path(task.path or ""), list(_names(task.data_files))
+    if any("://" in name for name in files) or not (folder.is_dir() or files):
+        return None
+    if folder.is_dir():
+        return [folder / (task.data_dir or ""), *((folder / name).parent for name in files)]
+    return [Path(name).parent for name in files] if all(map(_is_local, files)) else None
+
+
+def _is_local(name: str) -> bool:
+    return Path(name).parent.is_dir()
+
+
+def _names(data_files: Any) -> Iterator[str]:
+    if isinstance(data_files, dict):
+        data_files = list(data_files.values())
+    for entry in data_files if isinstance(data_files, (list, tuple)) else [data_files]:
+        if isinstance(entry, (dict, list, tuple)):
+            yield from _names(entry)
+        elif entry is not None:
+            yield str(entry)
 
 
 def read_images(dataset: Dataset, task: str, split: str, folders: Sequence[Path] | None) -> Dataset:
@@ -112,13 +146,17 @@ def _stored(image: Any, where: str, folders: Sequence[Path] | None) -> dict[str,
     if isinstance(image, str):
         image = {"path": image}
     if not image or (image.get("bytes") is None and image.get("path") is None):
-        raise AMAError(f"{where} has an empty image among its images. Drop such rows, or leave the image out of the list.")
+        raise AMAError(
+            f"{where} has an empty image among its images. Drop such rows, or leave the image out of the list."
+        )
     if image.get("bytes") is not None:
         # Without the name of its file: `Image` prefers a file of that name, if there happens to be one
         return {"bytes": bytes(image["bytes"]), "path": None}
     path = image["path"]
     if "://" in path:
-        raise AMAError(f"{where} names the image '{short(path)}', and nothing is downloaded in training. Save it in the dataset.")
+        raise AMAError(
+            f"{where} names the image '{short(path)}', and nothing is downloaded in training. Save it in the dataset."
+        )
     if folders is None:
         raise AMAError(
             f"{where} names the file '{short(path)}' as its image, and a dataset of the Hub has to hold its images. Download the "
@@ -127,15 +165,21 @@ def _stored(image: Any, where: str, folders: Sequence[Path] | None) -> dict[str,
     for place in (Path(path), *(folder / path for folder in folders)):
         if place.is_file():
             return {"bytes": None, "path": str(place.absolute())}
-    raise AMAError(f"{where} names the image '{short(path)}', which is not there. Mend the path; it may be relative to the data's folder.")
+    raise AMAError(
+        f"{where} names the image '{short(path)}', which is not there. Mend the path; it may be relative to the data's folder."
+    )
 
 
 def unite_images(parts: Sequence[Dataset]) -> list[Dataset]:
-    """The tasks' pairs with the same column of images, if any of them has one: `images`, empty for pairs without."""
-    kinds = {column for part in parts for column in IMAGE_COLUMNS if column in part.column_names}
-    if not kinds or (len(kinds) == 1 and all(kinds <= {*part.column_names} for part in parts)):
+    """The tasks' pairs with the same column of images, if any of them has one: `images`, empty for pairs without.
+
+    Parts without texts are left alone.
+    """
+    having = [part for part in parts if "chosen" in part.column_names]
+    kinds = {column for part in having for column in IMAGE_COLUMNS if column in part.column_names}
+    if not kinds or (len(kinds) == 1 and all(kinds <= {*part.column_names} for part in having)):
         return list(parts)
-    return [_with_list(part) for part in parts]
+    return [_with_list(part) if "chosen" in part.column_names else part for part in parts]
 
 
 def _with_list(part: Dataset) -> Dataset:
@@ -150,6 +194,50 @@ def _with_list(part: Dataset) -> Dataset:
         remove_columns=[IMAGE],
         features=Features({**features, IMAGES: _MANY}),
     )
+
+
+def check_places(dataset: Dataset, task: str, split: str) -> None:
+    """Raise an `AMAError` for the first pair whose messages have not as many places for images as it has images.
+
+    Args:
+        dataset (`Dataset`): Pairs with explicit prompts and, if they are about images, what [`read_images`] returns.
+        task, split (`str`): For messages.
+    """
+    columns = [column for column in IMAGE_COLUMNS if column in dataset.column_names]
+    if columns and "tools" in dataset.column_names:
+        having = [number for number, row in enumerate(dataset.select_columns(["tools"])) if row["tools"]]
+        if having:
+            raise AMAError(
+                f"Task '{task}', row {having[0]} of the {split} pairs has images and tools, and DPOTrainer gives no tools to the chat "
+                "template of such a pair. Write them into its messages, or leave the column out."
+            )
+    counts = list_lengths(dataset, IMAGES) if columns == [IMAGES] else [len(columns)] * len(dataset)
+    for number, (row, count) in enumerate(zip(dataset.select_columns(list(_SIDES)), counts, strict=True)):
+        if not all(isinstance(row[side], list) for side in _SIDES):
+            return  # a plain text has its processor's own marks for images
+        where = f"Task '{task}', row {number} of the {split} pairs"
+        if not columns and not any(map(_names_image, (message for side in _SIDES for message in row[side]))):
+            continue
+        if not columns:
+            raise AMAError(
+                f"{where} has a part {{type: image}} in its messages, and there is no column 'images' with the image. Name it with "
+                "`columns`; an image within a message is not read."
+            )
+        try:
+            prepare_multimodal_messages(row["prompt"], images=[None] * int(count))
+            for side in _SIDES[1:]:
+                prepare_multimodal_messages(row[side])
+        except (KeyError, TypeError, ValueError) as error:
+            raise AMAError(
+                f"{where} has {count} images and messages that do not fit: {first_line(error)} Give the prompt as many parts "
+                "{type: image} as the pair has images, or none at all and texts as contents; answers have none."
+            ) from error
+
+
+def _names_image(message: dict[str, Any]) -> bool:
+    content = message.get("content")
+    parts = content if isinstance(content, list) else ()
+    return any(isinstance(part, dict) and part.get("type") == "image" for part in parts)
 
 
 # ---- Saving, and what others saved ----

@@ -85,7 +85,7 @@ def count_lengths(settings: RunSettings, max_length: int | None) -> tuple[dict[s
     Raises:
         AMAError: If the tokenizer cannot be read, or a pair cannot be tokenised.
     """
-    tokenizer = settings.tokenizer
+    processor = settings.processor
     try:
         data = settings.data
     except AMAError as error:
@@ -115,7 +115,7 @@ def count_lengths(settings: RunSettings, max_length: int | None) -> tuple[dict[s
             if len(rows) > SAMPLE:
                 sampled.append(task)
             try:
-                tokenised = tokenise(_sample(rows, task), tokenizer, settings)
+                tokenised = tokenise(_sample(rows, task), processor, settings)
             except AMAError as error:
                 raise AMAError(f"Task '{task}', {split} pairs: {sentence(error)}") from error
             beginning = os.path.commonprefix(tokenised["prompt_ids"][:])

@@ -8,6 +8,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from .errors import AMAError
 from .generalists import generalist_stage
+from .image_checks import check_images
 from .policy_sources import check_policy_source
 from .quantized import check_optimizer, check_quantization
 from .reference_losses import reference_losses_done, reference_losses_of
@@ -30,6 +31,7 @@ def check_recipe(settings: RunSettings, stages: Sequence[str] = STAGES) -> None:
             UserWarning,
             stacklevel=2,
         )
+    check_images(settings)
     check_quantization(settings)
     _check_optimizers(settings, stages)
     # One task is no mixture, but its specialist and losses can be made, to be added to those of others

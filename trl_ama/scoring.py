@@ -16,6 +16,7 @@ from trl import DPOTrainer
 
 from . import interruption
 from .columns import list_lengths
+from .errors import AMAError
 from .loss_shards import LossShards
 from .pair_images import has_images
 from .policies import Policy, reference_policy, trained_policy_and_reference
@@ -24,7 +25,7 @@ from .prefix_sharing import causal_lm, packed_forward
 from .prefix_support import PrefixSharing
 from .prefix_trainer import PrefixSharingTrainer
 from .processes import from_main, is_sharded, whole_models
-from .tasks import EXTRA_COLUMNS, IMAGE_COLUMNS, PAIR_COLUMNS
+from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS
 
 
 _INPUTS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -179,6 +180,13 @@ def count_tokens(dataset: Dataset, max_length: int | None) -> int:
     return int(_lengths(dataset, max_length)[1].sum())
 
 
+def scored_columns(dataset: Dataset) -> list[str]:
+    """The columns of prepared pairs from which log-probs are computed."""
+    if not has_images(dataset):
+        return list(_INPUTS)
+    return [name for name in (*PAIR_COLUMNS, *EXTRA_COLUMNS) if name in dataset.column_names]
+
+
 def unit_of(dataset: Dataset) -> str:
     """What [`count_tokens`] counts, for a bar."""
     return "seq" if has_images(dataset) else "tok"
@@ -190,8 +198,7 @@ class _Sweep:
     def __init__(self, trainer: DPOTrainer, policies: dict[str, Policy], dataset: Dataset):
         self._trainer, self._policies = trainer, policies
         self._knows_lengths = not has_images(dataset)
-        given = _INPUTS if self._knows_lengths else (*PAIR_COLUMNS, *EXTRA_COLUMNS, *IMAGE_COLUMNS)
-        self._rows = dataset.select_columns([name for name in given if name in dataset.column_names])
+        self._rows = dataset.select_columns(scored_columns(dataset))
         self._collator = getattr(trainer.data_collator, "inner", trainer.data_collator)
         self._sharing = getattr(trainer, "prefix_sharing", None) or PrefixSharing(trainer, "auto")
         # Whether every process has to run a model as often as the others: it was shared out for training
@@ -332,6 +339,11 @@ class _Sweep:
                 scores[f"{prefix}{side}_logps"][rows] = logps.cpu().numpy()
         if keep:
             tokens = mask.sum(dim=1).cpu().numpy()  # (2B,)
+            if not self._knows_lengths and not tokens.all():
+                raise AMAError(
+                    f"max_length ({trainer.args.max_length}) leaves nothing of an answer to a prompt with an image. Raise it: an image "
+                    "is many tokens, and DPOTrainer does not drop such pairs."
+                )
             scores["chosen_tokens"][rows], scores["rejected_tokens"][rows] = np.split(tokens, 2)
         if too_many:
             for part in self._padded_batches(rows):
