@@ -1,5 +1,10 @@
 """What a run on pairs with images must not ask for, said before anything is trained: `DPOTrainer` refuses it late, or not at all."""
 
+from collections.abc import Callable
+from functools import partial
+
+from datasets import Dataset
+
 from .ama_config import AMAConfig
 from .errors import AMAError
 from .image_tokens import check_takes_images
@@ -25,12 +30,16 @@ def check_images(settings: RunSettings) -> None:
         fits = prompt_fits_into(settings.processor, min(limits))
         for split in settings.data:
             pairs = settings.pairs_of(task.task, split)
-            count = 0 if pairs is None else from_main(lambda pairs=pairs: sum(not fits(row) for row in pairs))
+            count = 0 if pairs is None else from_main(partial(_count_misfits, pairs, fits))
             if count:
                 raise AMAError(
                     f"The prompts of {count} of {len(pairs)} {split} pairs of task '{task.task}' fill max_length ({min(limits)}) with their "
                     "images, and DPOTrainer does not drop such pairs. Raise max_length, or set `drop_truncated: true`."
                 )
+
+
+def _count_misfits(pairs: Dataset, fits: Callable[[dict], bool]) -> int:
+    return sum(not fits(row) for row in pairs)
 
 
 def _check_arguments(args: AMAConfig, where: str) -> None:
