@@ -142,8 +142,8 @@ def test_second_run_finds_all_done(finished, recipe, capsys):
 
 def test_ready_losses_bring_their_images(finished, recipe, tmp_path):
     folder, _ = finished
-    tasks = json.dumps([{"task": task} for task in SIZES])
-    arguments = recipe(tmp_path / "run", "--reference_losses", folder / "reference_losses", "--tasks", tasks)
+    tasks = [json.dumps({"task": task}) for task in SIZES]
+    arguments = recipe(tmp_path / "run", "--reference_losses", folder / "reference_losses", "--tasks", *tasks)
     arguments[-1].tasks_dir = None
     results = run_pipeline(*arguments)
     assert not (tmp_path / "run" / "specialists").exists()

@@ -4,6 +4,7 @@ Reads the tokenizer and the base model's configuration, never its weights.
 """
 
 import dataclasses
+import re
 from collections import Counter
 from typing import Any
 
@@ -18,6 +19,7 @@ from .data_rules import trivial_rules
 from .data_verdict import FATAL, TaskFigures, judge, judge_sizes
 from .errors import AMAError, first_line
 from .pair_forms import TEMPLATE_COLUMNS
+from .pair_images import has_images
 from .pair_tokens import token_counts, tokenise
 from .run_settings import RunSettings
 from .task_loading import read_tasks
@@ -26,6 +28,7 @@ from .tasks import PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN, concatenate_tasks
 
 SAMPLE = 5000  # pairs of each task and split that are tokenised and read
 _SPLITS = {"train": "training", "test": "held-out"}  # in messages
+_REPEATED = re.compile(r"(<[^<>\s]+>|\[[A-Z_]+\])(?:\s*\1){3,}")
 _EXCERPT = 60  # characters of a prompt by which its pair can be found
 
 
@@ -157,6 +160,8 @@ def _look_at(
         limit = settings.task_args.max_train_pairs if split == "train" else settings.task_args.max_eval_pairs
         figures.splits[split] |= _lengths(tokenised, args.max_length)
         figures.splits[split]["left"] = _left(tokenised, len(part), settings, limit)
+        if has_images(part) and not settings.task_args.drop_truncated:
+            _check_image_room(figures, split, token_counts(tokenised)[:, 0], args.max_length)
         if split == "train" and show:
             some = np.random.default_rng(args.seed).permutation(len(read))[:show]
             figures.shown = [
@@ -164,6 +169,17 @@ def _look_at(
                 for row in np.sort(some).tolist()
             ]
     figures.rules = trivial_rules(answers["train"], answers["test"])
+
+
+def _check_image_room(figures: TaskFigures, split: str, prompts: np.ndarray, max_length: int | None) -> None:
+    count = 0 if max_length is None else int((prompts >= max_length).sum())
+    if count:
+        figures.add(
+            "fatal", "images_fill_max_length",
+            f"Of {len(prompts)} {_SPLITS[split]} pairs {count} have a prompt that fills max_length ({max_length}) with its images, and "
+            "DPOTrainer does not drop such pairs.",
+            f"Raise max_length (the longest prompt has {int(prompts.max())} tokens), or set drop_truncated: true.",
+        )  # fmt: skip
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -233,7 +249,7 @@ def _shown(
     """A pair as the model sees it: the text of the tokens that are left, and how many are cut."""
     limit, prompt = args.max_length, row["prompt_ids"]
     shown: dict[str, Any] = {"row": number, "tokens": {"prompt": len(prompt)}, "cut": {}}
-    shown["prompt"] = tokenizer.decode(prompt)
+    shown["prompt"] = _REPEATED.sub(_times, tokenizer.decode(prompt))
     for side in ("chosen", "rejected"):
         ids = row[f"{side}_ids"]
         shown["tokens"][side] = len(ids)
@@ -253,6 +269,11 @@ def _shown(
     elif limit is not None and args.truncation_mode == "keep_start" and len(prompt) >= limit:
         shown["dropped"] = "prompt_fills_max_length"
     return shown
+
+
+def _times(found: re.Match) -> str:
+    """An image is the same token hundreds of times."""
+    return f"{found[1]}×{found[0].count(found[1])}"
 
 
 def _check_specialist_length(figures: TaskFigures, settings: RunSettings, task: Any) -> None:

@@ -17,7 +17,8 @@ from .processes import from_main
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS, TOKEN_COLUMNS
 from .reference_losses import reference_fingerprint, reference_losses_done, reference_losses_of, shards_folder
 from .run_settings import RunSettings
-from .scoring import ScoringTrainer, count_tokens, score_reference_and_specialist, scored_columns, unit_of
+from .scored_rows import count_tokens, scored_columns, unit_of
+from .scoring import ScoringTrainer, score_reference_and_specialist
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN
 
 

@@ -114,12 +114,15 @@ def read_images(dataset: Dataset, task: str, split: str, folders: Sequence[Path]
             f"Column '{column}' of task '{task}' is of type {short(given, 100)}, which is no image. Give images "
             "(`datasets.Image`), paths of files or bytes; lists of them in a column 'images'."
         )
-    lacks = dataset.data.column(column).null_count > 0
-    if isinstance(kind, Image) and kind.decode and not lacks and is_list == (column == IMAGES):
+    stored = dataset.data.column(column)
+    lacks = stored.null_count > 0
+    if stored.null_count == len(stored):
+        return dataset.remove_columns([column])
+    empty = is_list and any(chunk.flatten().null_count for chunk in stored.chunks)
+    if isinstance(kind, Image) and kind.decode and not (lacks or empty) and is_list == (column == IMAGES):
         return dataset
     if isinstance(kind, Image):
-        raw = Image(decode=False)
-        dataset = dataset.cast_column(column, List(raw) if is_list else raw)
+        dataset = _undecoded(dataset, column, is_list)
 
     def read(row: dict[str, Any], number: int) -> dict[str, Any]:
         value = row[column]
@@ -189,7 +192,7 @@ def _with_list(part: Dataset) -> Dataset:
         features = Features({**part.features, IMAGES: _MANY})
         return part.map(lambda batch: {IMAGES: [[]] * len(batch["chosen"])}, batched=True, features=features)
     features = {name: feature for name, feature in part.features.items() if name != IMAGE}
-    return part.cast_column(IMAGE, Image(decode=False)).map(
+    return _undecoded(part, IMAGE, False).map(
         lambda row: {IMAGES: [_stored(row[IMAGE], "A pair", ())]},
         remove_columns=[IMAGE],
         features=Features({**features, IMAGES: _MANY}),
@@ -240,17 +243,30 @@ def _names_image(message: dict[str, Any]) -> bool:
     return any(isinstance(part, dict) and part.get("type") == "image" for part in parts)
 
 
-# ---- Saving, and what others saved ----
+# ---- As they are stored ----
+
+
+def stored_images(dataset: Dataset) -> Iterator[list[bytes]]:
+    """The files of each row's images."""
+    for column, is_list in _columns(dataset):
+        for row in _undecoded(dataset.select_columns([column]), column, is_list):
+            yield [_content(image) for image in (row[column] if is_list else [row[column]])]
 
 
 def embedded(dataset: Dataset) -> Dataset:
     """Pairs whose images are in the rows themselves, byte by byte as they were, and no longer say where their files were."""
 
     def embed(image: dict[str, Any]) -> dict[str, Any]:
-        content = image["bytes"]
-        return {"bytes": Path(image["path"]).read_bytes() if content is None else content, "path": None}
+        return {"bytes": _content(image), "path": None}
 
-    return _change_stored(dataset, embed)
+    for column, is_list in _columns(dataset):
+        dataset = _undecoded(dataset, column, is_list).map(
+            lambda row, column=column, is_list=is_list: {
+                column: [embed(image) for image in row[column]] if is_list else embed(row[column])
+            },
+            features=Features({**dataset.features, column: _MANY if is_list else Image()}),
+        )
+    return dataset
 
 
 def check_embedded(dataset: Dataset, refuse: Callable[[str], Exception]) -> None:
@@ -260,28 +276,23 @@ def check_embedded(dataset: Dataset, refuse: Callable[[str], Exception]) -> None
         dataset (`Dataset`): Rows whose columns of images, if any, are `Image` or lists of it.
         refuse (`Callable`): Makes an error of what is wrong.
     """
-    for column in IMAGE_COLUMNS:
-        if column not in dataset.column_names:
-            continue
-        is_list = not isinstance(dataset.features[column], Image)
-        raw = Image(decode=False)
-        rows = dataset.select_columns([column]).cast_column(column, List(raw) if is_list else raw)
-        for number, row in enumerate(rows):
+    for column, is_list in _columns(dataset):
+        for number, row in enumerate(_undecoded(dataset.select_columns([column]), column, is_list)):
             for image in row[column] or () if is_list else [row[column]]:
                 if not isinstance(image, dict) or not image["bytes"] or image["path"] is not None:
                     raise refuse(f"Row {number} has an image that is not in the row itself")
 
 
-def _change_stored(dataset: Dataset, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Dataset:
-    for column in IMAGE_COLUMNS:
-        if column not in dataset.column_names:
-            continue
-        is_list = not isinstance(dataset.features[column], Image)
-        raw = Image(decode=False)
-        dataset = dataset.cast_column(column, List(raw) if is_list else raw).map(
-            lambda row, column=column, is_list=is_list: {
-                column: [change(image) for image in row[column]] if is_list else change(row[column])
-            },
-            features=Features({**dataset.features, column: _MANY if is_list else Image()}),
-        )
-    return dataset
+def _columns(dataset: Dataset) -> list[tuple[str, bool]]:
+    """The columns of images, and whether they are lists."""
+    columns = [column for column in IMAGE_COLUMNS if column in dataset.column_names]
+    return [(column, not isinstance(dataset.features[column], Image)) for column in columns]
+
+
+def _undecoded(dataset: Dataset, column: str, is_list: bool) -> Dataset:
+    raw = Image(decode=False)
+    return dataset.cast_column(column, List(raw) if is_list else raw)
+
+
+def _content(image: dict[str, Any]) -> bytes:
+    return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]

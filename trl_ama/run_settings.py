@@ -10,14 +10,7 @@ import numpy as np
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 from peft import PeftConfig
-from transformers import (
-    AutoConfig,
-    AutoProcessor,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-)
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -29,6 +22,7 @@ from .hub import is_hub_id
 from .pair_images import has_images
 from .pipeline_arguments import PipelineArguments
 from .policy_files import is_commit
+from .processors import load_processor
 from .recipe_text import public_name
 from .task_config import TaskConfig, TaskMixtureConfig
 from .task_loading import LoadedTasks, fits_into, read_tasks
@@ -255,29 +249,9 @@ class RunSettings:
         """What prepares the pairs, as DPOTrainer loads and completes it, with the recipe's `template_date`: the base model's
         tokenizer, or the processor of a model that takes images, too.
         """
-        if self.model_name.startswith((".", "/", "~")) and not Path(self.model_name).is_dir():
-            raise AMAError(f"There is no folder '{self.model_name}'. Check model_name_or_path.")
-        try:
-            # It may bring code of its own too, and what is refused should be so before anything is trained
-            config = AutoConfig.from_pretrained(
-                self.model_name,
-                revision=self.model_args.model_revision,
-                trust_remote_code=self.training_args.trust_remote_code,
-            )
-            # DPOTrainer always asks for the processor, which a text model does not have
-            kind = AutoTokenizer if config.get_text_config() is config else AutoProcessor
-            processor = kind.from_pretrained(
-                self.model_name,
-                revision=self.model_args.model_revision,
-                trust_remote_code=self.training_args.trust_remote_code,
-            )
-        except (OSError, ValueError) as error:
-            raise AMAError(
-                f"The base model '{self.model_name}' cannot be read: {sentence(error)} Check model_name_or_path, or your network."
-            ) from error
-        tokenizer = getattr(processor, "tokenizer", processor)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        processor = load_processor(
+            self.model_name, self.model_args.model_revision, self.training_args.trust_remote_code
+        )
         self._template = processor.chat_template
         if self.pipeline_args.template_date is not None:
             fix_date(processor, self.pipeline_args.template_date)

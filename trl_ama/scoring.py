@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from trl import DPOTrainer
 
 from . import interruption
-from .columns import list_lengths
 from .errors import AMAError
 from .loss_shards import LossShards
 from .pair_images import has_images
@@ -25,10 +24,9 @@ from .prefix_sharing import causal_lm, packed_forward
 from .prefix_support import PrefixSharing
 from .prefix_trainer import PrefixSharingTrainer
 from .processes import from_main, is_sharded, whole_models
-from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS
+from .scored_rows import scored_columns, sequence_lengths, unit_of
 
 
-_INPUTS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
 
@@ -172,26 +170,6 @@ def score_reference_and_specialist(
     return scores
 
 
-def count_tokens(dataset: Dataset, max_length: int | None) -> int:
-    """Tokens that pass through a model when a dataset is scored on the fast path, for a bar over several sweeps.
-
-    Of pairs with images, which are tokenised batch by batch, sequences instead.
-    """
-    return int(_lengths(dataset, max_length)[1].sum())
-
-
-def scored_columns(dataset: Dataset) -> list[str]:
-    """The columns of prepared pairs from which log-probs are computed."""
-    if not has_images(dataset):
-        return list(_INPUTS)
-    return [name for name in (*PAIR_COLUMNS, *EXTRA_COLUMNS) if name in dataset.column_names]
-
-
-def unit_of(dataset: Dataset) -> str:
-    """What [`count_tokens`] counts, for a bar."""
-    return "seq" if has_images(dataset) else "tok"
-
-
 class _Sweep:
     """What [`score_policies`] does with one batch, and which batches there are."""
 
@@ -203,7 +181,7 @@ class _Sweep:
         self._sharing = getattr(trainer, "prefix_sharing", None) or PrefixSharing(trainer, "auto")
         # Whether every process has to run a model as often as the others: it was shared out for training
         self.in_step = is_sharded(trainer.accelerator) and not isinstance(trainer, ScoringTrainer)
-        self._longest, self._packed = _lengths(dataset, trainer.args.max_length)
+        self._longest, self._packed = sequence_lengths(dataset, trainer.args.max_length)
         batch_size = trainer.args.precompute_ref_batch_size or trainer.args.per_device_eval_batch_size
         self._budget = int(2 * batch_size * self._longest.max(initial=0))
         count = len(dataset)
@@ -348,15 +326,3 @@ class _Sweep:
         if too_many:
             for part in self._padded_batches(rows):
                 self.score(part, too_many)
-
-
-def _lengths(dataset: Dataset, max_length: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of each pair's longer sequence, and of prompt and both answers. # (N,), (N,)
-
-    As if every sequence were one token if the pairs have images, which say how many tokens they are when they are processed.
-    """
-    if has_images(dataset):
-        return np.ones(len(dataset), dtype=np.int64), np.full(len(dataset), 2, dtype=np.int64)
-    prompt, chosen, rejected = (list_lengths(dataset, name).astype(np.int64) for name in _INPUTS)
-    longest = np.minimum(prompt + np.maximum(chosen, rejected), max_length or np.iinfo(np.int64).max)
-    return longest, np.minimum(prompt + chosen + rejected, 2 * longest)
