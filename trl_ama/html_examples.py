@@ -106,10 +106,28 @@ def _texts(folder: Path | None, pair_ids: list[str]) -> dict[str, dict[str, list
     table = _read(folder / "test.parquet", ["pair_id", *_TEXTS], filters=[("pair_id", "in", pair_ids)])
     if table is None or not all(name in table for name in ("pair_id", "chosen", "rejected")):
         return {}
-    return {
+    texts = {
         pair_id: {name: _messages(table[name][row]) for name in _TEXTS if name in table}
         for row, pair_id in enumerate(table["pair_id"])
     }
+    for pair_id, count in _image_counts(folder / "test.parquet", pair_ids).items():
+        if count and "prompt" in texts.get(pair_id, {}):
+            seen = f"{count} image{'s'[: count > 1]}, not shown here"
+            texts[pair_id]["prompt"].insert(0, ("", seen))
+    return texts
+
+
+def _image_counts(file: Path, pair_ids: list[str]) -> dict[str, int]:
+    """Id of a pair → how many images it has, of those that may have some. Nothing of the images is read."""
+    counts = {}
+    for column, only_path in (("images", "images.list.element.path"), ("image", "image.path")):
+        table = _read(file, ["pair_id", only_path], filters=[("pair_id", "in", pair_ids)])
+        if table is not None and column in table:
+            counts |= {
+                pair_id: len(value or ()) if column == "images" else 1
+                for pair_id, value in zip(table["pair_id"], table[column], strict=True)
+            }
+    return counts
 
 
 def _messages(value: Any) -> list[tuple[str, str]]:
@@ -118,8 +136,12 @@ def _messages(value: Any) -> list[tuple[str, str]]:
         return [("", "" if value is None else str(value)[:_LONGEST])]
     messages = []
     for message in value:
+        if isinstance(message, str):
+            message = _parsed(message)
         content = message.get("content") if isinstance(message, dict) else message
         role = str(message.get("role") or "") if isinstance(message, dict) else ""
+        if isinstance(content, list) and all(map(_is_shown_part, content)) and set(message) <= {"role", "content"}:
+            content = "\n".join("[image]" if part["type"] == "image" else part["text"] for part in content)
         if not isinstance(content, str):  # parts of several kinds, or calls of tools
             shown = (
                 {key: entry for key, entry in message.items() if key != "role" and entry is not None}
@@ -129,6 +151,21 @@ def _messages(value: Any) -> list[tuple[str, str]]:
             content = json.dumps(shown, ensure_ascii=False, default=str)
         messages.append((role[:40], content[:_LONGEST]))
     return messages
+
+
+def _parsed(message: str) -> Any:
+    """A message of a column of Json; what is none stays text."""
+    try:
+        return json.loads(message)
+    except ValueError:
+        return message
+
+
+def _is_shown_part(part: Any) -> bool:
+    """Whether a part of a content is a text, or a place for an image."""
+    if not isinstance(part, dict):
+        return False
+    return part.get("type") == "image" or (part.get("type") == "text" and isinstance(part.get("text"), str))
 
 
 def loss_stderr(folder: Path | None, fingerprint: dict[str, Any]) -> float | None:

@@ -158,18 +158,18 @@ def _stored(image: Any, where: str, folders: Sequence[Path] | None) -> dict[str,
     path = image["path"]
     if "://" in path:
         raise AMAError(
-            f"{where} names the image '{short(path)}', and nothing is downloaded in training. Save it in the dataset."
+            f"{where} names the image {short(path)}, and nothing is downloaded in training. Save it in the dataset."
         )
     if folders is None:
         raise AMAError(
-            f"{where} names the file '{short(path)}' as its image, and a dataset of the Hub has to hold its images. Download the "
+            f"{where} names the file {short(path)} as its image, and a dataset of the Hub has to hold its images. Download the "
             "dataset, and name the local files in the task."
         )
     for place in (Path(path), *(folder / path for folder in folders)):
         if place.is_file():
             return {"bytes": None, "path": str(place.absolute())}
     raise AMAError(
-        f"{where} names the image '{short(path)}', which is not there. Mend the path; it may be relative to the data's folder."
+        f"{where} names the image {short(path)}, which is not there. Mend the path; it may be relative to the data's folder."
     )
 
 

@@ -95,7 +95,9 @@ def read_tasks(
     for split, own in parts.items():
         if own:
             # The same ClassLabel in both splits, also when only some tasks have held-out pairs
-            named = {task: add_pair_ids(part) for task, part in own.items()}
+            named = {
+                task: add_pair_ids(part, f"The {_SPLITS[split]} pairs of task '{task}'") for task, part in own.items()
+            }
             loaded.pairs[split] = concatenate_tasks(named, names=list(parts["train"]))
     return loaded
 

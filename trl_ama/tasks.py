@@ -1,12 +1,15 @@
 """k preference datasets -> one dataset with a `task` column, and the checks that it must pass."""
 
+from typing import Any
+
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 
 from .columns import encoded_column, with_class_labels
-from .errors import AMAError, nearest, short
+from .errors import AMAError, first_line, nearest, short
 from .pair_features import unite_features
 from .pair_forms import EXTRA_COLUMNS, PAIR_COLUMNS, pair_id, pair_id_of  # noqa: F401  (all there is to know of pairs)
+from .pair_images import is_about_images
 from .task_config import check_task_names
 
 
@@ -64,11 +67,27 @@ def with_task_labels(dataset: Dataset, names: list[str], role: str = "train_data
     return with_class_labels(dataset, TASK_COLUMN, names)
 
 
-def add_pair_ids(dataset: Dataset) -> Dataset:
-    """Add the `pair_id` column, from `prompt` (if any), `chosen`, `rejected` and what else decides a pair's tokens."""
+def add_pair_ids(dataset: Dataset, where: str = "The dataset of pairs") -> Dataset:
+    """Add the `pair_id` column, from `prompt` (if any), `chosen`, `rejected` and what else decides what the model is given.
+
+    Raises:
+        AMAError: If an image cannot be read. `where` says whose it is.
+    """
     if PAIR_ID_COLUMN in dataset.column_names:
         return dataset
-    return dataset.map(lambda row: {PAIR_ID_COLUMN: pair_id_of(row)}, desc="Naming the pairs")
+
+    def name(row: dict[str, Any], number: int) -> dict[str, str]:
+        try:
+            return {PAIR_ID_COLUMN: pair_id_of(row)}
+        except Exception as error:
+            if not is_about_images(row):
+                raise
+            raise AMAError(
+                f"{where}, row {number}: an image cannot be read ({type(error).__name__}: {first_line(error)}). Mend it, or drop the "
+                "row."
+            ) from error
+
+    return dataset.map(name, with_indices=True, desc="Naming the pairs")
 
 
 def check_same_form(parts: dict[str, Dataset]) -> None:
