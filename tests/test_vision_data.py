@@ -13,7 +13,7 @@ from trl_ama.data_duplicates import duplicates, text_hashes
 from trl_ama.html_examples import _texts
 from trl_ama.image_tokens import image_pair_ids
 from trl_ama.pair_forms import pair_id_of
-from trl_ama.pair_images import image_identity, images_of
+from trl_ama.pair_images import embedded, image_identity, images_of, stored_images
 from trl_ama.task_loading import fits_into, prompt_fits_into
 
 
@@ -60,6 +60,17 @@ def test_one_pair_in_every_form(form, tmp_path):
     pairs = _load([{**TEXTS, **FORMS[form]}], tmp_path)
     assert pairs[0]["pair_id"] == pair_id_of(ROW)
     assert np.array_equal(np.array(images_of(pairs[0])[0]), np.array(IMAGE))
+
+
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_files_stay_as_they_are(column, tmp_path):
+    file = _file(IMAGE, "JPEG")  # to decode it and write it again would make another image of it
+    rows = [{**TEXTS, column: file if column == "image" else [file]}] * 2
+    pairs = _load(rows, tmp_path)
+    saved = embedded(pairs)
+    for part in (pairs, saved):
+        assert [images for images in stored_images(part)] == [[{"bytes": file, "path": None}]] * 2
+    assert saved.features == pairs.features
 
 
 @pytest.mark.parametrize("kind", ["png", "tiff"])

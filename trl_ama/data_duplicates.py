@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset
 
 from .data_formats import text_of
-from .pair_images import has_images, stored_images
+from .pair_images import content_of, has_images, stored_images
 from .tasks import PAIR_COLUMNS
 
 
@@ -34,9 +34,9 @@ def text_hashes(dataset: Dataset) -> np.ndarray:
 
 def _with_images(hashes: np.ndarray, dataset: Dataset) -> np.ndarray:
     """The same question about another image is another one: its file, as it is stored, counts in the prompt's number."""
-    for row, content in enumerate(stored_images(dataset)):
-        if content:
-            digest = hashlib.blake2b(b"".join(content), digest_size=8).digest()
+    for row, images in enumerate(stored_images(dataset)):
+        if images:
+            digest = hashlib.blake2b(b"".join(map(content_of, images)), digest_size=8).digest()
             hashes[row, 0] ^= np.uint64(int.from_bytes(digest, "little"))
     return hashes
 

@@ -1,16 +1,14 @@
 """One type for each column of pairs over all tasks, such that every row says what it said in its task alone."""
 
-import json
-from collections.abc import Iterator, Sequence
-from decimal import Decimal
+from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset, Features, Json, LargeList, List, Value
 
 from .errors import AMAError, short
-from .pair_forms import PAIR_COLUMNS, TEMPLATE_COLUMNS, without_nulls
+from .exact_json import exact_json
+from .pair_forms import PAIR_COLUMNS, TEMPLATE_COLUMNS, TEMPLATE_KWARGS, without_nulls
 from .pair_images import unite_images
-from .template_kwargs import TEMPLATE_KWARGS
 
 
 _JSON = Json()
@@ -35,10 +33,13 @@ def unite_features(parts: Sequence[Dataset], names: Sequence[str]) -> list[Datas
     """
     parts = unite_images(parts)
     having = [number for number, part in enumerate(parts) if "chosen" in part.features]
-    for column in (*PAIR_COLUMNS, *TEMPLATE_COLUMNS):
-        common = _common(column, [parts[number].features.get(column) for number in having])
-        for number in having if common is not None else ():
-            parts[number] = _with_feature(parts[number], names[number], column, common)
+    common = {
+        column: _common(column, [parts[number].features.get(column) for number in having])
+        for column in (*PAIR_COLUMNS, *TEMPLATE_COLUMNS)
+    }
+    common = {column: feature for column, feature in common.items() if feature is not None}
+    for number in having:
+        parts[number] = _with_features(parts[number], names[number], common)
     return parts
 
 
@@ -73,68 +74,36 @@ def _text_type(kinds: list[Value]) -> Value:
     return next((kind for kind in kinds if kind.dtype == "large_string"), kinds[0])
 
 
-def _with_feature(part: Dataset, name: str, column: str, feature: Any) -> Dataset:
-    ours = part.features.get(column)
-    if repr(ours) == repr(feature):
+def _with_features(part: Dataset, name: str, features: dict[str, Any]) -> Dataset:
+    changed = {column: new for column, new in features.items() if repr(part.features.get(column)) != repr(new)}
+    if not changed:
         return part
 
-    # What a function of `map` does not return is not decoded and encoded, which would round Json's numbers
-    def change(row: dict[str, Any]) -> dict[str, Any]:
-        value = row.get(column)
-        if column == TEMPLATE_KWARGS:
-            value = {} if value is None else without_nulls(value)
-        if value is None or isinstance(feature, Value):
-            return {column: value}
-        where = f"Task '{name}' has {column}"
-        if isinstance(feature, List):
-            return {column: [_spelled_out(message, where) for message in value]}
-        return {column: _spelled_out(value, where)}
+    present = [column for column in changed if column in part.features]
 
-    features = Features({**part.features, column: feature})
-    return part.map(change, features=features, desc=f"Reading the {column} of {name}")
+    def change(*values: Any) -> dict[str, Any]:
+        row = dict(zip(present, values, strict=True))
+        return {column: _encoded(row.get(column), column, new, name) for column, new in changed.items()}
 
-
-def _spelled_out(value: Any, where: str) -> str:
-    """The JSON that `datasets` reads as exactly this value.
-
-    Raises:
-        AMAError: If there is none.
-    """
-    try:
-        text = json.dumps(value, ensure_ascii=False)
-        if repr(_JSON.decode_example(text)) != repr(value):
-            text = _dump(value)
-        if repr(_JSON.decode_example(text)) == repr(value):
-            return text
-    except (TypeError, ValueError):
-        pass
-    raise AMAError(
-        f"{where} with a value that JSON cannot hold: {short(value)} Give all tasks the same keys and types of messages, or make "
-        "that value a string."
+    # With `input_columns` what is read stays as it was written; else `map` would write all of it again, and round numbers
+    return part.map(
+        change if present else lambda row: change(),
+        input_columns=present or None,
+        features=Features({**part.features, **changed}),
+        desc=f"Uniting the columns of {name}",
     )
 
 
-def _dump(value: Any) -> str:
-    if isinstance(value, dict):
-        return (
-            "{"
-            + ", ".join(f"{json.dumps(key, ensure_ascii=False)}: {_dump(entry)}" for key, entry in value.items())
-            + "}"
-        )
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_dump, value)) + "]"
-    if isinstance(value, float):
-        return next((text for text in _spellings(value) if _JSON.decode_example(text) == value), repr(value))
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _spellings(number: float) -> Iterator[str]:
-    """Ways to write a number. The decoder of `datasets` rounds: it reads 0.3 as 0.30000000000000004, and 30e-2 as 0.3."""
-    exact = Decimal(repr(number))
-    sign, digits, exponent = exact.as_tuple()
-    whole = Decimal((sign, digits, 0))
-    for zeros in range(18 - len(digits)):
-        yield f"{whole.scaleb(zeros):f}e{exponent - zeros}"
-    for places in range(1, len(digits)):
-        for zeros in range(6):
-            yield f"{whole.scaleb(-places):f}{'0' * zeros}e{exponent + places}"
+def _encoded(value: Any, column: str, feature: Any, name: str) -> Any:
+    """A value as it is written into a column of that type."""
+    if column == TEMPLATE_KWARGS:
+        value = without_nulls(value or {})
+    try:
+        if value is not None and feature == _JSON:
+            return exact_json(value)
+        return [exact_json(message) for message in value] if value is not None and feature == List(_JSON) else value
+    except ValueError:
+        raise AMAError(
+            f"Task '{name}' has {column} with a value that JSON cannot hold: {short(value)} Give all tasks the same keys and types "
+            "of messages, or make that value a string."
+        ) from None

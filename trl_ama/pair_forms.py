@@ -10,7 +10,8 @@ from .pair_images import IMAGE_COLUMNS, IMAGES, image_identity, images_of
 
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
-TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+TEMPLATE_KWARGS = "chat_template_kwargs"
+TEMPLATE_COLUMNS = ("tools", TEMPLATE_KWARGS)
 # What DPOTrainer's tokenisation reads beside them. They travel with a pair, count in its id and are saved with its texts
 EXTRA_COLUMNS = (*TEMPLATE_COLUMNS, *IMAGE_COLUMNS)
 _NOT_SAID = ("role", "content", "name", "tool_call_id")  # of a message; any other key may say something

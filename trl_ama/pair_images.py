@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset, Features, Image, LargeList, List, Value
 from trl import prepare_multimodal_messages
 
@@ -16,6 +17,7 @@ from .task_config import TaskConfig
 IMAGES, IMAGE = IMAGE_COLUMNS = ("images", "image")
 _SIDES = ("prompt", "chosen", "rejected")
 _MANY = List(Image())
+_AT_ONCE = 100  # rows whose images are in memory
 _PATHS = ("string", "large_string")
 _BYTES = ("binary", "large_binary")
 
@@ -45,7 +47,11 @@ def image_identity(image: Any) -> str:
     """
     import PIL.Image
 
-    if not isinstance(image, PIL.Image.Image):
+    if isinstance(
+        image, dict
+    ):  # not by `encode_example`, which prefers a file of that name, if there happens to be one
+        image = Image().decode_example(image)
+    elif not isinstance(image, PIL.Image.Image):
         image = Image().decode_example(Image().encode_example(image))
     if image.mode == "P":  # numbers of colours in a palette, of which there may be several for the same colours
         image = image.convert("RGBA")
@@ -121,25 +127,31 @@ def read_images(dataset: Dataset, task: str, split: str, folders: Sequence[Path]
     empty = is_list and any(chunk.flatten().null_count for chunk in stored.chunks)
     if isinstance(kind, Image) and kind.decode and not (lacks or empty) and is_list == (column == IMAGES):
         return dataset
-    if isinstance(kind, Image):
-        dataset = _undecoded(dataset, column, is_list)
 
-    def read(row: dict[str, Any], number: int) -> dict[str, Any]:
-        value = row[column]
+    def read(value: Any, number: int) -> Any:
         values = [] if value is None else value if is_list else [value]
         where = f"Task '{task}', row {number} of the {split} pairs"
         found = [_stored(image, where, folders) for image in values]
-        return {target: found[0] if target == IMAGE else found}
+        return found[0] if target == IMAGE else found
 
     target = IMAGE if column == IMAGE and not is_list and not lacks else IMAGES
+    return _rewritten(dataset, column, target, read, f"Reading the images of {task}")
+
+
+def _rewritten(dataset: Dataset, column: str, target: str, change: Callable[[Any, int], Any], desc: str) -> Dataset:
+    """Change what a column of images stores, `{bytes, path}` or lists of it, and call it `target`; nothing is decoded."""
+
+    def rewrite(table: pa.Table, numbers: list[int]) -> pa.Table:
+        values = [change(value, number) for value, number in zip(table[column].to_pylist(), numbers, strict=True)]
+        kind = Image.pa_type if target == IMAGE else pa.list_(Image.pa_type)
+        return table.drop_columns([column]).append_column(target, pa.array(values, kind))
+
     features = {name: feature for name, feature in dataset.features.items() if name != column}
-    return dataset.map(
-        read,
-        with_indices=True,
-        remove_columns=[column],
-        features=Features({**features, target: Image() if target == IMAGE else _MANY}),
-        desc=f"Reading the images of {task}",
+    features = Features({**features, target: Image() if target == IMAGE else _MANY})
+    rewritten = dataset.with_format("arrow").map(
+        rewrite, batched=True, batch_size=_AT_ONCE, with_indices=True, features=features, desc=desc
     )
+    return rewritten.with_format(None)
 
 
 def _stored(image: Any, where: str, folders: Sequence[Path] | None) -> dict[str, Any]:
@@ -154,7 +166,7 @@ def _stored(image: Any, where: str, folders: Sequence[Path] | None) -> dict[str,
         )
     if image.get("bytes") is not None:
         # Without the name of its file: `Image` prefers a file of that name, if there happens to be one
-        return {"bytes": bytes(image["bytes"]), "path": None}
+        return {"bytes": image["bytes"], "path": None}
     path = image["path"]
     if "://" in path:
         raise AMAError(
@@ -191,12 +203,7 @@ def _with_list(part: Dataset) -> Dataset:
     if IMAGE not in part.column_names:
         features = Features({**part.features, IMAGES: _MANY})
         return part.map(lambda batch: {IMAGES: [[]] * len(batch["chosen"])}, batched=True, features=features)
-    features = {name: feature for name, feature in part.features.items() if name != IMAGE}
-    return _undecoded(part, IMAGE, False).map(
-        lambda row: {IMAGES: [_stored(row[IMAGE], "A pair", ())]},
-        remove_columns=[IMAGE],
-        features=Features({**features, IMAGES: _MANY}),
-    )
+    return _rewritten(part, IMAGE, IMAGES, lambda image, number: [image], "Putting images into lists")
 
 
 def check_places(dataset: Dataset, task: str, split: str) -> None:
@@ -246,26 +253,31 @@ def _names_image(message: dict[str, Any]) -> bool:
 # ---- As they are stored ----
 
 
-def stored_images(dataset: Dataset) -> Iterator[list[bytes]]:
-    """The files of each row's images."""
-    for column, is_list in _columns(dataset):
-        for row in _undecoded(dataset.select_columns([column]), column, is_list):
-            yield [_content(image) for image in (row[column] if is_list else [row[column]])]
+def stored_images(dataset: Dataset) -> Iterator[list[dict[str, Any]]]:
+    """The images of each row as `{bytes, path}`, none of which is decoded."""
+    columns = [column for column in IMAGE_COLUMNS if column in dataset.column_names]
+    for batch in dataset.select_columns(columns).with_format("arrow").iter(_AT_ONCE):
+        for row in batch.to_pylist():
+            yield images_of(row)
+
+
+def content_of(image: dict[str, Any]) -> bytes:
+    """The file of a stored image."""
+    return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
 
 
 def embedded(dataset: Dataset) -> Dataset:
     """Pairs whose images are in the rows themselves, byte by byte as they were, and no longer say where their files were."""
 
-    def embed(image: dict[str, Any]) -> dict[str, Any]:
-        return {"bytes": _content(image), "path": None}
+    def embed(value: Any, number: int) -> Any:
+        found = [
+            {"bytes": content_of(image), "path": None} for image in (value if isinstance(value, list) else [value])
+        ]
+        return found if isinstance(value, list) else found[0]
 
-    for column, is_list in _columns(dataset):
-        dataset = _undecoded(dataset, column, is_list).map(
-            lambda row, column=column, is_list=is_list: {
-                column: [embed(image) for image in row[column]] if is_list else embed(row[column])
-            },
-            features=Features({**dataset.features, column: _MANY if is_list else Image()}),
-        )
+    for column in IMAGE_COLUMNS:
+        if column in dataset.column_names:
+            dataset = _rewritten(dataset, column, column, embed, "Embedding images")
     return dataset
 
 
@@ -273,26 +285,10 @@ def check_embedded(dataset: Dataset, refuse: Callable[[str], Exception]) -> None
     """Hold a stranger's images to what [`embedded`] makes: none of them may name a file, which would be opened.
 
     Args:
-        dataset (`Dataset`): Rows whose columns of images, if any, are `Image` or lists of it.
+        dataset (`Dataset`): Rows that may have images.
         refuse (`Callable`): Makes an error of what is wrong.
     """
-    for column, is_list in _columns(dataset):
-        for number, row in enumerate(_undecoded(dataset.select_columns([column]), column, is_list)):
-            for image in row[column] or () if is_list else [row[column]]:
-                if not isinstance(image, dict) or not image["bytes"] or image["path"] is not None:
-                    raise refuse(f"Row {number} has an image that is not in the row itself")
-
-
-def _columns(dataset: Dataset) -> list[tuple[str, bool]]:
-    """The columns of images, and whether they are lists."""
-    columns = [column for column in IMAGE_COLUMNS if column in dataset.column_names]
-    return [(column, not isinstance(dataset.features[column], Image)) for column in columns]
-
-
-def _undecoded(dataset: Dataset, column: str, is_list: bool) -> Dataset:
-    raw = Image(decode=False)
-    return dataset.cast_column(column, List(raw) if is_list else raw)
-
-
-def _content(image: dict[str, Any]) -> bytes:
-    return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+    for number, images in enumerate(stored_images(dataset) if has_images(dataset) else ()):
+        for image in images:
+            if not isinstance(image, dict) or not image["bytes"] or image["path"] is not None:
+                raise refuse(f"Row {number} has an image that is not in the row itself")

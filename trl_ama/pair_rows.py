@@ -8,7 +8,7 @@ import numpy as np
 from datasets import Dataset
 
 from .errors import AMAError
-from .pair_forms import PAIR_COLUMNS, TEMPLATE_COLUMNS, says_something, with_prompt
+from .pair_forms import PAIR_COLUMNS, TEMPLATE_COLUMNS, with_prompt
 
 
 _SHAREGPT = {"from", "value"}
@@ -136,7 +136,8 @@ def _no_text(value: Any) -> str | None:
                 f"a list of messages with the keys {keys}. Rename 'from' to 'role' and 'value' to 'content', and ShareGPT's roles "
                 "'human' and 'gpt' to 'user' and 'assistant'."
             )
-        if not isinstance(message.get("role"), str) or not ("content" in message or says_something([message])):
+        calls = message.get("tool_calls") or message.get("function_call")
+        if not isinstance(message.get("role"), str) or not ("content" in message or calls):
             return f"a list of messages with the keys {keys}; 'role' and 'content' are needed. {fix}"
         content = message.get("content")  # a text, a list of parts, or nothing beside a call of tools
         parts = isinstance(content, list) and all(isinstance(part, dict) for part in content)

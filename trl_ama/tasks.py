@@ -8,8 +8,14 @@ from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 from .columns import encoded_column, with_class_labels
 from .errors import AMAError, first_line, nearest, short
 from .pair_features import unite_features
-from .pair_forms import EXTRA_COLUMNS, PAIR_COLUMNS, pair_id, pair_id_of  # noqa: F401  (all there is to know of pairs)
-from .pair_images import is_about_images
+from .pair_forms import (  # noqa: F401  (all there is to know of pairs)
+    EXTRA_COLUMNS,
+    PAIR_COLUMNS,
+    TEMPLATE_COLUMNS,
+    pair_id,
+    pair_id_of,
+)
+from .pair_images import IMAGES, has_images, stored_images
 from .task_config import check_task_names
 
 
@@ -75,19 +81,27 @@ def add_pair_ids(dataset: Dataset, where: str = "The dataset of pairs") -> Datas
     """
     if PAIR_ID_COLUMN in dataset.column_names:
         return dataset
+    columns = [name for name in (*PAIR_COLUMNS, *TEMPLATE_COLUMNS) if name in dataset.column_names]
+    if has_images(dataset):
+        ids = []
+        rows = zip(dataset.select_columns(columns), stored_images(dataset), strict=True)
+        for number, (row, images) in enumerate(rows):
+            try:
+                ids.append(pair_id_of({**row, IMAGES: images}))
+            except Exception as error:  # of Pillow, which has its own for every format
+                raise AMAError(
+                    f"{where}, row {number}: an image cannot be read ({type(error).__name__}: {first_line(error)}). Mend it, or drop "
+                    "the row."
+                ) from error
+        return dataset.map(
+            lambda row, number: {PAIR_ID_COLUMN: ids[number]}, with_indices=True, desc="Naming the pairs"
+        )
 
-    def name(row: dict[str, Any], number: int) -> dict[str, str]:
-        try:
-            return {PAIR_ID_COLUMN: pair_id_of(row)}
-        except Exception as error:
-            if not is_about_images(row):
-                raise
-            raise AMAError(
-                f"{where}, row {number}: an image cannot be read ({type(error).__name__}: {first_line(error)}). Mend it, or drop the "
-                "row."
-            ) from error
+    def name(*values: Any) -> dict[str, str]:
+        return {PAIR_ID_COLUMN: pair_id_of(dict(zip(columns, values, strict=True)))}
 
-    return dataset.map(name, with_indices=True, desc="Naming the pairs")
+    # With `input_columns` they are not written again, which rounds numbers in columns of Json
+    return dataset.map(name, input_columns=columns, desc="Naming the pairs")
 
 
 def check_same_form(parts: dict[str, Dataset]) -> None:

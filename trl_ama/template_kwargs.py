@@ -5,11 +5,9 @@ from typing import Any
 from datasets import Dataset, Features, Json
 
 from .errors import AMAError, short
-from .pair_forms import without_nulls
+from .exact_json import exact_json
+from .pair_forms import TEMPLATE_KWARGS, without_nulls
 from .task_config import TaskConfig
-
-
-TEMPLATE_KWARGS = "chat_template_kwargs"  # a column that `DPOTrainer` knows
 
 
 def with_template_kwargs(dataset: Dataset, task: TaskConfig) -> Dataset:
@@ -33,7 +31,13 @@ def with_template_kwargs(dataset: Dataset, task: TaskConfig) -> Dataset:
                 f"Task '{task.task}', row {number}: {TEMPLATE_KWARGS} is {short(own)}, of type {type(own).__name__}. Give a mapping like "
                 '{"enable_thinking": false}, or leave the column out.'
             )
-        return {TEMPLATE_KWARGS: {**task.chat_template_kwargs, **without_nulls(own or {})}}
+        given = {**task.chat_template_kwargs, **without_nulls(own or {})}
+        try:
+            return {TEMPLATE_KWARGS: exact_json(given)}
+        except ValueError:
+            raise AMAError(
+                f"Task '{task.task}', row {number}: {TEMPLATE_KWARGS} hold what JSON cannot: {short(given)} Make it a string."
+            ) from None
 
     features = Features({**dataset.features, TEMPLATE_KWARGS: Json()})
     return dataset.map(
