@@ -69,7 +69,7 @@ def test_files_stay_as_they_are(column, tmp_path):
     pairs = _load(rows, tmp_path)
     saved = embedded(pairs)
     for part in (pairs, saved):
-        assert [images for images in stored_images(part)] == [[{"bytes": file, "path": None}]] * 2
+        assert list(stored_images(part)) == [[{"bytes": file, "path": None}]] * 2
     assert saved.features == pairs.features
 
 

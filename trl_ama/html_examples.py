@@ -118,15 +118,12 @@ def _texts(folder: Path | None, pair_ids: list[str]) -> dict[str, dict[str, list
 
 
 def _image_counts(file: Path, pair_ids: list[str]) -> dict[str, int]:
-    """Id of a pair → how many images it has, of those that may have some. Nothing of the images is read."""
+    """Id of a pair → how many images it has, if pairs have any."""
     counts = {}
-    for column, only_path in (("images", "images.list.element.path"), ("image", "image.path")):
-        table = _read(file, ["pair_id", only_path], filters=[("pair_id", "in", pair_ids)])
-        if table is not None and column in table:
-            counts |= {
-                pair_id: len(value or ()) if column == "images" else 1
-                for pair_id, value in zip(table["pair_id"], table[column], strict=True)
-            }
+    for column in ("images", "image"):
+        table = _read(file, ["pair_id", column], filters=[("pair_id", "in", pair_ids)])
+        for pair_id, value in zip(table["pair_id"], table.get(column, ()), strict=False) if table else ():
+            counts[pair_id] = len(value or ()) if column == "images" else 1
     return counts
 
 
