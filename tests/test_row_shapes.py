@@ -5,11 +5,9 @@ from datetime import datetime
 from itertools import pairwise
 
 import pytest
-from conftest import QUICK, make_model
+from conftest import QUICK
 from corpus_rows import MESSAGES, PLAIN, REFUSED, TEXTS, assistant, parts, user
 from datasets import Dataset, LargeList, Value, load_dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
 from trl_ama import AMAConfig, AMAError, AMATrainer, TaskMixtureConfig, load_tasks
@@ -18,34 +16,7 @@ from trl_ama.task_loading import fits_into, prompt_fits_into, read_tasks
 from trl_ama.tasks import concatenate_tasks
 
 
-# Shows everything that a template can read of a message: each key, nulls, and their order
-TEMPLATE = (
-    "{% if tools %}[{{ tools | tojson }}]{% endif %}{% if style %}[{{ style }}]{% endif %}"
-    "{% for message in messages %}<{{ message.role }}>{{ message | tojson }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 IDS = ["prompt_ids", "chosen_ids", "rejected_ids"]
-
-
-@pytest.fixture(scope="module")
-def letters():
-    """A tokenizer to which no text is unknown."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: number for number, token in enumerate(["<pad>", "</s>", *alphabet])}
-    fast = Tokenizer(models.BPE(vocab, []))
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", eos_token="</s>")
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
-def letters_dir(letters, tmp_path_factory):
-    path = tmp_path_factory.mktemp("letters")
-    make_model(len(letters)).save_pretrained(path)
-    letters.save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")

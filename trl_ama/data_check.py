@@ -139,7 +139,7 @@ def _look_at(
         if sample is not None and len(part) > sample:
             rows = np.sort(np.random.default_rng(args.seed).choice(len(part), sample, replace=False))
         columns = [name for name in (*PAIR_COLUMNS, *TEMPLATE_COLUMNS) if name in part.column_names]
-        read = part.select(rows).select_columns(columns).to_list()
+        read = list(part.select(rows).select_columns(columns))
         mistakes: Counter[str] = Counter()
         first: dict[str, tuple[int, str]] = {}
         for number, row in zip(rows.tolist(), read, strict=True):
@@ -159,13 +159,14 @@ def _look_at(
             continue
         limit = settings.task_args.max_train_pairs if split == "train" else settings.task_args.max_eval_pairs
         figures.splits[split] |= _lengths(tokenised, args.max_length)
-        figures.splits[split]["left"] = _left(tokenised, len(part), settings, limit)
+        drops = args.truncation_mode == "keep_start" and not has_images(part)
+        figures.splits[split]["left"] = _left(tokenised, len(part), settings, limit, drops)
         if has_images(part) and not settings.task_args.drop_truncated:
             _check_image_room(figures, split, token_counts(tokenised)[:, 0], args.max_length)
         if split == "train" and show:
             some = np.random.default_rng(args.seed).permutation(len(read))[:show]
             figures.shown = [
-                _shown(tokenised[row], int(rows[row]), tokenizer, args, settings.task_args.drop_truncated)
+                _shown(tokenised[row], int(rows[row]), tokenizer, args, settings.task_args.drop_truncated, drops)
                 for row in np.sort(some).tolist()
             ]
     figures.rules = trivial_rules(answers["train"], answers["test"])
@@ -208,8 +209,11 @@ def _lengths(tokenised: Dataset, max_length: int | None) -> dict[str, Any]:
     }
 
 
-def _left(tokenised: Dataset, total: int, settings: RunSettings, limit: int | None) -> dict[str, Any]:
-    """What the pipeline drops, in its order; counted on the sample and scaled if there are more pairs than it holds."""
+def _left(tokenised: Dataset, total: int, settings: RunSettings, limit: int | None, drops: bool) -> dict[str, Any]:
+    """What the pipeline drops, in its order; counted on the sample and scaled if there are more pairs than it holds.
+
+    `drops` says whether DPOTrainer drops pairs whose prompt fills `max_length`.
+    """
     args = settings.training_args
     prompt, chosen, rejected = token_counts(tokenised).T
     rows, scale = np.arange(len(prompt)), total / len(prompt)
@@ -222,7 +226,7 @@ def _left(tokenised: Dataset, total: int, settings: RunSettings, limit: int | No
         if scale == 1:  # the pairs themselves, as `load_tasks` draws them
             rows = np.array(Dataset.from_dict({"row": rows}).shuffle(seed=args.seed).select(range(limit))["row"])
         dropped["max_pairs"], kept = kept - limit, limit
-    if args.max_length is not None and args.truncation_mode == "keep_start" and len(rows):
+    if args.max_length is not None and drops and len(rows):
         fills = prompt[rows] >= args.max_length
         dropped["prompt_fills_max_length"] = round(kept * float(fills.mean()))
         rows = rows[~fills]
@@ -244,7 +248,12 @@ def _same_after_cut(row: dict[str, list[int]], args: AMAConfig) -> bool:
 
 
 def _shown(
-    row: dict[str, Any], number: int, tokenizer: PreTrainedTokenizerBase, args: AMAConfig, drop_truncated: bool
+    row: dict[str, Any],
+    number: int,
+    tokenizer: PreTrainedTokenizerBase,
+    args: AMAConfig,
+    drop_truncated: bool,
+    drops: bool,
 ) -> dict[str, Any]:
     """A pair as the model sees it: the text of the tokens that are left, and how many are cut."""
     limit, prompt = args.max_length, row["prompt_ids"]
@@ -266,7 +275,7 @@ def _shown(
     shown["dropped"] = None
     if drop_truncated and any(shown["cut"].values()):
         shown["dropped"] = "drop_truncated"
-    elif limit is not None and args.truncation_mode == "keep_start" and len(prompt) >= limit:
+    elif limit is not None and drops and len(prompt) >= limit:
         shown["dropped"] = "prompt_fills_max_length"
     return shown
 

@@ -132,28 +132,24 @@ def _messages(value: Any) -> list[tuple[str, str]]:
     if not isinstance(value, list):
         return [("", "" if value is None else str(value)[:_LONGEST])]
     messages = []
-    for message in value:
-        if isinstance(message, str):
-            message = _parsed(message)
+    for message in map(_parsed, value):
         content = message.get("content") if isinstance(message, dict) else message
-        role = str(message.get("role") or "") if isinstance(message, dict) else ""
-        if isinstance(content, list) and all(map(_is_shown_part, content)) and set(message) <= {"role", "content"}:
+        if isinstance(content, list) and all(map(_is_shown_part, content)):
             content = "\n".join("[image]" if part["type"] == "image" else part["text"] for part in content)
-        if not isinstance(content, str):  # parts of several kinds, or calls of tools
-            shown = (
-                {key: entry for key, entry in message.items() if key != "role" and entry is not None}
-                if role
-                else content
-            )
+        role = str(message.get("role") or "") if isinstance(message, dict) else ""
+        more = {key: entry for key, entry in message.items() if entry is not None} if role else {}
+        more = {key: entry for key, entry in more.items() if key not in ("role", "content")}
+        if more or not isinstance(content, str):  # parts of several kinds, calls of tools, …
+            shown = content if not role else more if content is None else {"content": content, **more}
             content = json.dumps(shown, ensure_ascii=False, default=str)
         messages.append((role[:40], content[:_LONGEST]))
     return messages
 
 
-def _parsed(message: str) -> Any:
-    """A message of a column of Json; what is none stays text."""
+def _parsed(message: Any) -> Any:
+    """A message out of a column of Json, or as it is."""
     try:
-        return json.loads(message)
+        return json.loads(message) if isinstance(message, str) else message
     except ValueError:
         return message
 
