@@ -1,8 +1,12 @@
 """Pairs about images through all stages; TRL's own trainer on the same raw rows says what is right."""
 
 import json
+import re
+import shutil
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import QUICK
 from datasets import Dataset
@@ -12,6 +16,7 @@ from vision_model import make_vision_rows
 
 from trl_ama import AMAConfig, AMAError, TaskMixtureConfig, join_reference_losses, run_pipeline
 from trl_ama.fingerprint import write_json
+from trl_ama.loss_checks import sha256
 from trl_ama.loss_loading import load_reference_losses
 from trl_ama.loss_scoring import compute_reference_losses
 from trl_ama.pair_forms import pair_id_of
@@ -162,3 +167,29 @@ def test_images_can_be_left_out(finished, recipe, tmp_path):
     with_images = load_reference_losses(finished[0] / "reference_losses")
     expected = join_reference_losses(as_dataset(raw_rows()["name"], "name"), with_images["train"])
     assert joined["specialist_chosen_logps"][:] == expected["specialist_chosen_logps"][:]
+
+
+def test_cards_load_the_model_as_it_is(finished):
+    folder = finished[0] / "generalists" / "ama_s"
+    code = re.search(r"```python\n(.*?AutoProcessor.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)[1]
+    found = {}
+    exec(code.replace("path/to/this/folder", str(folder)), found)
+    assert type(found["model"]).__name__ == "LlavaForConditionalGeneration"
+    assert any("lora_B" in name and weight.abs().max() > 0 for name, weight in found["model"].named_parameters())
+    assert type(found["processor"]).__name__ == "LlavaProcessor"
+
+
+def test_losses_that_name_files_are_refused(finished, tmp_path):
+    """A stranger's row must not open a file of this machine."""
+    folder = tmp_path / "reference_losses"
+    shutil.copytree(finished[0] / "reference_losses", folder)
+    path, secret = folder / "name" / "train.parquet", tmp_path / "secret.png"
+    rows = pq.read_table(path).to_pylist()
+    secret.write_bytes(rows[0]["images"][0]["bytes"])
+    rows[0]["images"] = [{"bytes": None, "path": str(secret)}]
+    pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(path)), path)
+    note = json.loads((folder / "name" / "fingerprint.json").read_text())
+    note["files"]["train.parquet"]["sha256"] = sha256(path)
+    write_json(folder / "name" / "fingerprint.json", note)
+    with pytest.raises(AMAError, match="Row 0 has an image that is not in the row itself"):
+        load_reference_losses(folder)

@@ -109,13 +109,8 @@ def empty_model(config: PretrainedConfig, settings: MemorySettings) -> torch.nn.
     """The model as DPOTrainer would train it, on the meta device: quantised, with TRL's fused head and the adapter.
 
     Raises:
-        AMAError: If the model takes images, or transformers, bitsandbytes or PEFT refuse the configuration.
+        AMAError: If transformers, bitsandbytes or PEFT refuse the configuration.
     """
-    if config.get_text_config() is not config:
-        raise AMAError(
-            f"A model of type '{config.model_type}' takes more than text, and the memory that images need is not planned. Try a "
-            "few steps instead (`max_steps: 3`)."
-        )
     try:
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(

@@ -257,6 +257,11 @@ class RunSettings:
             fix_date(processor, self.pipeline_args.template_date)
         return processor
 
+    @property
+    def takes_images(self) -> bool:
+        """Whether the base model is a vision-language model."""
+        return isinstance(self.processor, ProcessorMixin)
+
     @cached_property
     def tokenizer_identity(self) -> str:
         """Hash of what makes tokens of the pairs; of pairs with images also of what makes pixels of these."""
