@@ -184,10 +184,12 @@ def test_losses_that_name_files_are_refused(finished, tmp_path):
     folder = tmp_path / "reference_losses"
     shutil.copytree(finished[0] / "reference_losses", folder)
     path, secret = folder / "name" / "train.parquet", tmp_path / "secret.png"
-    rows = pq.read_table(path).to_pylist()
-    secret.write_bytes(rows[0]["images"][0]["bytes"])
-    rows[0]["images"] = [{"bytes": None, "path": str(secret)}]
-    pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(path)), path)
+    table = pq.read_table(path)
+    images = table["images"].to_pylist()
+    secret.write_bytes(images[0][0]["bytes"])
+    images[0] = [{"bytes": None, "path": str(secret)}]
+    number = table.column_names.index("images")
+    pq.write_table(table.set_column(number, "images", pa.array(images, table["images"].type)), path)
     note = json.loads((folder / "name" / "fingerprint.json").read_text())
     note["files"]["train.parquet"]["sha256"] = sha256(path)
     write_json(folder / "name" / "fingerprint.json", note)
