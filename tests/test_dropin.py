@@ -165,7 +165,9 @@ def test_a_run_is_dpo_trainers(run_both, name):  # noqa: F811
     assert type(ours.trainer.data_collator) is type(theirs.trainer.data_collator)
 
 
-@pytest.mark.parametrize("name", ["full", "held-out dict", "own collator", "MPO", "stream", "accumulation, uneven end"])
+@pytest.mark.parametrize(
+    "name", ["full", "held-out dict", "own collator", "MPO", "stream", "accumulation, uneven end"]
+)
 def test_so_is_one_of_pairs_without_tasks(run_both, name):  # noqa: F811
     ours, theirs = run_both(RUNS[name], WITHOUT_TASK)
     # Then nothing of ours is logged either

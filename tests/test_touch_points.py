@@ -696,6 +696,62 @@ def test_86_the_output_of_a_training_is_a_named_tuple():
     assert TrainOutput(1, 2.0, {})._replace(training_loss=7.0) == (1, 7.0, {})
 
 
+def test_211_pairs_about_images_are_prepared_in_the_collator(tokenizer, tmp_path):
+    from peft import LoraConfig
+    from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+    from vision_model import make_processor, make_vision_model, make_vision_rows
+
+    processor = make_processor(tokenizer)
+    data = Dataset.from_list([{**row, "ref_chosen_logps": -1.0} for row in make_vision_rows("name", 2)])
+    args = {"output_dir": str(tmp_path), "bf16": False, "use_cpu": True, "report_to": "none"}
+
+    def build(**more):
+        model = make_vision_model(processor)
+        given = {
+            "processing_class": processor,
+            "train_dataset": data,
+            "peft_config": LoraConfig(target_modules=["q_proj"]),
+        }
+        return DPOTrainer(model, args=DPOConfig(**args, **more), **given)
+
+    trainer = build()
+    assert trainer.train_dataset.column_names == data.column_names
+    assert isinstance(trainer.data_collator, DataCollatorForVisionPreference)
+    batch = trainer.data_collator([data[0]])
+    assert batch["completion_mask"].shape == batch["input_ids"].shape and "ref_chosen_logps" not in batch
+    with pytest.raises(ValueError, match="precompute_ref_log_probs"):
+        build(precompute_ref_log_probs=True)
+
+
+def test_212_hooks_that_capture_outputs_belong_to_the_model(tokenizer):
+    from vision_model import make_processor, make_vision_model
+
+    model = make_vision_model(make_processor(tokenizer))
+    layers = model.model.vision_tower.encoder.layers
+
+    def hooks():
+        return [hook.__module__ for layer in layers for hook in layer._forward_hooks.values()]
+
+    assert hooks() == []
+    for _ in range(2):
+        model.model.vision_tower(torch.zeros(1, 3, 16, 16), output_hidden_states=True)
+        assert set(hooks()) == {"transformers.utils.output_capturing"} and len(hooks()) == 2
+
+
+def test_213_images_are_stored_as_bytes_and_paths():
+    import io
+
+    from datasets import Image
+    from vision_model import make_image
+
+    buffer = io.BytesIO()
+    make_image("apple").save(buffer, "JPEG")
+    data = Dataset.from_dict({"image": [{"bytes": buffer.getvalue(), "path": None}]}).cast_column("image", Image())
+    data = data.map(lambda row, number: {"number": number}, with_indices=True)
+    stored = [row for batch in data.with_format("arrow").iter(2) for row in batch.to_pylist()]
+    assert stored == [{"image": {"bytes": buffer.getvalue(), "path": None}, "number": 0}]
+
+
 def numbers(count=10):
     for number in range(count):
         yield {"number": number}

@@ -26,6 +26,7 @@ from .errors import AMAError
 from .held_out import check_eval_dataset, eval_parts
 from .mixing import MixingStrategy
 from .mixture import Mixture
+from .pair_images import has_images
 from .policy_objects import check_is_model, check_specialist_objects
 from .policy_sources import check_policy_source
 from .preference_losses import BATCH_LOSSES, PreferenceLossConfig, excess_losses, pair_losses, untrained_loss
@@ -157,7 +158,8 @@ peft_config:
             args = stream_arguments(args, strategy, has_reference, has_specialist, specialists)
         self._reference_given = self._reference_unchecked = has_reference
         # DPOTrainer then loads no reference model, and `_precompute_ref_logps` computes nothing that is there
-        if has_reference and peft_config is None and not (not isinstance(model, str) and is_peft_model(model)):
+        is_full = peft_config is None and not (not isinstance(model, str) and is_peft_model(model))
+        if has_reference and is_full and not has_images(pairs.dataset):
             args = copy.copy(args)  # the caller's stays as it is
             args.precompute_ref_log_probs = True
 
@@ -175,6 +177,8 @@ peft_config:
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        if has_reference and has_images(pairs.dataset):
+            self.ref_model = None  # of pairs with images DPOTrainer cannot be told not to load one
         parts = eval_parts(self.eval_dataset)
         unknown = set() if self._pairs_have_losses else {"loss"}
         if pairs.streams is not None:

@@ -14,7 +14,7 @@ from typing import Any
 from datasets import Dataset
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .errors import AMAError
 from .policy_files import hub_commit, split_revision
@@ -116,8 +116,13 @@ def weights_identity(name: str, revision: str | None) -> str | None:
     return _weight_digest(folder) if needed <= names else None
 
 
-def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of the vocabulary, its rules and the chat template."""
+def tokenizer_identity(processor: PreTrainedTokenizerBase | ProcessorMixin) -> str:
+    """Hash of the vocabulary, its rules and the chat template; of a processor also of what it does to images."""
+    if isinstance(processor, ProcessorMixin):
+        settings = {key: value for key, value in processor.to_dict().items() if key not in _NOT_THE_MODEL}
+        rules = json.dumps(settings, sort_keys=True, default=str)
+        return _digest(tokenizer_identity(processor.tokenizer), str(processor.chat_template), rules)
+    tokenizer = processor
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     return _digest(rules, str(tokenizer.chat_template), str(tokenizer.eos_token), str(tokenizer.pad_token))

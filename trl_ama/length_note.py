@@ -68,7 +68,7 @@ def _tokenised(settings: RunSettings, task: str, pairs: Dataset) -> Dataset:
     quiet = are_progress_bars_disabled()
     disable_progress_bars()
     try:
-        return tokenise(pairs, settings.tokenizer, settings)
+        return tokenise(pairs, settings.processor, settings)
     except AMAError as error:
         raise AMAError(f"Task '{task}', training pairs: {error}") from error
     finally:

@@ -7,7 +7,8 @@ from datasets import Dataset, Features, Json, LargeList, List, Value
 
 from .errors import AMAError, short
 from .exact_json import exact_json
-from .pair_forms import EXTRA_COLUMNS, PAIR_COLUMNS, TEMPLATE_KWARGS, without_nulls
+from .pair_forms import PAIR_COLUMNS, TEMPLATE_COLUMNS, TEMPLATE_KWARGS, without_nulls
+from .pair_images import unite_images
 
 
 _JSON = Json()
@@ -30,11 +31,11 @@ def unite_features(parts: Sequence[Dataset], names: Sequence[str]) -> list[Datas
     Raises:
         AMAError: If Json cannot hold a value.
     """
-    parts = list(parts)
+    parts = unite_images(parts)
     having = [number for number, part in enumerate(parts) if "chosen" in part.features]
     common = {
         column: _common(column, [parts[number].features.get(column) for number in having])
-        for column in (*PAIR_COLUMNS, *EXTRA_COLUMNS)
+        for column in (*PAIR_COLUMNS, *TEMPLATE_COLUMNS)
     }
     common = {column: feature for column, feature in common.items() if feature is not None}
     for number in having:
@@ -51,7 +52,7 @@ def _common(column: str, kinds: list[Any]) -> Any:
         return _JSON
     if all(map(_is_text, filled)):
         return _text_type(filled)
-    if column in EXTRA_COLUMNS:
+    if column in TEMPLATE_COLUMNS:
         return _JSON
     if all(map(is_plain, filled)) and len({tuple(kind.feature) for kind in filled}) == 1:
         texts = _text_type([text for kind in filled for text in kind.feature.values()])

@@ -9,17 +9,17 @@ import torch
 from .held_out import task_number
 from .mixing import StepStatistics
 from .processes import sum_of_all
-from .reference_columns import SPECIALIST_COLUMNS
+from .reference_columns import LOGP_COLUMNS
 from .tasks import TASK_COLUMN
 
 
-_OURS = (TASK_COLUMN, *SPECIALIST_COLUMNS)
+_OURS = (TASK_COLUMN, *LOGP_COLUMNS)
 
 
 class TaskCollator:
-    """Wraps a preference collator and adds `task` and, where the rows have them, the specialists' log-probs. # (B,) each
+    """Wraps a preference collator and adds `task` and, where the rows have them, reference losses. # (B,) each
 
-    TRL's collator drops columns that it does not know.
+    TRL's collator drops columns that it does not know, and the one for images knows no log-probs.
 
     Args:
         inner (`Callable`): The collator, TRL's or the user's own.
@@ -38,11 +38,10 @@ class TaskCollator:
         ours = {column: [row[column] for row in examples] for column in _OURS if column in examples[0]}
         batch = self.inner(examples)
         for column, values in ours.items():
-            batch[column] = (
-                torch.tensor([self._number(value) for value in values])
-                if column == TASK_COLUMN
-                else torch.tensor(values, dtype=torch.float32)
-            )
+            if column == TASK_COLUMN:
+                batch[column] = torch.tensor([self._number(value) for value in values])
+            elif column not in batch:
+                batch[column] = torch.tensor(values, dtype=torch.float32)
         return batch
 
 

@@ -9,15 +9,17 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, Features
 from datasets.exceptions import DatasetGenerationError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import common_prefix_length
 
 from .errors import AMAError, nearest, sentence
 from .exact_texts import load_texts
+from .image_tokens import image_pair_ids
 from .json_messages import refuse_json_text
 from .local_files import check_text, exact_source, files_of
 from .pair_features import unite_features
 from .pair_forms import says_something, with_prompt
+from .pair_images import check_places, image_folders, is_about_images, read_images
 from .pair_rows import check_rows
 from .row_account import EMPTY, HELD_OUT, LIMITS, TRUNCATED, RowAccount
 from .task_config import TaskConfig, TaskMixtureConfig, check_task_names
@@ -111,7 +113,9 @@ def read_tasks(
     for split, own in parts.items():
         if own:
             # The same ClassLabel in both splits, also when only some tasks have held-out pairs
-            named = {task: add_pair_ids(part) for task, part in own.items()}
+            named = {
+                task: add_pair_ids(part, f"The {_SPLITS[split]} pairs of task '{task}'") for task, part in own.items()
+            }
             loaded.pairs[split] = concatenate_tasks(named, names=list(parts["train"]))
     return loaded
 
@@ -135,7 +139,10 @@ def _load_task(
             kept = _with_answers(part, task, split, config.drop_empty)
             if config.drop_empty:
                 accounts[split].drop(EMPTY, len(part) - len(kept))
-            parts[split] = with_template_kwargs(_preference_columns(kept, task), task)
+            folders = image_folders(task, config.tasks_dir)
+            kept = read_images(_preference_columns(kept, task), task.task, _SPLITS[split], folders)
+            check_places(kept, task.task, _SPLITS[split])
+            parts[split] = with_template_kwargs(kept, task)
         if "test" not in parts and config.test_split_size is not None:
             parts = _held_out(parts["train"], task, config.test_split_size, seed)
             accounts["test"] = RowAccount(task.task, "test", len(parts["test"]))
@@ -273,19 +280,26 @@ def _preference_columns(dataset: Dataset, task: TaskConfig) -> Dataset:
     return dataset.select_columns([*PAIR_COLUMNS, *(name for name in EXTRA_COLUMNS if name in dataset.column_names)])
 
 
-def fits_into(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callable[[dict], bool]:
+def fits_into(processor: PreTrainedTokenizerBase | ProcessorMixin, max_length: int) -> Callable[[dict], bool]:
     """Whether `max_length` tokens hold a pair whole, both answers, as `DPOTrainer` will render it."""
+    tokenizer = getattr(processor, "tokenizer", processor)
 
     def fits(row: dict) -> bool:
+        if is_about_images(row):
+            prompt, *answers = map(len, image_pair_ids(processor, row).values())
+            return prompt + max(answers) <= max_length
         return all(len(_tokens(tokenizer, row, side)) <= max_length for side in ("chosen", "rejected"))
 
     return fits
 
 
-def prompt_fits_into(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callable[[dict], bool]:
+def prompt_fits_into(processor: PreTrainedTokenizerBase | ProcessorMixin, max_length: int) -> Callable[[dict], bool]:
     """Whether a pair's prompt leaves room for an answer; `DPOTrainer` drops the pairs whose prompt does not."""
+    tokenizer = getattr(processor, "tokenizer", processor)
 
     def fits(row: dict) -> bool:
+        if is_about_images(row):
+            return len(image_pair_ids(processor, row)["prompt_ids"]) < max_length
         prompt = _tokens(tokenizer, row)
         # As in DPOTrainer: an answer begins where it and the prompt alone part
         shared = (common_prefix_length(prompt, _tokens(tokenizer, row, side)) for side in ("chosen", "rejected"))
