@@ -61,6 +61,12 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %} </s>{% endif %} {% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+# Shows all that a template can read of a message: each key, nulls, and their order
+WHOLE_TEMPLATE = (
+    "{% if tools %}[{{ tools | tojson }}]{% endif %}{% if style %}[{{ style }}]{% endif %}"
+    "{% for message in messages %}<{{ message.role }}>{{ message | tojson }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 WORDS = (
     "apple bread cloud dance earth flame grape house input jelly knife lemon mango night ocean piano quiet river"
 ).split()
@@ -222,6 +228,31 @@ def model_dir(tokenizer, tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     make_model(len(tokenizer)).save_pretrained(path)
     tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def letters():
+    """A tokenizer to which no text is unknown, with a template that hides nothing."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: number for number, token in enumerate(["<pad>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+    fast.chat_template = WHOLE_TEMPLATE
+    return fast
+
+
+@pytest.fixture(scope="session")
+def letters_dir(letters, tmp_path_factory):
+    """A saved tiny model with that tokenizer."""
+    path = tmp_path_factory.mktemp("letters")
+    make_model(len(letters), max_position_embeddings=2048).save_pretrained(path)
+    letters.save_pretrained(path)
     return str(path)
 
 

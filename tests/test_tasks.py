@@ -134,8 +134,8 @@ def test_implicit_prompts_and_extra_message_keys(tmp_path):
     data = load_tasks(
         TaskMixtureConfig(tasks=[{"task": "x", "path": "json", "data_files": str(tmp_path / "x.jsonl")}])
     )
-    assert data["train"][0]["prompt"] == [{"role": "user", "content": "q"}]
-    assert data["train"][0]["chosen"] == [{"role": "assistant", "content": "a"}]
+    assert data["train"][0]["prompt"] == turns
+    assert data["train"][0]["chosen"] == [{"role": "assistant", "content": "a", "id": 4}]
 
 
 @pytest.mark.parametrize(
@@ -297,10 +297,7 @@ def test_rows_that_are_no_pairs_are_named(tmp_path, rows, expected):
     ("content", "expected"),
     [
         (["a"], r"row 1 .*: chosen is a list of messages with the content \['a'\], of type list"),
-        (
-            [{"type": "text", "text": "a"}],
-            "row 1 .*: the messages of chosen have texts as content here or before, and lists",
-        ),
+        ({"text": "a"}, "row 1 .*: chosen is a list of messages with the content {'text': 'a'}, of type dict"),
     ],
 )
 def test_messages_with_other_contents_are_refused(tmp_path, content, expected):
@@ -366,9 +363,9 @@ def test_tasks_of_different_formats_cannot_be_concatenated():
     ):
         concatenate_tasks({"a": plain, "b": turns})
     with pytest.raises(
-        AMAError, match="Column 'tools' of task 'b' is missing, that of task 'a' is of type Value.'string'"
+        AMAError, match="Column 'note' of task 'b' is missing, that of task 'a' is of type Value.'string'"
     ):
-        concatenate_tasks({"a": plain.add_column("tools", ["[]"]), "b": plain})
+        concatenate_tasks({"a": plain.add_column("note", ["[]"]), "b": plain})
 
 
 def test_labels_follow_the_training_tasks():

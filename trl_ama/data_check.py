@@ -4,6 +4,7 @@ Reads the tokenizer and the base model's configuration, never its weights.
 """
 
 import dataclasses
+import re
 from collections import Counter
 from typing import Any
 
@@ -19,16 +20,19 @@ from .data_rules import trivial_rules
 from .data_tokens import SAME_AFTER_CUT, SAME_TEXT, SAME_TOKENS, equal_answers, unknown_tokens
 from .data_verdict import FATAL, TaskFigures, judge, judge_sizes
 from .errors import AMAError, first_line
+from .pair_forms import TEMPLATE_COLUMNS
+from .pair_images import has_images
 from .pair_tokens import token_counts, tokenise
 from .row_account import RowAccount
 from .run_settings import RunSettings
 from .task_loading import read_tasks
-from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN, concatenate_tasks
+from .tasks import PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN, concatenate_tasks
 
 
 SAMPLE = 5000  # pairs of each task and split that are tokenised and read
 _SPLITS = {"train": "training", "test": "held-out"}  # in messages
 _SAME = (SAME_TEXT, SAME_TOKENS, SAME_AFTER_CUT)
+_REPEATED = re.compile(r"(<[^<>\s]+>|\[[A-Z_]+\])(?:\s*\1){3,}")
 _EXCERPT = 60  # characters of a prompt by which its pair can be found
 
 
@@ -132,8 +136,8 @@ def _look_at(
         rows = np.arange(len(part))
         if sample is not None and len(part) > sample:
             rows = np.sort(np.random.default_rng(args.seed).choice(len(part), sample, replace=False))
-        columns = [name for name in (*PAIR_COLUMNS, *EXTRA_COLUMNS) if name in part.column_names]
-        read = part.select(rows).select_columns(columns).to_list()
+        columns = [name for name in (*PAIR_COLUMNS, *TEMPLATE_COLUMNS) if name in part.column_names]
+        read = list(part.select(rows).select_columns(columns))
         mistakes: Counter[str] = Counter()
         first: dict[str, tuple[int, str]] = {}
         for number, row in zip(rows.tolist(), read, strict=True):
@@ -148,22 +152,36 @@ def _look_at(
             "mistakes": {kind: (count, *first[kind]) for kind, count in mistakes.items()},
         }
         try:
-            tokenised = tokenise(part.select(rows), tokenizer, settings, rows.tolist())
+            tokenised = tokenise(part.select(rows), settings.processor, settings, rows.tolist())
         except AMAError as error:
             figures.add("fatal", "template", f"Of the {_SPLITS[split]} pairs: {error}", "")
             continue
         limit = settings.task_args.max_train_pairs if split == "train" else settings.task_args.max_eval_pairs
         figures.splits[split] |= _lengths(tokenised, args.max_length)
+        drops = args.truncation_mode == "keep_start" and not has_images(part)
         same = equal_answers(tokenised, read, args)
-        figures.splits[split]["left"] = _left(tokenised, same, len(part), settings, limit)
+        figures.splits[split]["left"] = _left(tokenised, same, len(part), settings, limit, drops)
         figures.splits[split]["unknown_tokens"] = unknown_tokens(tokenised, read, tokenizer)
+        if has_images(part) and not settings.task_args.drop_truncated:
+            _check_image_room(figures, split, token_counts(tokenised)[:, 0], args.max_length)
         if split == "train" and show:
             some = np.random.default_rng(args.seed).permutation(len(read))[:show]
             figures.shown = [
-                _shown(tokenised[row], int(rows[row]), tokenizer, args, settings.task_args.drop_truncated)
+                _shown(tokenised[row], int(rows[row]), tokenizer, args, settings.task_args.drop_truncated, drops)
                 for row in np.sort(some).tolist()
             ]
     figures.rules = trivial_rules(answers["train"], answers["test"])
+
+
+def _check_image_room(figures: TaskFigures, split: str, prompts: np.ndarray, max_length: int | None) -> None:
+    count = 0 if max_length is None else int((prompts >= max_length).sum())
+    if count:
+        figures.add(
+            "fatal", "images_fill_max_length",
+            f"Of {len(prompts)} {_SPLITS[split]} pairs {count} have a prompt that fills max_length ({max_length}) with its images, and "
+            "DPOTrainer does not drop such pairs.",
+            f"Raise max_length (the longest prompt has {int(prompts.max())} tokens), or set drop_truncated: true.",
+        )  # fmt: skip
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -193,11 +211,12 @@ def _lengths(tokenised: Dataset, max_length: int | None) -> dict[str, Any]:
 
 
 def _left(
-    tokenised: Dataset, same: list[str | None], total: int, settings: RunSettings, limit: int | None
+    tokenised: Dataset, same: list[str | None], total: int, settings: RunSettings, limit: int | None, drops: bool
 ) -> dict[str, Any]:
     """What the pipeline drops, in its order, and how much of the rest teaches nothing, as both answers are the same.
 
-    Counted on the sample and scaled if there are more pairs than it holds.
+    Counted on the sample and scaled if there are more pairs than it holds. `drops` says whether DPOTrainer drops pairs whose
+    prompt fills `max_length`.
     """
     args = settings.training_args
     prompt, chosen, rejected = token_counts(tokenised).T
@@ -211,7 +230,7 @@ def _left(
         if scale == 1:  # the pairs themselves, as `load_tasks` draws them
             rows = np.array(Dataset.from_dict({"row": rows}).shuffle(seed=args.seed).select(range(limit))["row"])
         dropped["max_pairs"], kept = kept - limit, limit
-    if args.max_length is not None and args.truncation_mode == "keep_start" and len(rows):
+    if args.max_length is not None and drops and len(rows):
         fills = prompt[rows] >= args.max_length
         dropped["prompt_fills_max_length"] = round(kept * float(fills.mean()))
         rows = rows[~fills]
@@ -227,12 +246,17 @@ def _left(
 
 
 def _shown(
-    row: dict[str, Any], number: int, tokenizer: PreTrainedTokenizerBase, args: AMAConfig, drop_truncated: bool
+    row: dict[str, Any],
+    number: int,
+    tokenizer: PreTrainedTokenizerBase,
+    args: AMAConfig,
+    drop_truncated: bool,
+    drops: bool,
 ) -> dict[str, Any]:
     """A pair as the model sees it: the text of the tokens that are left, and how many are cut."""
     limit, prompt = args.max_length, row["prompt_ids"]
     shown: dict[str, Any] = {"row": number, "tokens": {"prompt": len(prompt)}, "cut": {}}
-    shown["prompt"] = tokenizer.decode(prompt)
+    shown["prompt"] = _REPEATED.sub(_times, tokenizer.decode(prompt))
     for side in ("chosen", "rejected"):
         ids = row[f"{side}_ids"]
         shown["tokens"][side] = len(ids)
@@ -249,9 +273,14 @@ def _shown(
     shown["dropped"] = None
     if drop_truncated and any(shown["cut"].values()):
         shown["dropped"] = "drop_truncated"
-    elif limit is not None and args.truncation_mode == "keep_start" and len(prompt) >= limit:
+    elif limit is not None and drops and len(prompt) >= limit:
         shown["dropped"] = "prompt_fills_max_length"
     return shown
+
+
+def _times(found: re.Match) -> str:
+    """An image is the same token hundreds of times."""
+    return f"{found[1]}×{found[0].count(found[1])}"
 
 
 def _check_specialist_length(figures: TaskFigures, settings: RunSettings, task: Any) -> None:

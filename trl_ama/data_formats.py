@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from .json_messages import messages_in
-from .tasks import PAIR_COLUMNS
+from .pair_forms import PAIR_COLUMNS, says_something, without_nulls
 
 
+# Keys of a message that hold what it says
+_SAID = ("reasoning_content", "reasoning", "thinking", "content", "tool_calls", "function_call")
 _ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
 _TRANSCRIPT = re.compile(r"(?m)^(Human|Assistant|User|### (Instruction|Response)): ?|\[/?INST\]")
 _LONG_ENOUGH = 20  # characters: many an answer begins with the "Hi" or the word that was asked about
@@ -24,10 +26,13 @@ def text_of(side: Any) -> str:
 
 
 def _content(message: Any) -> str:
-    content = message.get("content") if isinstance(message, dict) else message
-    if content is None:
-        return ""
-    return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
+    if not isinstance(message, dict):
+        return message if isinstance(message, str) else json.dumps(message, ensure_ascii=False, default=str)
+    return "\n".join(
+        said if isinstance(said, str) else json.dumps(without_nulls(said), ensure_ascii=False, default=str)
+        for said in map(message.get, _SAID)
+        if said
+    )
 
 
 def _texts(side: Any) -> list[Any]:
@@ -53,7 +58,7 @@ def mistakes_of(row: dict[str, Any], special_tokens: Sequence[str]) -> list[str]
         return ["mixed_forms"]
     if not text_of(row["prompt"]).strip():
         found.append("empty_prompt")
-    if any(not text_of(row[side]).strip() for side in ("chosen", "rejected")):
+    if not all(says_something(row[side]) for side in ("chosen", "rejected")):
         found.append("empty_answer")
     if any(messages_in(text) is not None for column in PAIR_COLUMNS for text in _texts(row[column])):
         found.append("json_text")

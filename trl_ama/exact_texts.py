@@ -1,7 +1,7 @@
 """Reads a dataset with the texts that stand in its files, which readers take for numbers, times or nothing here and there.
 
 pandas, which reads CSV for `datasets`, takes "None", "NA" and "null" for missing and "007" for seven; pyarrow, which reads JSON, takes
-days and times for such; and of a column that holds texts and lists, `datasets` parses the texts too. So CSV is read as text, and JSON
+days and times for such; and of a column that holds texts and lists, `datasets` parses the texts too, and it rounds numbers. So CSV is read as text, and JSON
 of which something may have been changed once more by Python's own reader.
 """
 
@@ -34,12 +34,15 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 
 from .errors import AMAError
+from .exact_json import exact_json
 
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMES = ("timestamp", "date", "time", "duration")
 # What Arrow writes if it casts a time that it has read out of a text back into one
 _CAST_TIME = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d+)?Z?$"
+# JSON that is no mapping, or holds a fraction, of which `datasets` keeps ten places
+_PARSED_TEXT = r"^\s*[^{\s]|[:,\[\s]-?\d+(\.\d|[eE])"
 _OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
@@ -150,8 +153,8 @@ def _texts(features: Any, data: Any) -> tuple[Any, bool]:
         return Value("string"), True
     if isinstance(features, Value) and features.dtype in ("string", "large_string"):
         return features, _any(data, _CAST_TIME)
-    if isinstance(features, Json):  # of mappings alone, each is as it was
-        return features, _any(_storage(data), r"^\s*[^{\s]")
+    if isinstance(features, Json):  # mappings that hold no fractions are as they were
+        return features, _any(_storage(data), _PARSED_TEXT)
     return features, False
 
 
@@ -258,7 +261,7 @@ def _encoded(feature: Any, value: Any) -> Any:
     if value is None:
         return None
     if isinstance(feature, Json):
-        return json.dumps(value, ensure_ascii=False)
+        return exact_json(value)
     if isinstance(feature, (List, LargeList)):
         return [_encoded(feature.feature, entry) for entry in value]
     if isinstance(feature, dict):

@@ -18,6 +18,8 @@ from datasets import Dataset, Value, concatenate_datasets
 from .errors import AMAError
 from .fingerprint import read_json, write_json
 from .loss_checks import check_file, read_rows, sha256, shown
+from .pair_features import is_plain, unite_features
+from .pair_images import IMAGE_COLUMNS, embedded
 from .safe_files import file_digest, sync
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, check_task_names
 from .versions import VERSIONS, is_known, is_newer
@@ -87,7 +89,7 @@ def save_task(
     files = {}
     for split, table in tables.items():
         path = temporary / f"{split}.parquet"
-        _first_of_each_pair(table).to_parquet(str(path))
+        embedded(_first_of_each_pair(table)).to_parquet(str(path))
         sync(path)
         files[path.name] = {"rows": pq.read_metadata(path).num_rows, "sha256": sha256(path)}
     note = {
@@ -111,9 +113,15 @@ def save_task(
 def _texts(table: Dataset) -> dict[str, str]:
     """The columns of texts and their kinds, which all tasks of a config must share."""
     return {
-        name: "text" if isinstance(table.features[name], Value) else "messages" if name in PAIR_COLUMNS else "json"
-        for name in (*PAIR_COLUMNS, *EXTRA_COLUMNS)
-        if name in table.column_names
+        name: "images"
+        if name in IMAGE_COLUMNS
+        else "text"
+        if isinstance(kind, Value)
+        else "messages"
+        if is_plain(kind)
+        else "json"
+        for name, kind in table.features.items()
+        if name in (*PAIR_COLUMNS, *EXTRA_COLUMNS)
     }
 
 
@@ -176,7 +184,9 @@ def _is_sound(note: dict[str, Any]) -> bool:
         _is_fingerprint(note["fingerprint"])
         and isinstance(note["texts"], dict)
         and set(note["texts"]) <= {*PAIR_COLUMNS, *EXTRA_COLUMNS}
-        and all(kind in ("text", "messages", "json") for kind in note["texts"].values() if isinstance(kind, str))
+        and all(
+            kind in ("text", "messages", "json", "images") for kind in note["texts"].values() if isinstance(kind, str)
+        )
         and all(isinstance(kind, str) for kind in note["texts"].values())
         and isinstance(files, dict)
         and {f"{SPLITS[0]}.parquet"} <= set(files) <= {f"{split}.parquet" for split in SPLITS}
@@ -267,17 +277,19 @@ def stack(parts: list[TaskLosses]) -> dict[str, Dataset]:
     Raises:
         AMAError: If one task's texts are conversations and another's are not.
     """
+    places = [(split, part) for split in SPLITS for part in parts if split in part.splits]
+    united = unite_features([part.splits[split] for split, part in places], [part.task for _, part in places])
     stacked = {}
     for split in SPLITS:
-        having = [part for part in parts if split in part.splits]
-        rows = [part.splits[split] for part in having]
+        having = [(part, table) for (of, part), table in zip(places, united, strict=True) if of == split]
+        rows = [table for _, table in having]
         if rows:
             shared = [name for name in rows[0].column_names if all(name in table.column_names for table in rows)]
             rows = [table.select_columns(shared) for table in rows]
-            for part, table in zip(having, rows, strict=True):
+            for (part, _), table in zip(having, rows, strict=True):
                 if table.features != rows[0].features:
                     raise AMAError(
-                        f"The reference losses of tasks '{having[0].task}' and '{part.task}' hold texts of different formats: "
+                        f"The reference losses of tasks '{having[0][0].task}' and '{part.task}' hold texts of different formats: "
                         f"{shown(rows[0].features)} and {shown(table.features)}. Load one of them alone, or compute both again."
                     )
             stacked[split] = concatenate_datasets(rows)

@@ -5,7 +5,7 @@ import gc
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import tqdm
-from datasets import Dataset, Features, Value, concatenate_datasets
+from datasets import Dataset, Value, concatenate_datasets
 from tqdm.std import tqdm as ProgressBar
 
 from .columns import numpy_column
@@ -17,7 +17,8 @@ from .processes import from_main
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS, TOKEN_COLUMNS
 from .reference_losses import reference_fingerprint, reference_losses_done, reference_losses_of, shards_folder
 from .run_settings import RunSettings
-from .scoring import ScoringTrainer, count_tokens, score_reference_and_specialist
+from .scored_rows import count_tokens, scored_columns, unit_of
+from .scoring import ScoringTrainer, score_reference_and_specialist
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN
 
 
@@ -61,7 +62,7 @@ def compute_reference_losses(settings: RunSettings) -> ReferenceLosses:
             total=2 * sum(count_tokens(part, trainer.args.max_length) for part in prepared.values()),
             desc=f"Reference losses of {len(remaining)} tasks",
             disable=trainer.args.disable_tqdm or len(remaining) == 1,
-            unit="tok",
+            unit=unit_of(prepared["train"]),
             unit_scale=True,
         ) as overall:
             for task in remaining:
@@ -88,9 +89,8 @@ def _score_task(
         if part is not None
     }
     fingerprint = reference_fingerprint(settings, task)
-    pairs = concatenate_datasets(
-        [part.select_columns(["prompt_ids", "chosen_ids", "rejected_ids", PAIR_ID_COLUMN]) for part in splits.values()]
-    )
+    needed = (*scored_columns(prepared["train"]), PAIR_ID_COLUMN)
+    pairs = concatenate_datasets([part.select_columns(list(needed)) for part in splits.values()])
     scores = score_reference_and_specialist(
         trainer,
         f"the specialist of task '{task}'",
@@ -118,7 +118,7 @@ def _score_task(
         tables, start = {}, 0
         for split, part in splits.items():
             columns = {name: values[start : start + len(part)] for name, values in scores.items()}
-            tables[split] = _table(settings, task, split, part, columns)
+            tables[split] = _table(settings, task, given[split], part[PAIR_ID_COLUMN][:], columns)
             start += len(part)
         save_task(settings.losses_dir, task, tables, fingerprint, dropped, number)
         remove_shards(shards_folder(settings, task))
@@ -126,16 +126,16 @@ def _score_task(
     from_main(save)
 
 
-def _table(settings: RunSettings, task: str, split: str, pairs: Dataset, scores: dict[str, np.ndarray]) -> Dataset:
-    """The rows of a split that are saved."""
-    texts = [name for name in (*PAIR_COLUMNS, *EXTRA_COLUMNS) if name in pairs.column_names]
-    kept = [TASK_COLUMN, PAIR_ID_COLUMN, *(texts if settings.pipeline_args.include_text else ())]
-    table = pairs.select_columns(kept).flatten_indices()
+def _table(settings: RunSettings, task: str, given: Dataset, ids: list[str], scores: dict[str, np.ndarray]) -> Dataset:
+    """The rows of a split that are saved.
+
+    Their texts are the loaded pairs', by id: `DPOTrainer` prepares texts of its own, which end with a special token.
+    """
+    texts = [name for name in (*PAIR_COLUMNS, *EXTRA_COLUMNS) if name in given.column_names]
+    kept = [PAIR_ID_COLUMN, *(texts if settings.pipeline_args.include_text else ())]
+    row_of = {name: row for row, name in enumerate(given[PAIR_ID_COLUMN][:])}
+    table = given.select([row_of[name] for name in ids]).select_columns(kept).flatten_indices()
+    table = table.add_column(TASK_COLUMN, [task] * len(table), feature=Value("string"))
     for name in (*LOGP_COLUMNS, *TOKEN_COLUMNS):
         table = table.add_column(name, scores[name])
-    table = table.map(
-        lambda batch: {TASK_COLUMN: [task] * len(batch[TASK_COLUMN])},
-        batched=True,
-        features=Features({**table.features, TASK_COLUMN: Value("string")}),
-    )
-    return table
+    return table.select_columns([TASK_COLUMN, *kept, *LOGP_COLUMNS, *TOKEN_COLUMNS])

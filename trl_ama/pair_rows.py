@@ -1,5 +1,6 @@
 """Refuses rows that are no preference pairs, by task and row, before code that expects pairs meets them."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 from datasets import Dataset
 
 from .errors import AMAError
-from .tasks import PAIR_COLUMNS
+from .pair_forms import PAIR_COLUMNS, TEMPLATE_COLUMNS, with_prompt
 
 
 _SHAREGPT = {"from", "value"}
@@ -27,24 +28,19 @@ def check_rows(dataset: Dataset, task: str, split: str) -> None:
     if "prompt" in columns:
         _check_prompts(dataset, task, split)
     row, first_kind = 0, None
-    contents: dict[str, set[type]] = {column: set() for column in columns}
-    for batch in dataset.select_columns(columns).iter(batch_size=1000):
-        for values in zip(*(batch[name] for name in columns), strict=True):
+    extra = [name for name in TEMPLATE_COLUMNS if name in dataset.column_names]
+    for batch in dataset.select_columns([*columns, *extra]).iter(batch_size=1000):
+        for values in zip(*batch.values(), strict=True):
             where = f"Task '{task}', row {row} of the {split} pairs"
-            kind = check_pair(dict(zip(columns, values, strict=True)), where)
+            pair = dict(zip(batch, values, strict=True))
+            _check_tools(pair.get("tools"), where)
+            kind = check_pair({name: pair[name] for name in columns}, where)
             if None not in (kind, first_kind) and kind != first_kind:
                 raise AMAError(
                     f"{where} is {kind}, but the rows before it are {first_kind}. Bring all rows into one form: all strings, or all "
                     "lists of {role, content}."
                 )
             first_kind, row = first_kind or kind, row + 1
-            for column, value in zip(columns, values, strict=True):
-                contents[column] |= _contents(value)
-                if len(contents[column]) > 1:
-                    raise AMAError(
-                        f"{where}: the messages of {column} have texts as content here or before, and lists of parts as well. Bring "
-                        "all rows into one form."
-                    )
 
 
 def _check_prompts(dataset: Dataset, task: str, split: str) -> None:
@@ -82,7 +78,45 @@ def check_pair(pair: dict[str, Any], where: str) -> str | None:
         raise AMAError(
             f"{where} mixes two forms: {found}. Give all three as strings, or all three as lists of {{role, content}}."
         )
+    if all(pair.get(column) for column in ("chosen", "rejected")):
+        _check_start(pair, where)
     return next(iter(kinds.values()), None)
+
+
+def _check_start(pair: dict[str, Any], where: str) -> None:
+    """Raise an `AMAError` if there is nothing to answer, where `DPOTrainer` takes what is none, or fails."""
+    if pair.get("prompt") == []:
+        raise AMAError(
+            f"{where} has a prompt without messages. Give it one, e.g. {{role: user, content: …}}, or drop it."
+        )
+    if "prompt" in pair:
+        return
+    split = with_prompt(pair)
+    if split["prompt"] == []:
+        raise AMAError(
+            f"{where} has no prompt: chosen and rejected share no first message (of {_short(pair['chosen'][0])} and "
+            f"{_short(pair['rejected'][0])}). Add a column 'prompt', or begin both with the same messages, keys and all."
+        )
+    if pair["chosen"][0] != pair["rejected"][0] and pair["chosen"][-1] == " ":
+        # `extract_prompt` looks for a space before the place where they part, and takes the last character for it
+        raise AMAError(
+            f"{where} has no prompt: chosen and rejected differ from the first character on, and DPOTrainer would cut them "
+            "elsewhere. Add a column 'prompt', or strip the space that chosen ends with."
+        )
+
+
+def _check_tools(tools: Any, where: str) -> None:
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise AMAError(
+                f"{where}: tools is {_short(tools)}, which is no JSON. Give a list of tools, the JSON of one, or null."
+            ) from None
+    if not isinstance(tools, (list, type(None))):
+        raise AMAError(
+            f"{where}: tools is {_short(tools)}, of type {type(tools).__name__}. Give a list of tools, the JSON of one, or null."
+        )
 
 
 def _no_text(value: Any) -> str | None:
@@ -102,19 +136,21 @@ def _no_text(value: Any) -> str | None:
                 f"a list of messages with the keys {keys}. Rename 'from' to 'role' and 'value' to 'content', and ShareGPT's roles "
                 "'human' and 'gpt' to 'user' and 'assistant'."
             )
-        if not isinstance(message.get("role"), str) or "content" not in message:
+        calls = message.get("tool_calls") or message.get("function_call")
+        if not isinstance(message.get("role"), str) or not ("content" in message or calls):
             return f"a list of messages with the keys {keys}; 'role' and 'content' are needed. {fix}"
-        content = message["content"]  # a text, a list of parts, or nothing beside a call of tools
+        content = message.get("content")  # a text, a list of parts, or nothing beside a call of tools
         parts = isinstance(content, list) and all(isinstance(part, dict) for part in content)
         if not (parts or isinstance(content, (str, type(None)))):
-            return f"a list of messages with the content {_short(content)}, of type {type(content).__name__}. {fix}"
+            hint = (
+                " In a file with texts and lists of parts as contents `datasets` reads every text as JSON, if it can: give all as parts."
+                if isinstance(content, (bool, int, float, dict, list))
+                else ""
+            )
+            return (
+                f"a list of messages with the content {_short(content)}, of type {type(content).__name__}. {fix}{hint}"
+            )
     return None
-
-
-def _contents(value: Any) -> set[type]:
-    """The types of the contents of a list of messages."""
-    messages = value if isinstance(value, list) else []
-    return {type(message["content"]) for message in messages if message["content"] is not None}
 
 
 def _short(value: Any) -> str:

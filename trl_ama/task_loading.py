@@ -7,21 +7,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets import Dataset, DatasetDict, Features
 from datasets.exceptions import DatasetGenerationError
-from transformers import PreTrainedTokenizerBase
-from trl import extract_prompt
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from trl.data_utils import common_prefix_length
 
 from .errors import AMAError, nearest, sentence
 from .exact_texts import load_texts
+from .image_tokens import image_pair_ids
 from .json_messages import refuse_json_text
 from .local_files import check_text, exact_source, files_of
+from .pair_features import unite_features
+from .pair_forms import says_something, with_prompt
+from .pair_images import check_places, image_folders, is_about_images, read_images
 from .pair_rows import check_rows
 from .row_account import EMPTY, HELD_OUT, LIMITS, TRUNCATED, RowAccount
 from .task_config import TaskConfig, TaskMixtureConfig, check_task_names
 from .task_formats import own_format
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, add_pair_ids, concatenate_tasks
-from .template_kwargs import unite_template_kwargs, with_template_kwargs
+from .template_kwargs import with_template_kwargs
 
 
 _SPLITS = {"train": "train", "test": "held-out"}  # in messages
@@ -101,11 +105,17 @@ def read_tasks(
     for task in config.tasks:
         for split, part in _load_task(task, config, seed, fits, (ready or {}).get(task.task), loaded).items():
             parts[split][task.task] = part
-    unite_template_kwargs(parts)
+    places = [(split, task) for split, own in parts.items() for task in own]
+    # Of both splits at once: they are published as one dataset
+    united = unite_features([parts[split][task] for split, task in places], [task for _, task in places])
+    for (split, task), part in zip(places, united, strict=True):
+        parts[split][task] = part
     for split, own in parts.items():
         if own:
             # The same ClassLabel in both splits, also when only some tasks have held-out pairs
-            named = {task: add_pair_ids(part) for task, part in own.items()}
+            named = {
+                task: add_pair_ids(part, f"The {_SPLITS[split]} pairs of task '{task}'") for task, part in own.items()
+            }
             loaded.pairs[split] = concatenate_tasks(named, names=list(parts["train"]))
     return loaded
 
@@ -129,7 +139,10 @@ def _load_task(
             kept = _with_answers(part, task, split, config.drop_empty)
             if config.drop_empty:
                 accounts[split].drop(EMPTY, len(part) - len(kept))
-            parts[split] = with_template_kwargs(_preference_columns(kept, task), task)
+            folders = image_folders(task, config.tasks_dir)
+            kept = read_images(_preference_columns(kept, task), task.task, _SPLITS[split], folders)
+            check_places(kept, task.task, _SPLITS[split])
+            parts[split] = with_template_kwargs(kept, task)
         if "test" not in parts and config.test_split_size is not None:
             parts = _held_out(parts["train"], task, config.test_split_size, seed)
             accounts["test"] = RowAccount(task.task, "test", len(parts["test"]))
@@ -236,7 +249,7 @@ def _with_answers(dataset: Dataset, task: TaskConfig, split: str, drop_empty: bo
             )
     check_rows(dataset, task.task, _SPLITS[split])
     answers = dataset.select_columns(list(sides))
-    kept = [row for row, pair in enumerate(answers) if all(_answer(pair[side]).strip() for side in sides)]
+    kept = [row for row, pair in enumerate(answers) if all(says_something(pair[side]) for side in sides)]
     if len(kept) == len(dataset):
         return dataset
     if not kept:
@@ -259,77 +272,58 @@ def _short(value: Any, most: int = 80) -> str:
 
 
 def _preference_columns(dataset: Dataset, task: TaskConfig) -> Dataset:
-    """Bring one task into TRL's preference format with an explicit prompt."""
+    """Bring one task into TRL's preference format with an explicit prompt; what messages hold stays as it is."""
     if "prompt" not in dataset.column_names:
-        dataset = dataset.map(extract_prompt, desc=f"Extracting the prompts of {task.task}")
-    extra = [column for column in EXTRA_COLUMNS if column in dataset.column_names]
-    dataset = dataset.select_columns([*PAIR_COLUMNS, *extra])
-    if isinstance(dataset[0]["prompt"], list) and dataset[0]["prompt"]:
-        dataset = _plain_messages(dataset)
-    return dataset
+        # Prompts are the beginnings of chosen answers, so they are of the same type
+        features = Features({**dataset.features, "prompt": dataset.features["chosen"]})
+        dataset = dataset.map(with_prompt, features=features, desc=f"Extracting the prompts of {task.task}")
+    return dataset.select_columns([*PAIR_COLUMNS, *(name for name in EXTRA_COLUMNS if name in dataset.column_names)])
 
 
-def _answer(completion: str | list[dict[str, Any]] | None) -> str:
-    """The text of a completion; of a conversation, its last message's."""
-    if isinstance(completion, list):
-        content = completion[-1]["content"] if completion else ""
-        return content if isinstance(content, str) else str(content or "")
-    return completion or ""
-
-
-def _plain_messages(dataset: Dataset) -> Dataset:
-    """Keep role and content of messages, so that tasks with other message keys can be concatenated."""
-
-    def strip(row):
-        return {
-            column: [{"role": message["role"], "content": message["content"]} for message in row[column]]
-            for column in PAIR_COLUMNS
-        }
-
-    features = dict(dataset.features)
-    plain = List({"role": Value("string"), "content": Value("string")})
-    if all(features[column] == plain for column in PAIR_COLUMNS) or not isinstance(
-        dataset[0]["prompt"][0]["content"], str
-    ):
-        return dataset
-    # The features are given because a message's other keys would otherwise stay, empty
-    return dataset.map(strip, features=Features({**features, **dict.fromkeys(PAIR_COLUMNS, plain)}))
-
-
-def fits_into(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callable[[dict], bool]:
+def fits_into(processor: PreTrainedTokenizerBase | ProcessorMixin, max_length: int) -> Callable[[dict], bool]:
     """Whether `max_length` tokens hold a pair whole, both answers, as `DPOTrainer` will render it."""
+    tokenizer = getattr(processor, "tokenizer", processor)
 
     def fits(row: dict) -> bool:
-        return all(_tokens(tokenizer, row, row["prompt"] + row[side]) <= max_length for side in ("chosen", "rejected"))
+        if is_about_images(row):
+            prompt, *answers = map(len, image_pair_ids(processor, row).values())
+            return prompt + max(answers) <= max_length
+        return all(len(_tokens(tokenizer, row, side)) <= max_length for side in ("chosen", "rejected"))
 
     return fits
 
 
-def prompt_fits_into(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callable[[dict], bool]:
+def prompt_fits_into(processor: PreTrainedTokenizerBase | ProcessorMixin, max_length: int) -> Callable[[dict], bool]:
     """Whether a pair's prompt leaves room for an answer; `DPOTrainer` drops the pairs whose prompt does not."""
+    tokenizer = getattr(processor, "tokenizer", processor)
 
     def fits(row: dict) -> bool:
-        return _tokens(tokenizer, row, row["prompt"], is_prompt=True) < max_length
+        if is_about_images(row):
+            return len(image_pair_ids(processor, row)["prompt_ids"]) < max_length
+        prompt = _tokens(tokenizer, row)
+        # As in DPOTrainer: an answer begins where it and the prompt alone part
+        shared = (common_prefix_length(prompt, _tokens(tokenizer, row, side)) for side in ("chosen", "rejected"))
+        return min(shared) < max_length
 
     return fits
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, row: dict, text: str | list, is_prompt: bool = False) -> int:
+def _tokens(tokenizer: PreTrainedTokenizerBase, row: dict, side: str | None = None) -> list[int]:
+    """The tokens of a pair's prompt, and of one of its answers after it, as `DPOTrainer` makes them."""
+    text = row["prompt"] if side is None else row["prompt"] + row[side]
     if isinstance(text, str):
-        ends = not is_prompt and not text.endswith(tokenizer.eos_token or "")  # DPOTrainer adds the token
-        return len(tokenizer(text)["input_ids"]) + ends
+        end = "" if side is None or text.endswith(tokenizer.eos_token or "") else tokenizer.eos_token
+        return tokenizer(text + end)["input_ids"]
     tools = row.get("tools")
     try:
-        return len(
-            tokenizer.apply_chat_template(
-                text,
-                tools=json.loads(tools) if isinstance(tools, str) else tools,
-                add_generation_prompt=is_prompt,
-                tokenize=True,
-                return_dict=True,
-                **(row.get("chat_template_kwargs") or {}),
-            )["input_ids"]
-        )
+        return tokenizer.apply_chat_template(
+            text,
+            tools=json.loads(tools) if isinstance(tools, str) else tools,
+            add_generation_prompt=side is None,
+            tokenize=True,
+            return_dict=True,
+            **(row.get("chat_template_kwargs") or {}),
+        )["input_ids"]
     except Exception as error:  # a template is a program, which fails in its own ways
         raise AMAError(
             f"The chat template of '{tokenizer.name_or_path}' cannot render a pair: {type(error).__name__}: {sentence(error)} "

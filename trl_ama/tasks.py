@@ -1,21 +1,26 @@
 """k preference datasets -> one dataset with a `task` column, and the checks that it must pass."""
 
-import hashlib
-import json
 from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 
 from .columns import encoded_column, with_class_labels
-from .errors import AMAError, nearest, short
+from .errors import AMAError, first_line, nearest, short
+from .pair_features import unite_features
+from .pair_forms import (  # noqa: F401  (all there is to know of pairs)
+    EXTRA_COLUMNS,
+    PAIR_COLUMNS,
+    TEMPLATE_COLUMNS,
+    pair_id,
+    pair_id_of,
+)
+from .pair_images import IMAGES, has_images, stored_images
 from .task_config import check_task_names
 
 
 TASK_COLUMN = "task"
 PAIR_ID_COLUMN = "pair_id"
-PAIR_COLUMNS = ("prompt", "chosen", "rejected")
-EXTRA_COLUMNS = ("tools", "chat_template_kwargs")  # DPOTrainer's tokenisation reads them
 
 
 def task_names_of(dataset: Dataset, role: str = "train_dataset") -> list[str]:
@@ -68,40 +73,35 @@ def with_task_labels(dataset: Dataset, names: list[str], role: str = "train_data
     return with_class_labels(dataset, TASK_COLUMN, names)
 
 
-def pair_id(prompt: Any, chosen: Any, rejected: Any, **extra: Any) -> str:
-    """A pair's name: a hash of its text, before any chat template. The same text has the same id everywhere.
+def add_pair_ids(dataset: Dataset, where: str = "The dataset of pairs") -> Dataset:
+    """Add the `pair_id` column, from `prompt` (if any), `chosen`, `rejected` and what else decides what the model is given.
 
-    Args:
-        prompt, chosen, rejected: Texts or messages.
-        extra: What else the chat template is given (`EXTRA_COLUMNS`), as the same texts with other tools are another pair.
+    Raises:
+        AMAError: If an image cannot be read. `where` says whose it is.
     """
-    parts = [prompt, chosen, rejected]
-    extra = _without_nulls({name: extra[name] for name in EXTRA_COLUMNS if extra.get(name)})
-    if extra:
-        parts.append(extra)
-    text = json.dumps(parts, ensure_ascii=False, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-def _without_nulls(value: Any) -> Any:
-    """A column of mappings has the keys of all rows, null where a row has none."""
-    if isinstance(value, dict):
-        kept = {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
-        return {key: entry for key, entry in kept.items() if entry != {}}
-    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
-
-
-def pair_id_of(row: dict[str, Any]) -> str:
-    """[`pair_id`] of a dataset's row, which may lack a `prompt`."""
-    extra = {name: row.get(name) for name in EXTRA_COLUMNS}
-    return pair_id(row.get("prompt"), row["chosen"], row["rejected"], **extra)
-
-
-def add_pair_ids(dataset: Dataset) -> Dataset:
-    """Add the `pair_id` column, from `prompt` (if any), `chosen`, `rejected` and what else decides a pair's tokens."""
     if PAIR_ID_COLUMN in dataset.column_names:
         return dataset
-    return dataset.map(lambda row: {PAIR_ID_COLUMN: pair_id_of(row)}, desc="Naming the pairs")
+    columns = [name for name in (*PAIR_COLUMNS, *TEMPLATE_COLUMNS) if name in dataset.column_names]
+    if has_images(dataset):
+        ids = []
+        rows = zip(dataset.select_columns(columns), stored_images(dataset), strict=True)
+        for number, (row, images) in enumerate(rows):
+            try:
+                ids.append(pair_id_of({**row, IMAGES: images}))
+            except Exception as error:  # of Pillow, which has its own for every format
+                raise AMAError(
+                    f"{where}, row {number}: an image cannot be read ({type(error).__name__}: {first_line(error)}). Mend it, or drop "
+                    "the row."
+                ) from error
+        return dataset.map(
+            lambda row, number: {PAIR_ID_COLUMN: ids[number]}, with_indices=True, desc="Naming the pairs"
+        )
+
+    def name(*values: Any) -> dict[str, str]:
+        return {PAIR_ID_COLUMN: pair_id_of(dict(zip(columns, values, strict=True)))}
+
+    # With `input_columns` they are not written again, which rounds numbers in columns of Json
+    return dataset.map(name, input_columns=columns, desc="Naming the pairs")
 
 
 def check_same_form(parts: dict[str, Dataset]) -> None:
@@ -123,16 +123,19 @@ def _type_of(features: Features, column: str) -> str:
 def concatenate_tasks(parts: dict[str, Dataset], names: list[str] | None = None) -> Dataset:
     """Concatenate the tasks' pairs and add the `task` column, a ClassLabel over `names`.
 
+    Columns that only some tasks have, or that differ in type, become one as far as no row changes ([`unite_features`]).
+
     Args:
         parts (`dict`): Task → its pairs, of one or more tasks.
         names (`list[str]`, *optional*): All tasks, in the order of their numbers; those of `parts` by default.
 
     Raises:
-        AMAError: If the parts do not have the same columns and types.
+        AMAError: If some are plain text and others messages, or the parts' columns cannot be made the same.
     """
     names = list(parts) if names is None else names
     check_task_names(names)
     check_same_form(parts)
+    parts = dict(zip(parts, unite_features(list(parts.values()), list(parts)), strict=True))
     first = next(iter(parts))
     label = ClassLabel(names=names)
     labelled = []

@@ -1,0 +1,184 @@
+"""What the model sees is what the data says: the tokens of every form of rows, alone and beside others, are DPOTrainer's."""
+
+import json
+from datetime import datetime
+from itertools import pairwise
+
+import pytest
+from conftest import QUICK
+from corpus_rows import MESSAGES, PLAIN, REFUSED, TEXTS, assistant, parts, user
+from datasets import Dataset, LargeList, Value, load_dataset
+from trl import DPOConfig, DPOTrainer
+
+from trl_ama import AMAConfig, AMAError, AMATrainer, TaskMixtureConfig, load_tasks
+from trl_ama.pair_forms import pair_id_of
+from trl_ama.task_loading import fits_into, prompt_fits_into, read_tasks
+from trl_ama.tasks import concatenate_tasks
+
+
+IDS = ["prompt_ids", "chosen_ids", "rejected_ids"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("rows")
+
+
+def entry(folder, name, rows):
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "task": "".join(letter if letter.isalnum() else "_" for letter in name),
+        "path": "json",
+        "data_files": str(path),
+    }
+
+
+def raw(folder, name, rows):
+    return load_dataset("json", data_files=entry(folder, name, rows)["data_files"], split="train")
+
+
+def quick(config_class, folder, **changes):
+    return config_class(**{**QUICK, "max_length": None, "output_dir": str(folder), "max_steps": 1, **changes})
+
+
+@pytest.fixture(scope="module")
+def trl_ids(letters, letters_dir, folder):
+    """The token ids that a plain `DPOTrainer` makes of rows: its own first dataset, and others as it prepares them."""
+    args = quick(DPOConfig, folder, precompute_ref_log_probs=False)
+    trainer = DPOTrainer(letters_dir, args=args, train_dataset=raw(folder, "oracle", PLAIN))
+
+    def ids(name, form):
+        rows = form.rows if form.instead is None else form.instead
+        prepared = trainer._prepare_dataset(raw(folder, f"trl {name}", rows), letters, args, "train")
+        return [[row[column] for column in IDS] for row in prepared]
+
+    return ids
+
+
+@pytest.mark.parametrize("forms", [TEXTS, MESSAGES], ids=["texts", "messages"])
+def test_tokens_are_those_of_dpo_trainer(forms, letters, letters_dir, folder, trl_ids):
+    """All forms at once, each a task, so that all have to share the columns' types."""
+    entries = [entry(folder, name, form.rows) for name, form in forms.items()]
+    data = load_tasks(TaskMixtureConfig(tasks=entries))["train"]
+    args = quick(AMAConfig, folder, mixing="uniform")
+    prepared = AMATrainer(letters_dir, args=args, train_dataset=data, processing_class=letters).train_dataset
+    names = data.features["task"].names
+    ours = {name: [] for name in names}
+    for row in prepared:
+        ours[names[row["task"]]].append([row[column] for column in IDS])
+    wrong = []
+    for (name, form), task in zip(forms.items(), names, strict=True):
+        theirs = trl_ids(name, form)
+        if form.instead is None:
+            assert len(theirs) == len(form.rows)
+        wrong += [
+            (name, letters.decode(sum(us, [])), letters.decode(sum(them, [])))
+            for us, them in zip(ours[task], theirs, strict=True)
+            if us != them
+        ]
+    assert not wrong, "\n".join(map("\n  ".join, wrong))
+
+
+def test_a_task_is_the_same_beside_another(folder):
+    """Every two neighbours of the table, the last beside the first."""
+    alone = {}
+    for name, form in MESSAGES.items():
+        alone[name] = load_tasks(TaskMixtureConfig(tasks=[entry(folder, name, form.rows)]))["train"]
+    for first, second in pairwise([*MESSAGES, *list(MESSAGES)[:1]]):
+        both = concatenate_tasks({"a": alone[first].remove_columns("task"), "b": alone[second].remove_columns("task")})
+        for row, expected in zip(both, [*alone[first], *alone[second]], strict=True):
+            # What only the other task has is null, or empty
+            given = {name: value for name, value in row.items() if name in expected or value not in (None, {})}
+            assert repr({**given, "task": 0}) == repr({**{name: expected.get(name) for name in given}, "task": 0})
+            assert pair_id_of(row) == expected["pair_id"]
+
+
+@pytest.mark.parametrize("name", [*TEXTS, *MESSAGES])
+def test_raw_rows_have_the_ids_of_loaded_pairs(name, folder):
+    """As a file has them, as `datasets` reads them, and as they are loaded; different rows have different ids."""
+    form = {**TEXTS, **MESSAGES}[name]
+    loaded = load_tasks(TaskMixtureConfig(tasks=[entry(folder, name, form.rows)]))["train"]["pair_id"][:]
+    assert [pair_id_of(row) for row in raw(folder, name, form.rows)] == loaded
+    assert [pair_id_of(row) for row in form.rows] == loaded
+    assert len(set(loaded)) == len(loaded) or "null" in name
+
+
+def test_ids_of_published_pairs_hold():
+    """These are in datasets of others."""
+    plain = {"prompt": "list: a b", "chosen": " a b", "rejected": " a"}
+    assert pair_id_of(plain) == "0b5fbdde639b2d6d7e309e0f"
+    assert pair_id_of(PLAIN[0]) == "b9d7e05493571c0332b44edf"
+    assert (
+        pair_id_of({**PLAIN[0], "tools": "[]", "chat_template_kwargs": {"a": None, "b": True}})
+        == "4ed4a797a1f00b4f5de7caa2"
+    )
+    assert pair_id_of({**PLAIN[0], "chosen": [assistant(None)]}) == "dd33ffd2ea0b31d6529bc44b"
+
+
+def test_what_is_another_pair():
+    base = {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
+    others = [
+        {**base, "chosen": [assistant("a", tool_calls=[{"id": 1}])]},
+        {**base, "chosen": [assistant("a", tool_calls=[{"id": 2}])]},
+        {**base, "chosen": [assistant("a", reasoning_content="r")]},
+        {**base, "chosen": [assistant(parts("a"))]},
+        {**base, "prompt": [user("q", name="Ann")]},
+    ]
+    assert len({pair_id_of(row) for row in (base, *others)}) == 6
+    same = [
+        {**base, "chosen": [assistant("a", tool_calls=None, name=None)]},
+        {**base, "prompt": [{"content": "q", "role": "user"}]},
+        {"chosen": base["prompt"] + base["chosen"], "rejected": base["prompt"] + base["rejected"], "prompt": None},
+    ]
+    assert {pair_id_of(row) for row in same} == {pair_id_of(base)}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_kept_is_refused_by_name(name, folder):
+    task = entry(folder, name, REFUSED[name].rows)
+    with pytest.raises(AMAError, match=REFUSED[name].says):
+        load_tasks(TaskMixtureConfig(tasks=[task], drop_empty=True))
+
+
+def test_answers_that_are_calls_are_not_dropped(folder):
+    rows = [
+        *MESSAGES["a call as answer"].rows,
+        {**PLAIN[0], "chosen": [assistant(" ")]},
+        {**PLAIN[0], "rejected": [assistant(parts("a"))]},
+    ]
+    rows += [{**PLAIN[1], "chosen": [assistant(parts(" ", ""))]}]
+    loaded = read_tasks(TaskMixtureConfig(tasks=[entry(folder, "calls and blanks", rows)], drop_empty=True))
+    assert loaded.empty == {"calls_and_blanks": {"train": 2}}
+    assert loaded.pairs["train"]["chosen"][:] == [rows[0]["chosen"], rows[2]["chosen"]]
+
+
+def test_large_strings_and_lists_beside_ordinary_ones(folder):
+    """As Polars and others write them."""
+    small = load_tasks(TaskMixtureConfig(tasks=[entry(folder, "small", PLAIN)]))["train"].remove_columns("task")
+    text = {key: Value("large_string") for key in ("role", "content")}
+    for kind in (small.features["prompt"].__class__(text), LargeList(text)):
+        large = small.cast_column("prompt", kind).cast_column("chosen", kind)
+        assert large.features["prompt"] == kind
+        both = concatenate_tasks({"a": small, "b": large})
+        assert both["prompt"][:] == small["prompt"][:] * 2 and both["chosen"][:] == small["chosen"][:] * 2
+    plain = Dataset.from_list(TEXTS["texts"].rows)
+    both = concatenate_tasks({"a": plain, "b": plain.cast_column("chosen", Value("large_string"))})
+    assert both["chosen"][:] == plain["chosen"][:] * 2
+
+
+def test_a_value_that_json_cannot_hold_is_refused():
+    rows = [{**PLAIN[0], "chosen": [assistant("a", at=datetime(2020, 1, 1))]}]
+    with pytest.raises(AMAError, match="Task 'b' has chosen with a value that JSON cannot hold"):
+        concatenate_tasks({"a": Dataset.from_list(PLAIN), "b": Dataset.from_list(rows)})
+
+
+@pytest.mark.parametrize("forms", [TEXTS, MESSAGES], ids=["texts", "messages"])
+def test_lengths_are_those_of_the_tokens(forms, letters, folder, trl_ids):
+    """What `drop_truncated` keeps, and which prompts are said to fill `max_length`, to the token."""
+    for name, form in forms.items():
+        data = load_tasks(TaskMixtureConfig(tasks=[entry(folder, name, form.rows)]))["train"]
+        for row, (prompt, chosen, rejected) in zip(data, trl_ids(name, form), strict=True):
+            longest = len(prompt) + max(len(chosen), len(rejected))
+            assert fits_into(letters, longest)(row) and not fits_into(letters, longest - 1)(row)
+            assert prompt_fits_into(letters, len(prompt) + 1)(row) and not prompt_fits_into(letters, len(prompt))(row)
