@@ -125,6 +125,23 @@ def test_dates_in_a_repository_of_the_hub(hub):
     assert loaded.commits["days"] == commit and set(loaded.commits) == {"days", "table"}
 
 
+def test_a_repository_without_network(hub, monkeypatch):
+    """Out of the cache, where `datasets` names no files any more."""
+    hub.write(
+        "dataset", "org/days", {"train.jsonl": lines([pair("2020-01-01")]), "test.jsonl": lines([pair("2021-01-01")])}
+    )
+    hub.write("dataset", "org/table", {"train.csv": csv([("q", "None", "007"), ("q", "a", "b")])})
+    for name in ("org/days", "org/table"):
+        load_dataset(name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    hub.clear_log()
+    tasks = [{"task": "days", "path": "org/days"}, {"task": "table", "path": "org/table"}]
+    loaded = read_tasks(TaskMixtureConfig(tasks=tasks))
+    assert pairs_in(loaded) == [("q", "2020-01-01", "no"), ("q", "None", "007"), ("q", "a", "b")]
+    assert not hub.requests
+
+
 @pytest.mark.parametrize(
     "columns",
     [

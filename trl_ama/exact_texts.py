@@ -32,6 +32,7 @@ from datasets import (
     load_dataset_builder,
 )
 from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import snapshot_download
 
 from .errors import AMAError
 from .exact_json import exact_json
@@ -63,13 +64,15 @@ def load_texts(split: str, **source: Any) -> tuple[Dataset, str | None]:
         return _read_json_of_two_types(split, source, error)
     commit = _commit(dataset)
     reader = dataset.info.builder_name
-    if reader == "csv" and source["path"] != "csv":
+    if reader == "csv" and source["path"] != "csv" and not _has_texts_alone(dataset):
+        source = _with_files(source, commit)
         dataset = load_dataset(split=split, **source, **_csv_as_text(source))
     elif reader == "json":
         features, changed = _texts(dataset.features, dataset.data)
         if changed:
             sizes = {name: info.num_examples for name, info in dataset.info.splits.items()}
-            dataset = _read_json_again(load_dataset_builder(**source), split, Features(features), sizes)
+            builder = load_dataset_builder(**_with_files(source, commit))
+            dataset = _read_json_again(builder, split, Features(features), sizes)
     for column, feature in dataset.features.items():
         if feature == Value("string_view"):  # which little of Arrow works with
             dataset = dataset.cast_column(column, Value("string"))
@@ -83,6 +86,14 @@ def _commit(dataset: Dataset) -> str | None:
         if _COMMIT.fullmatch(folder.name) and "___" in str(folder):
             return folder.name
     return None
+
+
+def _with_files(source: dict[str, Any], commit: str | None) -> dict[str, Any]:
+    """`source`, or the folder of its files on this machine, if it was read out of the cache as there is no network."""
+    if commit is None or load_dataset_builder(**source).config.data_files is not None:
+        return source
+    folder = snapshot_download(source["path"], repo_type="dataset", revision=commit, local_files_only=True)
+    return {**source, "path": folder, "revision": None}
 
 
 def _local_files(builder: DatasetBuilder) -> dict[str, list[str]]:
@@ -114,6 +125,15 @@ def _csv_as_text(source: dict[str, Any]) -> dict[str, Any]:
                 f"Two CSV files have other columns, {names} and {list(head.columns)} ('{file}'). Bring them into one form."
             )
     return {**tabs, **as_text, "features": Features(dict.fromkeys(names or [], Value("string")))}
+
+
+def _has_texts_alone(dataset: Dataset) -> bool:
+    """Whether pandas took nothing for anything but text: then no text was changed."""
+    kinds = (Value("string"), Value("large_string"))
+    return all(
+        feature in kinds and not dataset.data.column(name).null_count and not name.startswith("__index_level_")
+        for name, feature in dataset.features.items()
+    )
 
 
 def _check_head(head: pd.DataFrame, file: str) -> None:
