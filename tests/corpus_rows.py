@@ -124,7 +124,6 @@ REFUSED = {
     "tools that are no JSON": Rows([{**PLAIN[0], "tools": "weather"}], says="tools is 'weather', which is no JSON"),
     "tools that are no list": Rows([{**PLAIN[0], "tools": json.dumps(WEATHER)}], says="of type dict. Give a list of tools"),
     "numbers as contents": Rows([pair(user(5), "a", "b")], says="the content 5, of type int"),
-    "a text that is read as JSON": Rows([pair(user(parts("q")), "5", "b"), pair("q", assistant(parts("a")), "b")], says="give all as parts"),
     "parts without text": Rows([pair("q", assistant(parts("")), "b")], says="no pair with two answers"),
     "an empty list of calls": Rows([pair("q", assistant(None, tool_calls=[]), "b")], says="no pair with two answers"),
 }  # fmt: skip

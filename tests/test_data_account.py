@@ -111,7 +111,7 @@ def test_words_that_the_tokenizer_does_not_know(recipe):  # noqa: F811
     rest = [1 + len(row["prompt"][0]["content"].split()) + 1 for row in POOL["list"][20:60]]
     assert found["share"]["prompt"] == pytest.approx(20 * 3 / (sum(lengths) + sum(rest)))
     assert levels(check.tasks[0])["unknown_tokens"] == "look"
-    text = "in system messages 67 %, e.g. “Répondez”, “poliment”; also words that the chat template adds"
+    text = "in system messages 67 %, e.g. “Répondez”, “poliment”; also in what the chat template adds"
     assert text in render(check)
     assert check.tasks[1].splits["train"]["unknown_tokens"] is None
 

@@ -76,6 +76,20 @@ def test_odd_contents_of_messages_stay_what_they_are(tmp_path, odd, packed):
     assert dataset.to_list() == rows
 
 
+def test_numbers_in_calls_of_tools_keep_all_their_places(tmp_path):
+    def call(**arguments):
+        return [
+            {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+        ]
+
+    rows = [pair(call(a=0.30000000000000004, b=1e-15), call(c=0.3), [{"role": "user", "content": "q"}]),
+            pair(call(a=3.141592653589793), call(), [{"role": "user", "content": "q"}])]  # fmt: skip
+    (tmp_path / "x.jsonl").write_text(lines(rows))
+    assert load_texts("train", path="json", data_files=str(tmp_path / "x.jsonl"))[0].to_list() == rows
+    raw = load_dataset("json", data_files=str(tmp_path / "x.jsonl"), split="train").to_list()
+    assert raw != rows
+
+
 def test_a_second_file_is_not_cast_into_the_first_ones_type(tmp_path):
     """Silently "2020-01-01 00:00:00", as `load_dataset` casts what it took for times into text."""
     (tmp_path / "a.jsonl").write_text(lines([pair("one"), pair("two")]))
@@ -109,6 +123,23 @@ def test_dates_in_a_repository_of_the_hub(hub):
     loaded = read_tasks(TaskMixtureConfig(tasks=[task, {"task": "table", "path": "org/table"}]))
     assert pairs_in(loaded) == [("q", "2020-01-01", "no"), ("q", "None", "007")]
     assert loaded.commits["days"] == commit and set(loaded.commits) == {"days", "table"}
+
+
+def test_a_repository_without_network(hub, monkeypatch):
+    """Out of the cache, where `datasets` names no files any more."""
+    hub.write(
+        "dataset", "org/days", {"train.jsonl": lines([pair("2020-01-01")]), "test.jsonl": lines([pair("2021-01-01")])}
+    )
+    hub.write("dataset", "org/table", {"train.csv": csv([("q", "None", "007"), ("q", "a", "b")])})
+    for name in ("org/days", "org/table"):
+        load_dataset(name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    hub.clear_log()
+    tasks = [{"task": "days", "path": "org/days"}, {"task": "table", "path": "org/table"}]
+    loaded = read_tasks(TaskMixtureConfig(tasks=tasks))
+    assert pairs_in(loaded) == [("q", "2020-01-01", "no"), ("q", "None", "007"), ("q", "a", "b")]
+    assert not hub.requests
 
 
 @pytest.mark.parametrize(

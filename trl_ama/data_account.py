@@ -72,7 +72,7 @@ def _judge_unknown_tokens(figures: TaskFigures, unknown: dict[str, Any] | None, 
 
 def _source(who: str, source: dict[str, Any]) -> str:
     if who == "template":
-        return "also words that the chat template adds"
+        return "also in what the chat template adds"
     named = "the texts" if who == "text" else f"{who} messages"
     words = ", ".join(f"“{word[:_WORD]}”" for word in source["words"])
     return f"in {named} {percent(source['share'])}" + (f", e.g. {words}" if words else "")

@@ -1,6 +1,7 @@
 """What becomes of pairs as tokens: which answers a template, a tokenizer or a cut makes the same, and which words turn into none."""
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,6 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .ama_config import AMAConfig
-from .data_formats import text_of
 from .tasks import PAIR_COLUMNS
 
 
@@ -19,12 +19,12 @@ _ROWS = 200  # in which the words behind unknown tokens are looked for
 _WORDS = 3
 
 
-def equal_answers(tokenised: Dataset, pairs: list[dict[str, Any]], args: AMAConfig) -> list[str | None]:
+def equal_answers(tokenised: Dataset, pairs: Iterable[dict[str, Any]], args: AMAConfig) -> list[str | None]:
     """For each pair, in which respect a model cannot tell its answers apart, so that it sends no gradient; `None` if it can.
 
     Args:
         tokenised (`Dataset`): As [`~trl_ama.pair_tokens.tokenise`] returns it.
-        pairs (`list[dict]`): The same pairs before that.
+        pairs (`Iterable[dict]`): The same pairs before that.
         args ([`AMAConfig`]): `max_length` and `truncation_mode`.
     """
     kinds: list[str | None] = []
@@ -105,7 +105,14 @@ def _sources(
 def _texts(side: Any) -> list[tuple[str, str]]:
     if isinstance(side, str):
         return [("text", side)]
-    return [(message["role"], text_of([message])) for message in side or []]
+    return [(message["role"], text) for message in side or [] for text in _contents(message.get("content"))]
+
+
+def _contents(content: Any) -> list[str]:
+    """The texts of a message's content, also of one in parts."""
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return [text for text in texts if isinstance(text, str)]
 
 
 def _unreadable(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, list[str]]:

@@ -1,7 +1,7 @@
 """Reads a dataset with the texts that stand in its files, which readers take for numbers, times or nothing here and there.
 
 pandas, which reads CSV for `datasets`, takes "None", "NA" and "null" for missing and "007" for seven; pyarrow, which reads JSON, takes
-days and times for such; and of a column that holds texts and lists, `datasets` parses the texts too. So CSV is read as text, and JSON
+days and times for such; and of a column that holds texts and lists, `datasets` parses the texts too, and it rounds numbers. So CSV is read as text, and JSON
 of which something may have been changed once more by Python's own reader.
 """
 
@@ -32,14 +32,18 @@ from datasets import (
     load_dataset_builder,
 )
 from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import snapshot_download
 
 from .errors import AMAError
+from .exact_json import exact_json
 
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMES = ("timestamp", "date", "time", "duration")
 # What Arrow writes if it casts a time that it has read out of a text back into one
 _CAST_TIME = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d+)?Z?$"
+# JSON that is no mapping, or holds a fraction, of which `datasets` keeps ten places
+_PARSED_TEXT = r"^\s*[^{\s]|[:,\[\s]-?\d+(\.\d|[eE])"
 _OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
@@ -60,13 +64,15 @@ def load_texts(split: str, **source: Any) -> tuple[Dataset, str | None]:
         return _read_json_of_two_types(split, source, error)
     commit = _commit(dataset)
     reader = dataset.info.builder_name
-    if reader == "csv" and source["path"] != "csv":
+    if reader == "csv" and source["path"] != "csv" and not _has_texts_alone(dataset):
+        source = _with_files(source, commit)
         dataset = load_dataset(split=split, **source, **_csv_as_text(source))
     elif reader == "json":
         features, changed = _texts(dataset.features, dataset.data)
         if changed:
             sizes = {name: info.num_examples for name, info in dataset.info.splits.items()}
-            dataset = _read_json_again(load_dataset_builder(**source), split, Features(features), sizes)
+            builder = load_dataset_builder(**_with_files(source, commit))
+            dataset = _read_json_again(builder, split, Features(features), sizes)
     for column, feature in dataset.features.items():
         if feature == Value("string_view"):  # which little of Arrow works with
             dataset = dataset.cast_column(column, Value("string"))
@@ -80,6 +86,14 @@ def _commit(dataset: Dataset) -> str | None:
         if _COMMIT.fullmatch(folder.name) and "___" in str(folder):
             return folder.name
     return None
+
+
+def _with_files(source: dict[str, Any], commit: str | None) -> dict[str, Any]:
+    """`source`, or the folder of its files on this machine, if it was read out of the cache as there is no network."""
+    if commit is None or load_dataset_builder(**source).config.data_files is not None:
+        return source
+    folder = snapshot_download(source["path"], repo_type="dataset", revision=commit, local_files_only=True)
+    return {**source, "path": folder, "revision": None}
 
 
 def _local_files(builder: DatasetBuilder) -> dict[str, list[str]]:
@@ -111,6 +125,15 @@ def _csv_as_text(source: dict[str, Any]) -> dict[str, Any]:
                 f"Two CSV files have other columns, {names} and {list(head.columns)} ('{file}'). Bring them into one form."
             )
     return {**tabs, **as_text, "features": Features(dict.fromkeys(names or [], Value("string")))}
+
+
+def _has_texts_alone(dataset: Dataset) -> bool:
+    """Whether pandas took nothing for anything but text: then no text was changed."""
+    kinds = (Value("string"), Value("large_string"))
+    return all(
+        feature in kinds and not dataset.data.column(name).null_count and not name.startswith("__index_level_")
+        for name, feature in dataset.features.items()
+    )
 
 
 def _check_head(head: pd.DataFrame, file: str) -> None:
@@ -150,8 +173,8 @@ def _texts(features: Any, data: Any) -> tuple[Any, bool]:
         return Value("string"), True
     if isinstance(features, Value) and features.dtype in ("string", "large_string"):
         return features, _any(data, _CAST_TIME)
-    if isinstance(features, Json):  # of mappings alone, each is as it was
-        return features, _any(_storage(data), r"^\s*[^{\s]")
+    if isinstance(features, Json):  # mappings that hold no fractions are as they were
+        return features, _any(_storage(data), _PARSED_TEXT)
     return features, False
 
 
@@ -258,7 +281,7 @@ def _encoded(feature: Any, value: Any) -> Any:
     if value is None:
         return None
     if isinstance(feature, Json):
-        return json.dumps(value, ensure_ascii=False)
+        return exact_json(value)
     if isinstance(feature, (List, LargeList)):
         return [_encoded(feature.feature, entry) for entry in value]
     if isinstance(feature, dict):

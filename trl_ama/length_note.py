@@ -5,6 +5,7 @@ from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars,
 
 from .data_tokens import equal_answers
 from .errors import AMAError
+from .pair_images import has_images
 from .pair_tokens import token_counts, tokenise
 from .run_settings import RunSettings
 
@@ -40,7 +41,7 @@ def length_lines(settings: RunSettings) -> list[str]:
         if limit is not None:
             prompt, chosen, rejected = token_counts(tokenised).T
             # DPOTrainer drops a pair whose prompt leaves no room, if it cuts at the end
-            filled = (prompt >= limit) & (args.truncation_mode == "keep_start")
+            filled = (prompt >= limit) & (args.truncation_mode == "keep_start") & (not has_images(pairs))
             cut = ~filled & (prompt + chosen.clip(min=rejected) > limit)
             found = [f"{_of_all(cut.sum(), looked_at, len(pairs))} cut"] if cut.any() else []
             if filled.any():
@@ -49,7 +50,7 @@ def length_lines(settings: RunSettings) -> list[str]:
                 found = [" and ".join(f"{count} of {split}" for split, count in dropped.items()) + " dropped"]
             if found:
                 lines.append(f"  over max_length   {task:<14} {'; '.join(found)} (max_length is {limit})")
-        kinds = equal_answers(tokenised, sample.to_list(), args)
+        kinds = equal_answers(tokenised, sample.select_columns(["chosen", "rejected"]), args)
         same = sum(kind is not None for kind, gone in zip(kinds, filled, strict=True) if not gone)
         if same:
             count = _of_all(same, looked_at, len(pairs))

@@ -74,11 +74,12 @@ def exact_source(task: TaskConfig, source: dict[str, Any]) -> dict[str, Any]:
     path, files, folder = source["path"], source.get("data_files"), source.get("data_dir")
     if os.path.isdir(path):
         root = os.path.realpath(os.path.join(path, folder or ""))
+        if files is not None:
+            source = {**source, "data_files": _map_paths(files, lambda name: _exact(root, name))}
         if not glob.has_magic(root):
             return source
         if files is not None:
-            exact = _map_paths(files, lambda name: _exact(root, name))
-            return {**source, "path": _loader(task, root, files), "data_files": exact} | {"data_dir": None}
+            return {**source, "path": _loader(task, root, files), "data_dir": None}
         if source.get("name") is not None:
             raise AMAError(
                 f"Task '{task.task}': the folder '{root}' has one of the characters * ? [ ] in its name, and `name` asks for one of its "
