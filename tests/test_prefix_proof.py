@@ -271,4 +271,5 @@ def test_every_policy_of_a_sweep_is_proved(model_dir, quick_args):
     with pytest.raises(AMAError, match="on the first batch"):
         args = quick_args(prefix_sharing=True, precompute_ref_log_probs=True)
         trainer = ScoringTrainer(model_dir, args=args, train_dataset=make_dataset({"list": 4}))
-        score_policies(trainer, {"b_": policy(trainer.model, mean_so_far)}, trainer.train_dataset, "")
+        policies = {"a_": policy(trainer.model), "b_": policy(trainer.model, mean_so_far)}
+        score_policies(trainer, policies, trainer.train_dataset, "")

@@ -125,7 +125,9 @@ class PrefixSharingTrainer(FiniteStepTrainer):
         """The batch with its reference log-probs, which are computed if it has none."""
         if "ref_chosen_logps" in inputs:
             return inputs
-        chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)  # (B,) each
+        # A compiled model has no truth value
+        model = self.model if self.ref_model is None else self.ref_model
+        chosen, rejected = self.compute_ref_log_probs(model, inputs)  # (B,) each
         return {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
     def policy_forward(self, model: torch.nn.Module, inputs: dict[str, Any]) -> RecordedForward:
