@@ -4,6 +4,7 @@ import numpy as np
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from .errors import AMAError
+from .pair_images import has_images
 from .pair_tokens import token_counts, tokenise
 from .run_settings import RunSettings
 
@@ -38,9 +39,10 @@ def length_lines(settings: RunSettings) -> list[str]:
             counts = " and ".join(f"{count} of {split}" for split, count in dropped.items())
             found.append(f"{counts} dropped")
         else:
-            looked_at = min(len(pairs), max(_FEWEST, _SAMPLE // len(settings.chosen_tasks)))
+            most = _SAMPLE // (10 if has_images(pairs) else 1)  # which take more than ten times as long
+            looked_at = min(len(pairs), max(_FEWEST, most // len(settings.chosen_tasks)))
             prompt, chosen, rejected = _counts(settings, task, pairs.select(range(looked_at)))
-            # DPOTrainer drops a pair whose prompt leaves no room, if it cuts at the end
+            # DPOTrainer drops a pair whose prompt leaves no room, if it cuts at the end (with images, `check_images` refuses it)
             filled = (prompt >= limit) & (settings.training_args.truncation_mode == "keep_start")
             cut = ~filled & (prompt + chosen.clip(min=rejected) > limit)
             scale = len(pairs) / looked_at
