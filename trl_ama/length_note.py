@@ -33,15 +33,16 @@ def length_lines(settings: RunSettings) -> list[str]:
     lines = []
     for task in settings.chosen_tasks:
         pairs = settings.pairs_of(task, "train")
-        looked_at = min(len(pairs), max(_FEWEST, _SAMPLE // len(settings.chosen_tasks)))
+        most = _SAMPLE // (10 if has_images(pairs) else 1)  # which take more than ten times as long
+        looked_at = min(len(pairs), max(_FEWEST, most // len(settings.chosen_tasks)))
         sample = pairs.select(range(looked_at))
         tokenised = _tokenised(settings, task, sample)
         filled = np.zeros(looked_at, dtype=bool)
         dropped = settings.dropped_truncated.get(task, {})
         if limit is not None:
             prompt, chosen, rejected = token_counts(tokenised).T
-            # DPOTrainer drops a pair whose prompt leaves no room, if it cuts at the end
-            filled = (prompt >= limit) & (args.truncation_mode == "keep_start") & (not has_images(pairs))
+            # DPOTrainer drops a pair whose prompt leaves no room, if it cuts at the end (with images, `check_images` refuses it)
+            filled = (prompt >= limit) & (args.truncation_mode == "keep_start")
             cut = ~filled & (prompt + chosen.clip(min=rejected) > limit)
             found = [f"{_of_all(cut.sum(), looked_at, len(pairs))} cut"] if cut.any() else []
             if filled.any():

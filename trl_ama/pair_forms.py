@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from trl import extract_prompt
@@ -78,9 +79,19 @@ def pair_id(prompt: Any, chosen: Any, rejected: Any, **extra: Any) -> str:
         chosen, rejected: Texts or messages.
         extra: What else the model is given (`EXTRA_COLUMNS`), as the same texts with other tools or images are another pair.
     """
-    pair = with_prompt({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return _pair_id(row, extra, [image_identity(image) for image in images_of(extra)])
+
+
+def pair_id_of(row: dict[str, Any], seen: Sequence[str] | None = None) -> str:
+    """[`pair_id`] of a dataset's row, which may lack a `prompt`; with [`image_identity`] of its images, if that is known."""
+    seen = [image_identity(image) for image in images_of(row)] if seen is None else list(seen)
+    return _pair_id(row, {name: row.get(name) for name in TEMPLATE_COLUMNS}, seen)
+
+
+def _pair_id(row: dict[str, Any], extra: dict[str, Any], images: list[str]) -> str:
+    pair = with_prompt({column: row.get(column) for column in PAIR_COLUMNS})
     parts = [_canonical(pair[column]) for column in PAIR_COLUMNS]
-    images = [image_identity(image) for image in images_of(extra)]
     extra = without_nulls({name: extra[name] for name in TEMPLATE_COLUMNS if extra.get(name)})
     if images:
         extra[IMAGES] = images
@@ -95,9 +106,3 @@ def _canonical(side: Any) -> Any:
     if not isinstance(side, list):
         return side
     return [{"content": None, **without_nulls(message)} if isinstance(message, dict) else message for message in side]
-
-
-def pair_id_of(row: dict[str, Any]) -> str:
-    """[`pair_id`] of a dataset's row, which may lack a `prompt`."""
-    extra = {name: row.get(name) for name in EXTRA_COLUMNS}
-    return pair_id(row.get("prompt"), row["chosen"], row["rejected"], **extra)

@@ -261,6 +261,34 @@ def stored_images(dataset: Dataset) -> Iterator[list[dict[str, Any]]]:
             yield images_of(row)
 
 
+def seen_images(dataset: Dataset, where: str) -> list[list[str]]:
+    """[`image_identity`] of each row's images.
+
+    Raises:
+        AMAError: If one cannot be read. `where` says whose rows they are.
+    """
+    columns = [column for column in IMAGE_COLUMNS if column in dataset.column_names]
+
+    def look(table: pa.Table, numbers: list[int]) -> pa.Table:
+        seen = []
+        for row, number in zip(table.to_pylist(), numbers, strict=True):
+            try:
+                seen.append([image_identity(image) for image in images_of(row)])
+            except Exception as error:  # of Pillow, which has its own for every format
+                raise AMAError(
+                    f"{where}, row {number}: an image cannot be read ({type(error).__name__}: {first_line(error)}). Mend it, or drop "
+                    "the row."
+                ) from error
+        return pa.table({IMAGES: pa.array(seen, pa.list_(pa.string()))})
+
+    # By `map`, which keeps the result: to decode all images takes a while
+    found = dataset.select_columns(columns).with_format("arrow").map(
+        look, batched=True, batch_size=_AT_ONCE, with_indices=True, remove_columns=columns,
+        features=Features({IMAGES: List(Value("string"))}), desc="Looking at images",
+    )  # fmt: skip
+    return found.with_format(None)[IMAGES][:]
+
+
 def content_of(image: dict[str, Any]) -> bytes:
     """The file of a stored image."""
     return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]

@@ -6,7 +6,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 
 from .columns import encoded_column, with_class_labels
-from .errors import AMAError, first_line, nearest, short
+from .errors import AMAError, nearest, short
 from .pair_features import unite_features
 from .pair_forms import (  # noqa: F401  (all there is to know of pairs)
     EXTRA_COLUMNS,
@@ -15,7 +15,7 @@ from .pair_forms import (  # noqa: F401  (all there is to know of pairs)
     pair_id,
     pair_id_of,
 )
-from .pair_images import IMAGES, has_images, stored_images
+from .pair_images import has_images, seen_images
 from .task_config import check_task_names
 
 
@@ -83,19 +83,8 @@ def add_pair_ids(dataset: Dataset, where: str = "The dataset of pairs") -> Datas
         return dataset
     columns = [name for name in (*PAIR_COLUMNS, *TEMPLATE_COLUMNS) if name in dataset.column_names]
     if has_images(dataset):
-        ids = []
-        rows = zip(dataset.select_columns(columns), stored_images(dataset), strict=True)
-        for number, (row, images) in enumerate(rows):
-            try:
-                ids.append(pair_id_of({**row, IMAGES: images}))
-            except Exception as error:  # of Pillow, which has its own for every format
-                raise AMAError(
-                    f"{where}, row {number}: an image cannot be read ({type(error).__name__}: {first_line(error)}). Mend it, or drop "
-                    "the row."
-                ) from error
-        return dataset.map(
-            lambda row, number: {PAIR_ID_COLUMN: ids[number]}, with_indices=True, desc="Naming the pairs"
-        )
+        rows = zip(dataset.select_columns(columns), seen_images(dataset, where), strict=True)
+        return dataset.add_column(PAIR_ID_COLUMN, [pair_id_of(row, seen) for row, seen in rows])
 
     def name(*values: Any) -> dict[str, str]:
         return {PAIR_ID_COLUMN: pair_id_of(dict(zip(columns, values, strict=True)))}
