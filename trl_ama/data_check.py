@@ -17,6 +17,7 @@ from .data_formats import mistakes_of, text_of
 from .data_rules import trivial_rules
 from .data_verdict import FATAL, TaskFigures, judge, judge_sizes
 from .errors import AMAError, first_line
+from .no_tasks import no_tasks
 from .pair_tokens import token_counts, tokenise
 from .run_settings import RunSettings
 from .task_loading import read_tasks
@@ -73,7 +74,7 @@ def check_data(settings: RunSettings, show: int = 2, sample: int | None = SAMPLE
     """
     args = settings.training_args
     if not settings.task_args.tasks:
-        raise AMAError("There are no tasks. List at least one under `tasks:` in the recipe, or pass `--tasks`.")
+        raise no_tasks(settings.task_args)
     tokenizer = settings.tokenizer
     ready = settings.ready_pairs()
     checked, loaded = [], {}

@@ -14,6 +14,7 @@ from trl import extract_prompt
 
 from .errors import AMAError, nearest, sentence
 from .local_files import check_json, files_of
+from .no_tasks import no_tasks
 from .pair_rows import check_rows
 from .task_config import TaskConfig, TaskMixtureConfig, check_task_names
 from .task_formats import own_format
@@ -76,7 +77,7 @@ def read_tasks(
 ) -> LoadedTasks:
     """As [`load_tasks`], with what is worth knowing of where the pairs came from and what was dropped."""
     if not config.tasks:
-        raise AMAError("There are no tasks. List at least one under `tasks:` in the recipe, or pass `--tasks`.")
+        raise no_tasks(config)
     check_task_names([task.task for task in config.tasks])
     loaded = LoadedTasks(DatasetDict())
     parts: dict[str, dict[str, Dataset]] = {"train": {}, "test": {}}
