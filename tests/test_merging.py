@@ -1,4 +1,4 @@
-"""`trl ama-merge`: every kind of adapter becomes the checkpoint that it is, or is refused; a folder is written whole or not."""
+"""`trl ama-merge`: an adapter becomes the checkpoint that it is, or is refused; a folder is written whole or not."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from conftest import make_model
 from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_policy_sources import KINDS, LINEAR, edit, files_of, save_adapter
+from test_policy_sources import LINEAR, edit, files_of, save_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from trl_ama import AMAError, cli, merged_weights
@@ -41,37 +41,7 @@ def only(folder, *names):
     assert sorted(path.name for path in Path(folder).iterdir()) == sorted(names)
 
 
-# ---- Kinds of adapters ----
-
-
-MERGED_KINDS = {
-    **KINDS,
-    "dora_and_head": LoraConfig(r=4, use_dora=True, modules_to_save=["lm_head"], **LINEAR),
-    "embeddings_to_save": LoraConfig(r=4, modules_to_save=["embed_tokens"], **LINEAR),
-    "tokens": LoraConfig(r=4, trainable_token_indices={"embed_tokens": [3, 5]}, **LINEAR),
-    "head": LoraConfig(r=4, target_modules=["lm_head", "q_proj"]),
-}
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", MERGED_KINDS)
-def test_every_kind_of_adapter_is_merged_as_it_computes(tokenizer, tmp_path, kind, tied):
-    base = tmp_path / "base"
-    make_model(len(tokenizer), tie_word_embeddings=tied).save_pretrained(base)
-    tokenizer.save_pretrained(base)
-    folder = save_adapter(tmp_path / "adapter", base, MERGED_KINDS[kind])
-    plain = AutoModelForCausalLM.from_pretrained(base)
-    before = log_probs(plain)
-    expected = log_probs(PeftModel.from_pretrained(plain, folder))
-    assert (expected - before).abs().max() > 0.01
-    note = merge_adapter(folder, tmp_path / "merged")
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(log_probs(found), expected, rtol=0, atol=1e-4)
-    assert note["largest_difference"] < 1e-4 and note["compared_tokens"] > 20
-    shared = found.get_output_embeddings().weight is found.get_input_embeddings().weight
-    assert shared == found.config.tie_word_embeddings
-    assert not (shared and not tied)
+# ---- The sums ----
 
 
 def test_what_is_added_is_rounded_once(tokenizer, tmp_path):

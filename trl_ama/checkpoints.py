@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from .errors import AMAError
 from .fingerprint import read_json, write_json
@@ -23,6 +23,8 @@ _VERSION = 1
 _STEP = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d{{1,18}})")
 _NOT_TRUSTED = {"README.md", MANIFEST, "checkpoint-is-incomplete.txt"}
 _INCOMPLETE = "it is incomplete: the run was stopped while it was written"
+_HALF = "a part of its files is gone: the run was stopped while it was removed"
+_GOING = ".removed"  # what a checkpoint on its way out is called: hidden, and so no checkpoint to anybody
 
 
 def begin_checkpoint(folder: Path) -> None:
@@ -166,10 +168,76 @@ def _damage_of_best(checkpoint: Path, by_size: bool) -> str | None:
     return reason and f"of the best checkpoint at that time, '{best.name}', {reason}"
 
 
+def half_of(folder: Path) -> str | None:
+    """Why a checkpoint is only a part of one, as half a sentence; `None` if all of its files are there, whatever they hold.
+
+    One without a list of its files, as TRL writes them, is half if it lacks the state that the Trainer writes.
+    """
+    try:
+        note = read_manifest(folder)
+    except AMAError:
+        return None  # damaged, or of a newer version: not for us to judge
+    if note is None:
+        return None if (folder / "trainer_state.json").is_file() else _HALF
+    if not note["complete"]:
+        return _INCOMPLETE
+    return None if all((folder / name).exists() for name in note["files"]) else _HALF
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint, so that a process that is killed while it does leaves nothing that looks like one."""
+    going = folder.with_name(f".{folder.name}{_GOING}")
+    shutil.rmtree(going, ignore_errors=True)
+    try:
+        folder.rename(going)
+    except OSError:  # a file of it is open, on Windows; or there is none
+        going = folder
+    shutil.rmtree(going, ignore_errors=True)
+
+
+def remove_halves(folder: Path) -> list[tuple[Path, str]]:
+    """Remove what is left of checkpoints that were not written, or not removed, to the end.
+
+    Returns:
+        `list[tuple[Path, str]]`: Those that looked like checkpoints, with the reason.
+    """
+    for path in folder.glob(f".{PREFIX_CHECKPOINT_DIR}-*{_GOING}"):
+        shutil.rmtree(path, ignore_errors=True)
+    halves = [(path, reason) for path in checkpoints_in(folder) if (reason := half_of(path)) is not None]
+    for path, _ in halves:
+        remove_checkpoint(path)
+    return halves
+
+
+def rotate(folder: Path, limit: int | None, best: str | None) -> list[tuple[Path, str]]:
+    """Remove the oldest checkpoints beyond a limit, as transformers' `rotate_checkpoints` chooses them among whole ones.
+
+    The last one and the best one stay. transformers counts a half-removed checkpoint as the newest of all, by its time.
+
+    Args:
+        folder (`Path`): The output folder of a training, whose last checkpoint is complete.
+        limit (`int`, *optional*): How many may stay (`save_total_limit`); all without, or if it is 0 or less.
+        best (`str`, *optional*): The best checkpoint.
+
+    Returns:
+        `list[tuple[Path, str]]`: Half checkpoints that were removed first, of [`remove_halves`].
+    """
+    halves = remove_halves(folder)
+    if limit is None or limit <= 0:
+        return halves
+    there = [Path(path) for path in sort_checkpoints(str(folder), use_mtime=True)]
+    kept = {*there[-1:], *([Path(best)] if best is not None else [])}
+    surplus = len(there) - max(limit, len(kept))
+    for path in [path for path in there if path not in kept][: max(surplus, 0)]:
+        remove_checkpoint(path)
+    return halves
+
+
 def remove_checkpoints(folder: Path) -> None:
     """Remove every checkpoint in a folder: they are of another training than the one that begins there."""
     for path in checkpoints_in(folder):
-        shutil.rmtree(path, ignore_errors=True)
+        remove_checkpoint(path)
+    remove_halves(folder)
 
 
 def could_not_write(error: Exception) -> bool:

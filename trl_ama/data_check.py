@@ -20,6 +20,7 @@ from .data_rules import trivial_rules
 from .data_tokens import SAME_AFTER_CUT, SAME_TEXT, SAME_TOKENS, equal_answers, unknown_tokens
 from .data_verdict import FATAL, TaskFigures, judge, judge_sizes
 from .errors import AMAError, first_line
+from .no_tasks import no_tasks
 from .pair_forms import TEMPLATE_COLUMNS
 from .pair_images import has_images
 from .pair_tokens import token_counts, tokenise
@@ -81,7 +82,7 @@ def check_data(settings: RunSettings, show: int = 2, sample: int | None = SAMPLE
     """
     args = settings.training_args
     if not settings.task_args.tasks:
-        raise AMAError("There are no tasks. List at least one under `tasks:` in the recipe, or pass `--tasks`.")
+        raise no_tasks(settings.task_args)
     tokenizer = settings.tokenizer
     ready = settings.ready_pairs()
     checked, loaded = [], {}

@@ -6,14 +6,13 @@ restores, and here what the end of an epoch still has to do.
 
 import contextlib
 import copy
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
 
 from . import interruption
 from .checkpoints import (
@@ -22,6 +21,9 @@ from .checkpoints import (
     could_not_write,
     damage_of,
     newest_good_checkpoint,
+    remove_checkpoint,
+    remove_halves,
+    rotate,
 )
 from .errors import AMAError, first_line
 from .resume_progress import KEY, ResumedProgress
@@ -118,6 +120,7 @@ class ExactResume(ResumedProgress):
         if self.accelerator.is_main_process:  # reads whole files, which once is enough
             try:
                 checkpoint = self._newest_good() if checkpoint is True else _whole(Path(checkpoint))
+                _name(remove_halves(Path(self.args.output_dir)))
             except AMAError as error:
                 problem = str(error)
         checkpoint, problem = broadcast_object_list([checkpoint, problem])
@@ -165,7 +168,7 @@ class ExactResume(ResumedProgress):
         limit, self._saved_at, self._saving = self.args.save_total_limit, None, True
         try:
             if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)  # of an earlier training, or incomplete
+                remove_checkpoint(folder)  # of an earlier training, or incomplete
                 begin_checkpoint(folder)
             self.state.stateful_callbacks[KEY] = self._progress()  # all processes meet here, and then write
             with self._unwanted_best_hidden():
@@ -178,7 +181,7 @@ class ExactResume(ResumedProgress):
         finally:
             self.args.save_total_limit, self._saving = limit, False
         if self.args.should_save:
-            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+            _name(rotate(folder.parent, limit, self.state.best_model_checkpoint))
 
     @contextlib.contextmanager
     def _unwanted_best_hidden(self) -> Iterator[None]:
@@ -216,7 +219,7 @@ class ExactResume(ResumedProgress):
         self._saved_at = folder
 
     def _not_saved(self, folder: Path, error: Exception) -> AMAError:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_checkpoint(folder)
         good = newest_good_checkpoint(folder.parent, unlisted=True, exact=False, by_size=True).good
         kept = f"'{good.name}' is intact" if good is not None else "There is no earlier one"
         return AMAError(
@@ -256,6 +259,11 @@ class ExactResume(ResumedProgress):
             interruption.leave(
                 f"saved at step {step} in '{checkpoint}'", "Go on with `trainer.train(resume_from_checkpoint=True)`."
             )
+
+
+def _name(halves: list[tuple[Path, str]]) -> None:
+    for path, reason in halves:
+        logger.warning(f"The checkpoint '{path}' is not used and is removed: {reason}.")
 
 
 def _whole(checkpoint: Path) -> str:

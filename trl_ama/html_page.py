@@ -7,9 +7,7 @@ import base64
 import functools
 import hashlib
 import json
-import os
 import shlex
-import tempfile
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ from .errors import AMAError
 from .html_charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, chart, look, value_range
 from .html_report import FIGURES, collect
 from .html_tables import comparison, result_tables
+from .safe_files import remove_abandoned, write_file
 
 
 LARGEST = 2_000_000  # bytes of a page, which mail and browsers take easily
@@ -66,14 +65,9 @@ def save_page(path: Path, page: str) -> Path:
         # A mistyped name should not cost somebody a file
         if path.exists() and b'<meta name="generator" content="trl-ama' not in path.read_bytes()[:4000]:
             raise AMAError(f"'{path}' is not a page of trl-ama, so it is not overwritten. Choose another name.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # A name of its own: jobs that train specialists of one run side by side write its page too
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.name}.", suffix=".partial", delete=False, encoding="utf-8"
-        ) as file:
-            file.write(page)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
+        # Each under a name of its own: jobs that train specialists of one run side by side write its page too
+        write_file(path, page.encode())
+        remove_abandoned(path, seconds=60)
     except OSError as error:
         raise AMAError(f"The page '{path}' cannot be written ({error.strerror}). Choose another place.") from error
     return path

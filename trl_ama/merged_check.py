@@ -46,7 +46,7 @@ def check_sequences(
         with contextlib.suppress(Exception):  # templates are programs, and some take other messages only
             text = tokenizer.apply_chat_template(messages, tokenize=False)
             sequences.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-    drawn = torch.randint(vocab_size, (_LENGTH,), generator=torch.Generator().manual_seed(0)).tolist()
+    drawn = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(0))[:_LENGTH].tolist()
     sequences.append(drawn)
     tokens = [token for token in _own_tokens(adapter_config) if token < vocab_size]
     if tokens:

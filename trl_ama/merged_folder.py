@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .errors import AMAError
+from .safe_files import PARTIAL, remove_abandoned
 
 
+_ABANDONED = 24 * 3600  # seconds without a new file: longer than a large base takes to load
 NOTE_FILE = "ama_merge.json"  # says that a folder is a merge, and of what
 
 
@@ -29,7 +31,8 @@ def whole_or_not(output: Path, overwrite: bool, keep_off: Sequence[str] = ()) ->
     _check(output, overwrite, keep_off)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        remove_abandoned(output, _ABANDONED)
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=PARTIAL, dir=output.parent))
         os.chmod(folder, 0o755)
     except OSError as error:
         raise AMAError(

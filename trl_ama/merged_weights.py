@@ -103,8 +103,7 @@ def merged_model(
             base = log_probs(model, sequences)
         types = {name: parameter.dtype for name, parameter in model.named_parameters()}
         wrapped = load_adapter(model, place.peft_config(), place, place.adapter_folder())
-        with in_32_bits(wrapped):
-            adapted = log_probs(wrapped, sequences)
+        adapted = _adapted(wrapped, sequences, place)
         changed = [name for name, module in model.named_modules() if is_wrapper(module)]
         was_tied = _untie(model)
         merged = _merge_layers(wrapped, place)
@@ -113,6 +112,17 @@ def merged_model(
         if was_tied:
             _tie(merged)
         return Merged(merged, changed, base, adapted, quantized)
+
+
+def _adapted(wrapped: PeftModel, sequences: list[list[int]], place: PolicySource) -> torch.Tensor:
+    try:
+        with in_32_bits(wrapped):
+            return log_probs(wrapped, sequences)
+    except (AttributeError, TypeError, ValueError) as error:  # Poly asks for a task with every text
+        raise AMAError(
+            f"{capital(place.who)} ('{place.given}'), an adapter of the kind {place.adapter_config.get('peft_type')}, gives no log-probs of "
+            f"plain text that a merge could be held to: {sentence(error)} Use it as an adapter."
+        ) from error
 
 
 def load_model(base_model: str, **kwargs: Any) -> PreTrainedModel:

@@ -26,6 +26,7 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from .errors import AMAError, first_line
 from .fingerprint import write_json
 from .run_note import public_arguments
+from .safe_files import remove_partial
 
 
 logger = get_logger(__name__)
@@ -91,6 +92,7 @@ def _take(folder: Path, tasks: list[str] | None, locks: contextlib.ExitStack) ->
         for path in sorted((folder / LOCKS).glob("task-*.lock")):
             with _Lock(folder, path.stem).held(noted=False):
                 pass
+        remove_partial(folder)  # nobody else writes here
     else:
         with _Lock(folder, "run").held(noted=False):
             pass

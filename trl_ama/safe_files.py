@@ -1,11 +1,14 @@
 """Files that are trusted later: written whole or not at all, and known again by their size and hash."""
 
+import contextlib
 import errno
 import functools
 import hashlib
 import json
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,10 +20,39 @@ _SEAL = "sha256"  # of everything else in a sealed JSON file, but its version, w
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
+PARTIAL = ".partial"  # how everything ends that is being written, and not yet under its name; it begins with a dot
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a killed process was writing, in a folder in which nobody writes now; checkpoints are left alone."""
+    for place, folders, files in os.walk(folder):
+        left = [name for name in (*folders, *files) if name.startswith(".") and name.endswith(PARTIAL)]
+        folders[:] = [name for name in folders if name not in left and not name.startswith("checkpoint-")]
+        for name in left:
+            _remove(Path(place, name))
+
+
+def remove_abandoned(path: Path, seconds: float) -> None:
+    """Remove what killed processes were writing to take the place of a file or folder, untouched for so long."""
+    with contextlib.suppress(OSError):
+        for other in path.parent.iterdir():
+            if other.name.startswith(f".{path.name}.") and other.name.endswith(PARTIAL):
+                if time.time() - other.stat().st_mtime > seconds:
+                    _remove(other)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all; it is on the disk, under its name, when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
     try:
         with open(descriptor, "wb") as file:
             file.write(content)

@@ -17,6 +17,7 @@ from .exact_texts import load_texts
 from .image_tokens import image_pair_ids
 from .json_messages import refuse_json_text
 from .local_files import check_text, exact_source, files_of
+from .no_tasks import no_tasks
 from .pair_features import unite_features
 from .pair_forms import says_something, with_prompt
 from .pair_images import check_places, image_folders, is_about_images, read_images
@@ -98,7 +99,7 @@ def read_tasks(
 ) -> LoadedTasks:
     """As [`load_tasks`], with what is worth knowing of where the pairs came from and what was dropped."""
     if not config.tasks:
-        raise AMAError("There are no tasks. List at least one under `tasks:` in the recipe, or pass `--tasks`.")
+        raise no_tasks(config)
     check_task_names([task.task for task in config.tasks])
     loaded = LoadedTasks(DatasetDict())
     parts: dict[str, dict[str, Dataset]] = {"train": {}, "test": {}}

@@ -1,6 +1,5 @@
 """Training that is done once: skipped when finished under the same fingerprint, resumed when it was stopped."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from .checkpoints import (
     could_not_write,
     newest_good_checkpoint,
     read_manifest,
+    remove_checkpoint,
     remove_checkpoints,
 )
 from .errors import AMAError, first_line
@@ -124,7 +124,7 @@ class TrainingStage:
                 f"{self.what}: the checkpoint '{path}' is not used and is removed: {reason}. "
                 + (f"'{found.good.name}' is used." if found.good is not None else "Training begins again.")
             )
-            shutil.rmtree(path, ignore_errors=True)
+            remove_checkpoint(path)
         if found.good is None:
             remove_checkpoints(self.folder)
         elif read_manifest(found.good) is None:
