@@ -220,7 +220,7 @@ def check_optimization(args: AMAConfig, model: torch.nn.Module) -> None:
         f"lr_scheduler_type '{getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}' cannot be made",
         f"lr_scheduler_kwargs (now {args.lr_scheduler_kwargs or {}}) and warmup_steps",
     ):
-        steps = max(args.max_steps, 1)
+        steps = args.max_steps if args.max_steps > 0 else 10**6
         transformers.get_scheduler(
             args.lr_scheduler_type,
             optimizer=torch.optim.SGD([parameter]),
@@ -265,7 +265,11 @@ def explained(error: Exception, model: torch.nn.Module | None) -> str | None:
         error (`Exception`): What was raised.
         model (`torch.nn.Module`, *optional*): The model.
     """
-    names = {field.name for field in dataclasses.fields(AMAConfig)}
+    names = {field.name for field in dataclasses.fields(AMAConfig)} | {
+        "target_modules",
+        "target_parameters",
+        "modules_to_save",
+    }
     return "" if names & set(re.findall(r"\w+", str(error))) else explain_adapter(error, model)
 
 

@@ -9,7 +9,7 @@ from trl import DPOTrainer
 from .adapter_settings import check_adapter
 from .errors import AMAError
 from .others_errors import told
-from .rehearsal import check_batches, empty_policy, explained
+from .rehearsal import check_batches, check_tokenizer, empty_policy, explained
 from .token_limits import TokenLimits
 
 
@@ -51,6 +51,11 @@ class StartErrorsTrainer(DPOTrainer):
             for where, part in {"train_dataset": self.train_dataset, **held_out}.items():
                 if isinstance(part, Dataset):
                     limits.check(part, where, self.args.max_length)
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        if isinstance(dataset, Dataset) and len(dataset):
+            check_tokenizer(self._tokenizer, args, dataset)
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
     def get_train_dataloader(self):
         with told(
