@@ -173,7 +173,7 @@ def test_loss_types_without_a_per_pair_meaning(quick_args, loss_type):
 
 
 def test_exo_without_label_smoothing(quick_args):
-    with pytest.raises(AMAError, match="'exo_pair' needs label_smoothing above 0, got 0.0"):
+    with pytest.raises(AMAError, match=r"'label_smoothing' must lie in \(0, 1\) with loss_type 'exo_pair', got 0.0"):
         quick_args(loss_type=["exo_pair"])
 
 
@@ -243,7 +243,7 @@ def test_a_task_that_is_no_mapping(entry):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"max_train_pairs": 0}, "max_train_pairs must be a positive number, got 0"),
+        ({"max_train_pairs": 0}, "'max_train_pairs' must be at least 1, got 0"),
         ({"test_split_size": 1.0}, r"must lie in \(0, 1\), got 1.0"),
         ({"tasks": {"task": "x"}}, "`tasks` must be a list"),
         ({"tasks": [{"task": "A", "path": "x"}, {"task": "a", "path": "x"}]}, "'A' and 'a' are alike"),

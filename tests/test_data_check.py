@@ -7,6 +7,7 @@ import pytest
 from conftest import QUICK, WORDS, make_rows
 from datasets import Dataset
 from test_docs import base_and_pairs, run_page  # noqa: F401 - a fixture
+from transformers import PreTrainedModel
 from trl import DPOTrainer, ModelConfig
 
 from trl_ama import AMAConfig, AMAError, TaskMixtureConfig, load_tasks
@@ -477,13 +478,20 @@ def test_command_reads_no_weights(run, monkeypatch):
             monkeypatch.setattr(f"{module}.safe_open", lambda *args, **kwargs: pytest.fail("weights were read"))
     monkeypatch.setattr("trl_ama.fingerprint.model_identity", lambda *args: pytest.fail("weights were hashed"))
     monkeypatch.setattr("trl_ama.run_settings.model_identity", lambda *args: pytest.fail("weights were hashed"))
-    monkeypatch.setattr("torch.nn.Module.__init__", lambda *args, **kwargs: pytest.fail("a model was made"))
+    made, make = [], PreTrainedModel.from_pretrained.__func__
+
+    def from_pretrained(cls, path, *args, **kwargs):
+        made.append((path, kwargs["device_map"], kwargs["state_dict"]))
+        return make(cls, path, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
     assert run(CLEAN)[0] == 0
+    assert set(map(str, made)) <= {"(None, 'meta', {})"}
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--show", -1), ("--sample", -2)])
 def test_command_refuses_negative_numbers(run, flag, value):
-    with pytest.raises(AMAError, match="cannot be negative"):
+    with pytest.raises(AMAError, match="must be at least 0, got -"):
         run(CLEAN, flag, value)
 
 

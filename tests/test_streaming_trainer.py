@@ -337,7 +337,7 @@ def test_a_task_that_does_not_fit_at_all(refuse):
 
 def test_a_buffer_needs_a_pair(quick_args):
     for value in (0, -1, 2.5):
-        with pytest.raises(AMAError, match=f"streaming_buffer is a number of pairs, at least 1, got {value}"):
+        with pytest.raises(AMAError, match=f"'streaming_buffer' must be .*, got {value}"):
             quick_args(streaming_buffer=value)
 
 

@@ -6,6 +6,7 @@ import warnings
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 
 from .errors import AMAError, nearest
 
@@ -33,17 +34,22 @@ def leaf_names(model: torch.nn.Module) -> list[str]:
     return [name for name in found if name]
 
 
-def check_adapter(model: torch.nn.Module, config: PeftConfig) -> None:
+def check_adapter(model: torch.nn.Module, config: PeftConfig, is_on: bool = False) -> None:
     """Find names in an adapter's settings that nothing in the model has.
 
     Some of a list is a warning, as PEFT then adapts the others without a word.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+        config (`PeftConfig`): The adapter's.
+        is_on (`bool`): Whether the adapter is on the model already, which PEFT has then found a place for.
 
     Raises:
         AMAError: If none of `target_modules` fits, or `target_parameters` goes with dropout.
     """
     targets = getattr(config, "target_modules", None)
     parameters = getattr(config, "target_parameters", None)
-    if parameters:
+    if parameters and not is_on:
         alone = targets is not None and not targets
         _check_parameters(model, list(parameters), getattr(config, "lora_dropout", 0), alone)
     names = [name for name, _ in model.named_modules()]
@@ -63,6 +69,15 @@ def check_adapter(model: torch.nn.Module, config: PeftConfig) -> None:
     if unknown:
         _warn(
             f"lora_modules_to_save names {sorted(unknown)}, which the model has no module of, so nothing is trained for it."
+        )
+
+
+def check_head(model: torch.nn.Module) -> None:
+    """Raise an `AMAError` if the LM head is one that DPOTrainer's fused head cannot read, with an adapter on."""
+    if isinstance(model.get_output_embeddings(), TrainableTokensWrapper):
+        raise AMAError(
+            "trainable_token_indices trains rows of the embeddings that are the LM head's, too (tie_word_embeddings), and DPOTrainer's "
+            "fused head reads its weight as it was. Leave trainable_token_indices out, or untie the model and save it."
         )
 
 

@@ -26,6 +26,7 @@ from .pair_images import has_images
 from .pair_tokens import token_counts, tokenise
 from .row_account import RowAccount
 from .run_settings import RunSettings
+from .stage_rehearsal import model_problem
 from .task_loading import read_tasks
 from .tasks import PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN, concatenate_tasks
 
@@ -46,6 +47,8 @@ class DataCheck:
             What it was looked at with.
         tasks (`list[TaskFigures]`):
             The tasks, in the recipe's order.
+        model_problem (`str`, *optional*):
+            Why the model, the adapter and the training arguments do not go together.
     """
 
     model: str
@@ -54,11 +57,12 @@ class DataCheck:
     seed: int
     sample: int | None
     tasks: list[TaskFigures]
+    model_problem: str | None = None
 
     @property
     def trains(self) -> bool:
         """Whether every task will train."""
-        return all(figures.verdict != FATAL for figures in self.tasks)
+        return self.model_problem is None and all(figures.verdict != FATAL for figures in self.tasks)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON types."""
@@ -119,7 +123,10 @@ def check_data(settings: RunSettings, show: int = 2, sample: int | None = SAMPLE
     _check_together(checked, loaded)
     for figures in checked:
         figures.problems.sort(key=lambda problem: ["fatal", "look", "note"].index(problem.level))
-    return DataCheck(settings.model_name, args.max_length, args.truncation_mode, args.seed, sample, checked)
+    data = DataCheck(settings.model_name, args.max_length, args.truncation_mode, args.seed, sample, checked)
+    if data.trains:
+        data.model_problem = model_problem(settings, loaded)
+    return data
 
 
 def _look_at(

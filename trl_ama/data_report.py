@@ -164,6 +164,8 @@ def _next(check: DataCheck) -> str:
     if by_verdict[FATAL]:
         names = ", ".join(by_verdict[FATAL])
         return f"{len(by_verdict[FATAL])} of {len(check.tasks)} tasks will not train ({names}): mend them, and run this again."
+    if check.model_problem is not None:
+        return f"The pairs are sound, but the model will not train: {check.model_problem}"
     if by_verdict[LOOK]:
         return f"Every task will train. Look first at what is said above of {', '.join(by_verdict[LOOK])}."
     return "Every task will train. `trl ama-plan` with the same flags says what the run will need."

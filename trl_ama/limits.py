@@ -6,7 +6,6 @@ more than the standard library.
 """
 
 import numbers
-import re
 import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -165,37 +164,30 @@ FREE = {
 }
 
 
-def check_limit(
-    key: str, value: Any, where: str, values: Mapping[str, Any] | None = None, is_text: bool = False
-) -> None:
+def check_limit(key: str, value: Any, where: str, values: Mapping[str, Any]) -> None:
     """Raise a [`LimitError`] for a number that a run cannot do with; values that are no numbers pass.
 
     Args:
         key (`str`): The key; without a range, all pass.
         value (`Any`): Its value, or a list of values.
         where (`str`): Begins the message, e.g. `"The config file x.yaml, line 3:"`.
-        values (`Mapping`, *optional*): Values of other keys. Without them, only what holds whatever they are is checked.
-        is_text (`bool`): Whether text will be converted to a number, as the command line does.
+        values (`Mapping`): Values of the other keys, some of which decide what range holds.
     """
     if key not in LIMITS and key not in FREE:
         return
     for number in value if isinstance(value, (list, tuple)) else [value]:
-        number = _as_number(number) if is_text else number
         if not isinstance(number, numbers.Real) or isinstance(number, bool):
             continue
+        for limit in LIMITS.get(key, ()):
+            if limit.applies(values) and not limit.holds(number):
+                finite = (
+                    " and finite" if abs(number) > sys.float_info.max and "finite" not in limit.described() else ""
+                )
+                under = "".join(f" with {name} {_shown(wanted)}" for name, wanted in limit.given.items())
+                said = f"must {limit.described()}{finite}{under}, got {short(value)}: {limit.why}."
+                raise LimitError(where, key, said)
         if number != number:
             raise LimitError(where, key, "must be a number, got nan.")
-        for limit in LIMITS.get(key, ()):
-            if limit.given and (values is None or not limit.applies(values)):
-                continue
-            if not limit.holds(number):
-                under = "".join(f" with {name} {_shown(wanted)}" for name, wanted in limit.given.items())
-                is_huge = abs(number) > sys.float_info.max and "finite" not in limit.described()
-                raise LimitError(
-                    where,
-                    key,
-                    f"must {limit.described()}{' and finite' if is_huge else ''}{under}, got {short(value)}: {limit.why}.",
-                )
 
 
 def check_limits(values: Mapping[str, Any], where: str) -> None:
@@ -216,13 +208,3 @@ def _end(text: str) -> float:
 
 def _shown(value: Any) -> str:
     return f"'{value}'" if isinstance(value, str) else str(value).lower()
-
-
-def _as_number(value: Any) -> Any:
-    # YAML takes 1e-4 for text, which the command line then converts
-    if isinstance(value, str) and re.fullmatch(r"\s*[-+]?(\d|\.\d|\.?inf|\.?nan).*", value, flags=re.IGNORECASE):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value

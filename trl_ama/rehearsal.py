@@ -30,7 +30,7 @@ from transformers.utils import logging
 from trl import DPOTrainer
 from trl.trainer.utils import create_model_from_path
 
-from .adapter_settings import check_adapter, explain_adapter
+from .adapter_settings import check_adapter, check_head, explain_adapter
 from .ama_config import AMAConfig
 from .errors import AMAError
 from .memory_trace import fill_with_fakes
@@ -70,6 +70,15 @@ def read_config(name: str, **kwargs: Any) -> PretrainedConfig:
         return AutoConfig.from_pretrained(name, **kwargs)
 
 
+def check_kind(name: str, config: PretrainedConfig) -> None:
+    """Raise an `AMAError` for a kind of model that DPOTrainer does not train."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise AMAError(
+            f"'{name}' is an encoder-decoder model ({config.model_type}), and DPOTrainer trains models that read a prompt and its "
+            "answer as one sequence. Use a causal language model."
+        )
+
+
 def empty_policy(
     name: str,
     init_kwargs: dict[str, Any],
@@ -88,11 +97,7 @@ def empty_policy(
         AMAError: If it cannot be built, or is not a model that DPOTrainer trains.
     """
     config = read_config(name, revision=init_kwargs.get("revision"), trust_remote_code=trust_remote_code)
-    if getattr(config, "is_encoder_decoder", False):
-        raise AMAError(
-            f"'{name}' is an encoder-decoder model ({config.model_type}), and DPOTrainer trains models that read a prompt and its answer as "
-            "one sequence. Use a causal language model."
-        )
+    check_kind(name, config)
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
     if architecture is None:
         return None
@@ -175,6 +180,7 @@ def rehearse(
                 processing_class=tokenizer,
                 peft_config=peft_config,
             )
+        check_head(trainer.model)
         check_optimization(args, trainer.model)
         if not runs_batch or len(trainer.train_dataset) == 0:
             return  # all cut away is told of where the data is looked at
@@ -220,7 +226,7 @@ def check_optimization(args: AMAConfig, model: torch.nn.Module) -> None:
         f"lr_scheduler_type '{getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}' cannot be made",
         f"lr_scheduler_kwargs (now {args.lr_scheduler_kwargs or {}}) and warmup_steps",
     ):
-        steps = max(args.max_steps, 1)
+        steps = args.max_steps if args.max_steps > 0 else 10**6
         transformers.get_scheduler(
             args.lr_scheduler_type,
             optimizer=torch.optim.SGD([parameter]),
@@ -265,7 +271,11 @@ def explained(error: Exception, model: torch.nn.Module | None) -> str | None:
         error (`Exception`): What was raised.
         model (`torch.nn.Module`, *optional*): The model.
     """
-    names = {field.name for field in dataclasses.fields(AMAConfig)}
+    names = {field.name for field in dataclasses.fields(AMAConfig)} | {
+        "target_modules",
+        "target_parameters",
+        "modules_to_save",
+    }
     return "" if names & set(re.findall(r"\w+", str(error))) else explain_adapter(error, model)
 
 

@@ -20,6 +20,7 @@ from .errors import AMAError, nearest, sentence
 from .fingerprint import model_identity, tokenizer_identity
 from .hub import is_hub_id
 from .limits import LimitError, check_limits
+from .others_errors import told
 from .pair_images import has_images
 from .pipeline_arguments import PipelineArguments
 from .policy_files import is_commit
@@ -164,7 +165,8 @@ class RunSettings:
 
     def peft_config(self) -> PeftConfig | None:
         """A fresh PEFT configuration, which notes the base model's commit; `None` for full fine-tuning."""
-        config = get_peft_config(self.model_args)
+        with told("The adapter cannot be made", "the lora_* keys"):
+            config = get_peft_config(self.model_args)
         commit = self.base_identity.partition("@")[2]
         if config is not None and is_commit(commit):
             config.revision = commit

@@ -1,20 +1,26 @@
 """Rehearses every stage of a run that trains, before the first of them does: see `rehearsal.py` for how."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from datasets import Dataset
+from datasets import DatasetDict
 from transformers import PreTrainedModel
+from trl import get_peft_config
 
 from .ama_config import AMAConfig
+from .errors import AMAError
 from .fingerprint import tokenizer_identity
+from .others_errors import told
 from .pair_tokens import tokenise
-from .rehearsal import check_batches, empty_policy, rehearse
+from .quantized import check_quantization
+from .rehearsal import check_batches, empty_policy, read_config, rehearse
 from .run_settings import RunSettings
 from .tasks import TASK_COLUMN
 from .token_limits import TokenLimits
 
 
+_IMAGES = {"image", "images"}
 _PAIRS = 2  # of a stage's own that are tokenised; what is looked at is the settings
 # What differs between stages, and nobody below AMATrainer looks at
 _OWN = ("output_dir", "run_name", "logging_dir", "seed", "data_seed", "max_steps", "num_train_epochs", "hub_model_id", "push_to_hub",
@@ -22,34 +28,73 @@ _OWN = ("output_dir", "run_name", "logging_dir", "seed", "data_seed", "max_steps
 _passed: set[str] = set()  # by this process
 
 
-def rehearse_stages(settings: RunSettings, stages: Sequence[str], runs_batch: bool = False) -> None:
+def rehearse_stages(
+    settings: RunSettings,
+    stages: Sequence[str],
+    pairs: Mapping[str, DatasetDict] | None = None,
+    runs_batch: bool = False,
+) -> None:
     """Rehearse the specialists and generalists that a run is going to train; equal ones once in a process.
 
     Args:
         settings ([`RunSettings`]): The run.
         stages (`Sequence[str]`): Its stages.
+        pairs (`Mapping`, *optional*): Task → its pairs by split, if they were read already.
         runs_batch (`bool`): Whether a batch is run, too, which takes seconds for a model of many layers.
 
     Raises:
         AMAError: If one of them could not be trained.
     """
     planned = _stages(settings, stages)
+    if not planned:
+        return
+    if pairs is None:
+        parts = {
+            task: {split: settings.pairs_of(task, split) for split in settings.data} for task in settings.task_names
+        }
+        pairs = {task: {split: part for split, part in own.items() if part is not None} for task, own in parts.items()}
+    model_config = _config(settings)
+    with told("The adapter cannot be made", "the lora_* keys"):
+        peft_config = get_peft_config(settings.model_args)
     for what, tasks, args in planned:
-        parts = [settings.pairs_of(task, "train") for task in tasks]
-        check_batches(what, args, sum(map(len, parts)), parts[0].column_names)
-        if args.fsdp or args.deepspeed or {"image", "images"} & set(parts[0].column_names):
+        first = pairs[tasks[0]]["train"]
+        check_batches(what, args, sum(len(pairs[task]["train"]) for task in tasks), first.column_names)
+        if args.fsdp or args.deepspeed or _IMAGES & set(first.column_names):
             continue
-        rows = parts[0].select(range(min(_PAIRS, len(parts[0])))).remove_columns(TASK_COLUMN)
-        key = _key(settings, args, rows, runs_batch)
+        rows = first.select(range(min(_PAIRS, len(first)))).remove_columns(TASK_COLUMN)
+        values = {name: value for name, value in args.to_dict().items() if name not in _OWN}
+        made_of = [
+            settings.model_name,
+            model_config,
+            settings.quantization_config(),
+            peft_config,
+            values,
+            rows.features,
+        ]
+        key = json.dumps([*made_of, tokenizer_identity(settings.tokenizer), runs_batch], default=repr, sort_keys=True)
         if key in _passed:
             continue
         model = _model(settings)
         if model is None:
             return
-        rehearse(what, model, args, rows, settings.tokenizer, settings.peft_config(), runs_batch)
+        rehearse(what, model, args, rows, settings.tokenizer, peft_config, runs_batch)
         _passed.add(key)
-    if planned:
-        _check_tokens(settings)
+    _check_tokens(settings, pairs)
+
+
+def model_problem(settings: RunSettings, pairs: Mapping[str, DatasetDict]) -> str | None:
+    """Why the recipe's model, adapter and training arguments do not go together, found without weights; `None` if they do.
+
+    Args:
+        settings ([`RunSettings`]): The run.
+        pairs (`Mapping`): Task → its pairs by split.
+    """
+    try:
+        check_quantization(settings)
+        rehearse_stages(settings, ("specialists", "train"), pairs, runs_batch=True)
+    except AMAError as error:
+        return str(error)
+    return None
 
 
 def _stages(settings: RunSettings, stages: Sequence[str]) -> list[tuple[str, list[str], AMAConfig]]:
@@ -68,28 +113,26 @@ def _stages(settings: RunSettings, stages: Sequence[str]) -> list[tuple[str, lis
     return found
 
 
+def _config(settings: RunSettings) -> dict[str, Any]:
+    init_kwargs = settings.training_args.model_init_kwargs
+    trust = settings.training_args.trust_remote_code
+    return read_config(settings.model_name, revision=init_kwargs.get("revision"), trust_remote_code=trust).to_dict()
+
+
 def _model(settings: RunSettings) -> PreTrainedModel | None:
     init_kwargs = settings.training_args.model_init_kwargs
     trust = settings.training_args.trust_remote_code
     return empty_policy(settings.model_name, init_kwargs, settings.quantization_config(), trust)
 
 
-def _key(settings: RunSettings, args: AMAConfig, rows: Dataset, runs_batch: bool) -> str:
-    values = {name: value for name, value in args.to_dict().items() if name not in _OWN}
-    peft = settings.peft_config()
-    made_of = [settings.base_identity, values, peft and peft.to_dict(), str(rows.features), runs_batch]
-    return json.dumps([*made_of, tokenizer_identity(settings.tokenizer)], default=repr, sort_keys=True)
-
-
-def _check_tokens(settings: RunSettings) -> None:
+def _check_tokens(settings: RunSettings, pairs: Mapping[str, DatasetDict]) -> None:
     """Tokenise all pairs if the model's embeddings may not hold them; they seldom may not."""
     model = _model(settings)
     limits = None if model is None else TokenLimits(model, settings.tokenizer)
     if limits is None or not limits.apply:
         return
     for task in settings.chosen_tasks:
-        for split in settings.data:
-            pairs = settings.pairs_of(task, split)
-            if pairs is not None and not {"image", "images"} & set(pairs.column_names):
+        for split, part in pairs[task].items():
+            if not _IMAGES & set(part.column_names):
                 where = f"the {'held-out' if split == 'test' else 'training'} pairs of task '{task}'"
-                limits.check(tokenise(pairs, settings.tokenizer, settings), where, settings.training_args.max_length)
+                limits.check(tokenise(part, settings.tokenizer, settings), where, settings.training_args.max_length)

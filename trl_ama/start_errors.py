@@ -3,13 +3,14 @@
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from trl import DPOTrainer
 
-from .adapter_settings import check_adapter
+from .adapter_settings import check_adapter, check_head
 from .errors import AMAError
 from .others_errors import told
-from .rehearsal import check_batches, empty_policy, explained
+from .rehearsal import check_batches, check_kind, check_tokenizer, empty_policy, explained
 from .token_limits import TokenLimits
 
 
@@ -32,6 +33,8 @@ class StartErrorsTrainer(DPOTrainer):
         def explain(error: Exception) -> str | None:
             if isinstance(error, IndexError) and "out of range" in str(error):
                 return "Some token, or some position, is beyond the model's embeddings: use the tokenizer that the model was made with."
+            if "`pad_token` ('None')" in str(error):
+                return "Set `pad_token` in the model's tokenizer_config.json."
             if config is None:
                 return explained(error, None)
             policy = model if isinstance(model, torch.nn.Module) else _empty(model, given)
@@ -41,8 +44,11 @@ class StartErrorsTrainer(DPOTrainer):
 
         with told("This cannot be trained", "the training arguments and the model", explain):
             super().__init__(model, *args, **kwargs)
+        check_kind(self.model.name_or_path, self.model.config)
+        if is_peft_model(self.model):
+            check_head(self.model)
         if config is not None:
-            check_adapter(self.model, config)  # warns of what PEFT did without a word
+            check_adapter(self.model, config, is_on=True)  # warns of what PEFT did without a word
         limits = TokenLimits(self.model, self._tokenizer)
         if limits.apply:
             held_out = (
@@ -51,6 +57,11 @@ class StartErrorsTrainer(DPOTrainer):
             for where, part in {"train_dataset": self.train_dataset, **held_out}.items():
                 if isinstance(part, Dataset):
                     limits.check(part, where, self.args.max_length)
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        if isinstance(dataset, Dataset) and len(dataset):
+            check_tokenizer(self._tokenizer, args, dataset)
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
     def get_train_dataloader(self):
         with told(
