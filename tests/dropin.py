@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import QUICK, make_dataset, make_model
-from datasets import ClassLabel, Dataset, IterableDataset
+from datasets import ClassLabel, Dataset, Features, IterableDataset
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -66,13 +66,13 @@ def with_tasks(data: Any, label: bool = False) -> Any:
     if isinstance(data, dict):
         return type(data)({name: with_tasks(part) for name, part in data.items()})
     if isinstance(data, IterableDataset):
-        data = data.map(_with_task)
-        return data.cast_column("task", ClassLabel(names=[TASK])) if label else data
+        features = Features({**data.features, "task": ClassLabel(names=[TASK])}) if label else None
+        return data.map(_with_task, fn_kwargs={"task": 0 if label else TASK}, features=features)
     return data if data is None else data.add_column("task", [TASK] * len(data))
 
 
-def _with_task(row):
-    return {"task": TASK}
+def _with_task(row: dict[str, Any], task: str | int) -> dict[str, Any]:
+    return {"task": task}
 
 
 @dataclass

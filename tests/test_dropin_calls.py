@@ -111,6 +111,12 @@ def resumes(world):
     world.trainer(settings=settings).train(resume_from_checkpoint=True)
 
 
+def resumes_a_stream(world):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    world.trainer(pairs().to_iterable_dataset(), settings={**settings, "max_steps": 2}).train()
+    world.trainer(pairs().to_iterable_dataset(), settings=settings).train(resume_from_checkpoint=True)
+
+
 def resumes_with_another_batch_size(world):
     settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8}
     world.trainer(settings={**settings, "max_steps": 3}).train()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_dataset, make_model, make_rows
+from conftest import QUICK, make_dataset, make_model, make_rows
 from datasets import Dataset, Features, IterableDataset, Json, concatenate_datasets
 from datasets.distributed import split_dataset_by_node
 from datasets.iterable_dataset import BufferShuffledExamplesIterable
@@ -750,6 +750,32 @@ def test_213_images_are_stored_as_bytes_and_paths():
     data = data.map(lambda row, number: {"number": number}, with_indices=True)
     stored = [row for batch in data.with_format("arrow").iter(2) for row in batch.to_pylist()]
     assert stored == [{"image": {"bytes": buffer.getvalue(), "path": None}, "number": 0}]
+
+
+@pytest.mark.parametrize(("asked", "tells"), [(2, True), (1, False)])
+def test_271_one_process_in_place_of_several(asked, tells, monkeypatch):
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    for name in ("MASTER_ADDR", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    args = launch_command_parser().parse_args(["--cpu", "--num_processes", str(asked), "script.py"])
+    args.num_machines, args.mixed_precision, args.dynamo_backend, args.use_cpu = 1, "no", "no", True
+    args.num_cpu_threads_per_process = 1
+    _, environment = prepare_simple_launcher_cmd_env(args)
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "no" and "WORLD_SIZE" not in environment
+    assert (environment.get("MASTER_ADDR") == "127.0.0.1") is tells
+
+
+def test_272_loaders_take_the_collator_when_they_are_made(model_dir, tmp_path):
+    args = DPOConfig(str(tmp_path), **QUICK)
+    data = make_dataset({"list": 4})
+    trainer = DPOTrainer(model_dir, args=args, train_dataset=data, eval_dataset=data, peft_config=lora())
+    own = trainer.data_collator
+    trainer.data_collator = lambda rows: {"rows": len(rows)}
+    loaders = [trainer.get_train_dataloader(), trainer.get_eval_dataloader(), trainer.get_test_dataloader(data)]
+    trainer.data_collator = own
+    assert [next(iter(loader)) for loader in loaders] == [{"rows": 4}] * 3
 
 
 def numbers(count=10):

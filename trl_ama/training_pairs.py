@@ -79,8 +79,8 @@ def _names_in_order(stream: IterableDataset) -> list[str]:
     if not isinstance(feature, ClassLabel):
         raise AMAError(
             "train_dataset is one IterableDataset, whose tasks cannot be known without reading it whole (its 'task' column is no "
-            "ClassLabel). Name them with `stream.cast_column('task', ClassLabel(names=[…]))`, or train without figures by task: "
-            "`stream.remove_columns('task')`."
+            "ClassLabel). Name them: `stream.cast_column('task', ClassLabel(names=[…]))`, or load it with such `features`. Or train "
+            "without figures by task: `stream.remove_columns('task')`."
         )
     return list(feature.names)
 
