@@ -11,8 +11,8 @@ dataset they are not used while training.
 """
 
 import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 import trl.trainer.dpo_trainer
@@ -77,7 +77,9 @@ class OwnBase:
             if given is not None:
                 vars(given).pop("add_adapter", None)
 
-    def _create(self, create, model: "PreTrainedModel", config: PeftConfig, *args, **kwargs) -> PeftModel:
+    def _create(
+        self, create: Callable[..., PeftModel], model: "PreTrainedModel", config: PeftConfig, *args: Any, **kwargs: Any
+    ) -> PeftModel:
         weights = BaseWeights(model)
         with weights.watched():
             policy = create(model, config, *args, **kwargs)
@@ -91,10 +93,8 @@ class OwnBase:
                 "every time, such as init_lora_weights='pissa'."
             )
         self._base = {id(tensor): (tensor, original) for _, tensor, original in changed}
-        self._base |= {
-            key: kept for key, kept in _copies(bare_tensors(model).values()).items() if key not in self._base
-        }
-        self._reference = dict(self._base)
+        self._base = {**_copies(bare_tensors(model).values()), **self._base}
+        self._reference = self._base
         if changed:
             size = sum(original.nbytes for _, _, original in changed) / 2**20
             logger.warning(
@@ -110,9 +110,11 @@ class OwnBase:
         keys = [key for key in contents if key not in self._swapped]
         for key in keys:
             tensor, kept = contents[key]
-            kept = kept.to(tensor.device)
-            tensor.data, before = kept, tensor.data
-            contents[key] = (tensor, before)
+            contents[key] = (tensor, kept.to(tensor.device))
+        for key in keys:
+            tensor, kept = contents[key]
+            contents[key] = (tensor, tensor.data)
+            tensor.data = kept
         self._swapped.update(keys)
         try:
             yield
@@ -140,10 +142,10 @@ class OwnBase:
             yield
 
     @contextlib.contextmanager
-    def base(self, trainer: "DPOTrainer") -> Iterator[None]:
+    def base(self) -> Iterator[None]:
         """While open, the policy's base is the base that specialists belong to."""
         if self._given is not None:
-            self._base |= _different(self._given, trainer)
+            self._base |= _different(self._given)
             self._given = None
         with self._holding(self._base):
             yield
@@ -152,7 +154,7 @@ class OwnBase:
 def true_base(trainer: "DPOTrainer") -> contextlib.AbstractContextManager[None]:
     """While open, the base under a trainer's policy is the base as it was; see [`OwnBase`]."""
     own = getattr(trainer, "own_base", None)
-    return contextlib.nullcontext() if own is None else own.base(trainer)
+    return contextlib.nullcontext() if own is None else own.base()
 
 
 def reference_base(trainer: "DPOTrainer") -> contextlib.AbstractContextManager[None]:
@@ -190,12 +192,12 @@ def bare_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _copies(tensors) -> dict[int, tuple[Tensor, Tensor]]:
+def _copies(tensors: Iterable[Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
     """What those of the tensors hold that are going to be trained."""
     return {id(tensor): (tensor, tensor.detach().clone()) for tensor in tensors if tensor.requires_grad}
 
 
-def _add(model: PeftModel, add, *args, **kwargs) -> None:
+def _add(model: PeftModel, add: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     """Add the adapter that is the reference, which DPOTrainer gives the policy's weights, and leave the base alone."""
     weights = BaseWeights(model.get_base_model())
     try:
@@ -209,7 +211,7 @@ def _add(model: PeftModel, add, *args, **kwargs) -> None:
     weights.restore("The adapter of the reference")
 
 
-def _different(policy: PeftModel, trainer: "DPOTrainer") -> dict[int, tuple[Tensor, Tensor]]:
+def _different(policy: PeftModel) -> dict[int, tuple[Tensor, Tensor]]:
     """Where the base under a `PeftModel` of the user's is not the one that it is named after: tensors, and what that holds.
 
     Whether its adapter has changed the base is not to be seen in the object: the base is loaded once more, by its name.
@@ -218,7 +220,7 @@ def _different(policy: PeftModel, trainer: "DPOTrainer") -> dict[int, tuple[Tens
     if is_quantized(base) or not name:
         return {}
     ours = bare_tensors(base)
-    revision = (trainer.args.model_init_kwargs or {}).get("revision")
+    revision = getattr(policy.peft_config.get("default"), "revision", None)
     try:
         with whole_models():
             named = type(base).from_pretrained(name, dtype=base.dtype, revision=revision, use_safetensors=True)
