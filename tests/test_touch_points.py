@@ -634,6 +634,10 @@ def test_81_hooks_and_parameters_of_a_module():
     handle = module.register_forward_hook(lambda *_: torch.full((1,), 7.0))
     assert list(module._forward_hooks) == [handle.id]
     del module._forward_hooks[handle.id]
+    handle = module.register_forward_pre_hook(lambda *_: None)
+    assert list(module._forward_pre_hooks) == [handle.id]
+    del module._forward_pre_hooks[handle.id]
+    assert list(torch.nn.Sequential(module)._modules) == ["0"]
     module._parameters["weight"] = torch.nn.Parameter(torch.full((1, 1), 3.0))
     assert module(torch.ones(1)).item() == pytest.approx(3.0 + module.bias.item())
 
@@ -945,6 +949,53 @@ def test_49_errors_of_files_that_cannot_be_written(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert len(errors) == 2 and all(map(could_not_write, errors)), errors
     assert not could_not_write(RuntimeError("CUDA out of memory")) and not could_not_write(ConnectionResetError())
+
+
+def test_231_adapters_are_made_by_names_that_can_be_watched(model_dir, monkeypatch, tmp_path):
+    import trl.trainer.dpo_trainer
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    made = []
+    create = trl.trainer.dpo_trainer.get_peft_model
+    monkeypatch.setattr(
+        trl.trainer.dpo_trainer, "get_peft_model", lambda *args, **kwargs: made.append(args) or create(*args, **kwargs)
+    )
+    args = DPOConfig(str(tmp_path), bf16=False, use_cpu=True, report_to="none", disable_tqdm=True)
+    data = make_dataset({"list": 4})
+    DPOTrainer(model_dir, args=args, train_dataset=data, peft_config=lora())
+    assert len(made) == 1 and type(made[0][0]).__name__ == "LlamaForCausalLM"
+    policy, added = get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), lora()), []
+    add = policy.add_adapter
+    policy.add_adapter = lambda *args, **kwargs: added.append(args) or add(*args, **kwargs)
+    DPOTrainer(policy, args=args, train_dataset=data)
+    assert [name for name, _ in added] == ["ref"]
+
+
+def test_232_writes_are_told_of_before():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    written = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            for position, argument in enumerate(func._schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    value = args[position] if position < len(args) else (kwargs or {})[argument.name]
+                    written.append((value.untyped_storage().data_ptr(), value.flatten()[0].item()))
+            return func(*args, **(kwargs or {}))
+
+    weight = torch.nn.Parameter(torch.ones(4))
+    with Watch(), torch.no_grad():
+        weight.data.add_(1)
+        weight.view(2, 2)[0] = 5
+        torch.add(weight, 1, out=weight)
+    assert written == [(weight.untyped_storage().data_ptr(), before) for before in (1, 2, 5)]
+
+
+def test_233_the_name_of_precomputed_references():
+    source = inspect.getsource(DPOTrainer._precompute_ref_logps)
+    assert "model_hash = self._precompute_model_hash" in source and "(dataset._fingerprint, model_hash)" in source
 
 
 def test_every_touch_point_is_documented():

@@ -31,6 +31,7 @@ from .quantized import is_quantized, keep_weights
 
 # Gives a policy's model for the time of a context: for one batch, or for all of them
 Policy = Callable[[], AbstractContextManager[torch.nn.Module]]
+_CAPTURES_OUTPUTS = "transformers.utils.output_capturing"
 # Kinds of adapters that were seen to leave, when PEFT disables them, the base bit by bit
 _EXACT_WHEN_DISABLED = {
     PeftType.LORA, PeftType.ADALORA, PeftType.LOHA, PeftType.LOKR, PeftType.IA3, PeftType.VERA
@@ -241,7 +242,9 @@ def _left_as_it_was(model: torch.nn.Module, place: PolicySource) -> Iterator[Bas
                     now.update(before)
             for now, before in zip(_hooks(module, live=True), hooks, strict=True):  # for gradient checkpointing
                 for key in [key for key in now if key not in before]:
-                    del now[key]
+                    # transformers puts its own on layers once, at the first call, and they belong to the model
+                    if getattr(now[key], "__module__", None) != _CAPTURES_OUTPUTS:
+                        del now[key]
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
         vars(model).pop("peft_config", None)

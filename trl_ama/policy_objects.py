@@ -37,6 +37,11 @@ def check_policy(model: "str | PreTrainedModel | PeftModel", has_reference_model
                 "or a base that is loaded anew."
             )
         return
+    if any(isinstance(module, BaseTunerLayer) and module.merged for module in model.modules()):
+        raise AMAError(
+            "The policy's adapter is merged into the base's weights, so training it would change nothing, and without it the base is not "
+            "the base. Call `model.unmerge_adapter()`, or load it again."
+        )
     if has_reference_model:
         return
     names, active = list(model.peft_config), list(model.active_adapters)

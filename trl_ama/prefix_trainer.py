@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import TrainerCallback
 
@@ -62,11 +63,21 @@ class PrefixSharingTrainer(FiniteStepTrainer):
             if isinstance(model, str):
                 check_is_model(model, error=error)
             raise
+        if isinstance(model, str) and not is_peft_model(self.model):
+            check_policy(self.model, False)  # a repository can hold a model and an adapter, which is then put on it
         for model in (self.model, self.ref_model):
             if model is not None:
                 keep_weights(model)
         self._pairs_of_rounds = [self.accelerator.num_processes]  # of a batch outside of training, its sum
         self.add_callback(_SetEpoch())
+
+    def train(self, *args, **kwargs):
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise AMAError(
+                "No weight of the policy is trainable. Load its adapter for training, `PeftModel.from_pretrained(base, adapter, "
+                "is_trainable=True)`, or unfreeze the model."
+            )
+        return super().train(*args, **kwargs)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         """As DPOTrainer's, whose errors are those of a chat template or a tokenizer; here the row is named, too."""
