@@ -3,16 +3,18 @@
     python tests/chaos.py --kills 25 --output outputs/chaos
 
 Each stage (specialists, reference losses, generalist with evaluation) is run and killed with SIGKILL until it has been killed
-often enough, in two ways: after a random time, or at a random one of its operations on files; then a file that was being written
-is cut off at a random place first. When a stage has come to its end, all of these must be those of the undisturbed run:
+often enough, in two ways: after a random time, or at a random one of its operations on files (in the middle of a rotation, too); then a file
+that was being written is cut off at a random place first. When a stage has come to its end, all of these must be those of the undisturbed run:
 adapters, every draw of every micro-batch (also those that were done again after a kill), the log with α, losses and excess of
-every step, the states of strategy and sampler, reference losses and the results of the evaluation. Times are left out.
+every step, the states of strategy and sampler, reference losses and the results of the evaluation. Times are left out. Nothing half
+removed or half written may be left behind.
 
 Importing takes seconds and a kill should not: every process is forked from one that has imported everything and computed nothing.
 Needs a system with fork, and no network. Prints a table, writes `chaos.json` into `--output`, and exits with 1 if anything differs.
 """
 
 import argparse
+import contextlib
 import ctypes
 import json
 import os
@@ -297,10 +299,18 @@ def die_at_file(folder: Path, number: int, keep: float) -> None:
         elif event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"):
             if (
                 isinstance(args[0], (str, bytes, os.PathLike))
-                and os.fsdecode(args[0]).startswith(inside)
+                and place_of(event, args).startswith(inside)
                 and is_last()
             ):
                 die()
+
+    def place_of(event: str, args: tuple) -> str:
+        path = os.fsdecode(args[0])
+        if event in ("os.remove", "os.rmdir") and not os.path.isabs(path) and args[1] >= 0:
+            # In the middle of removing a folder, as a rotated checkpoint: files are named from it
+            with contextlib.suppress(OSError):
+                return os.path.join(os.readlink(f"/proc/self/fd/{args[1]}"), path)
+        return path
 
     def cutting(function, place):
         def cut(*args, **kwargs):
@@ -326,9 +336,7 @@ def half_written(folder: Path) -> bool:
         except (OSError, ValueError, KeyError):
             return True
     return any(
-        True
-        for pattern in ("**/.*.tmp", "**/.*.partial", "**/.stage.json.*", "**/.ama_files.json.*")
-        for _ in folder.glob(pattern)
+        True for pattern in ("**/.*.tmp", "**/.*.partial", "**/.checkpoint-*.removed") for _ in folder.glob(pattern)
     )
 
 
@@ -365,6 +373,15 @@ def what_it_is(folder: Path) -> dict[str, Any]:
         found["results"] = json.loads((folder / "results.json").read_text())["policies"]
         found["margins"] = pq.read_table(folder / "held_out_margins.parquet").to_pydict()
     return json.loads(json.dumps(found))
+
+
+def left_behind(folder: Path) -> list[str]:
+    """What should not be there when a stage is done: parts of checkpoints, and files that never got their name."""
+    from trl_ama.checkpoints import half_of
+
+    halves = [path for path in folder.glob("*/*/checkpoint-*") if half_of(path) is not None]
+    found = [*halves, *(path for ending in ("partial", "removed") for path in folder.glob(f"**/.*.{ending}"))]
+    return [str(path.relative_to(folder)) for path in found]
 
 
 def draws_of(folder: Path) -> dict[str, set[str]]:
@@ -428,6 +445,7 @@ def disturb(
             operations = min(operations + 3, 120)
         count.ends += 1
         found = differences(run, reference, reference_draws)
+        found += [f"left behind: {name}" for name in left_behind(run)]
         count.differences += found
         count.equal = count.equal and not found
         if found:

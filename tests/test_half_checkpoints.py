@@ -220,8 +220,10 @@ def test_the_next_run_removes_what_a_killed_one_was_writing(tmp_path, monkeypatc
     (tmp_path / ".margins.parquet.partial").write_bytes(b"PAR1")
     (tmp_path / "notes.partial").write_text("the user's")
     assert len(left_in(tmp_path)) == 5
-    with folder_held(tmp_path, ["list"]):  # a job of one task: another one may be writing
+    with folder_held(tmp_path, ["code"]):  # a job of one task: another one may be writing
         assert len(left_in(tmp_path)) == 5
+    with folder_held(tmp_path, ["list"]):  # its own
+        assert [name.split(".")[1] for name in sorted(left_in(tmp_path))] == ["margins", "results", "index"]
     with folder_held(tmp_path):
         assert left_in(tmp_path) == []
         write_file(tmp_path / "results.json", b"{}")

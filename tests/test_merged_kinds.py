@@ -197,7 +197,7 @@ def test_in_16_bits_rounding_is_all_that_is_off(half_base, tmp_path, kind):
 
 
 def test_an_adapter_is_not_rounded_away_without_being_asked_for(half_base, tmp_path):
-    make_adapter(load(half_base), LORA["lora"], scale=0.003).save_pretrained(tmp_path / "adapter")
+    make_adapter(load(half_base), LORA["lora"], scale=0.0003).save_pretrained(tmp_path / "adapter")
     adapter = str(tmp_path / "adapter")
     with pytest.raises(AMAError, match="much of it would be rounded away. Keep it with --save_dtype float32"):
         merge_adapter(adapter, tmp_path / "merged", base_model=half_base)

@@ -865,7 +865,7 @@ def source_of(function) -> str:
 
 
 def test_40_checkpoints_are_pushed_and_rotated_when_their_files_are_there():
-    from transformers.trainer_utils import rotate_checkpoints
+    from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
     source = source_of(Trainer._save_checkpoint)
     steps = (
@@ -880,6 +880,8 @@ def test_40_checkpoints_are_pushed_and_rotated_when_their_files_are_there():
     assert list(inspect.signature(rotate_checkpoints).parameters)[:4] == [
         "output_dir", "save_total_limit", "best_model_checkpoint", "use_mtime",
     ]  # fmt: skip
+    assert "sort_checkpoints(output_dir,checkpoint_prefix,use_mtime)" in source_of(rotate_checkpoints)
+    assert list(inspect.signature(sort_checkpoints).parameters)[:3] == ["output_dir", "checkpoint_prefix", "use_mtime"]
 
 
 def test_41_what_waits_for_the_next_log_entry(dpo):

@@ -23,6 +23,7 @@ from .adapter_keys import ADAPTER, loading_problem, result_problem, saved_shapes
 from .base_weights import BaseWeights, drawn_anew
 from .errors import AMAError, sentence
 from .own_adapter import reference_base, started_by, true_base
+from .parameter_order import restore_parameter_order
 from .policy_files import ADAPTER_WEIGHTS, PolicySource, capital, policy_source
 from .policy_sources import check_kind, damaged, misfit
 from .processes import whole_models
@@ -171,6 +172,7 @@ def _loaded(base: torch.nn.Module, config: PeftConfig, place: PolicySource, fold
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*base_model_name_or_path. was renamed")
         try:
+            restore_parameter_order(base, config)
             model = get_peft_model(base, config, adapter_name=ADAPTER)
             result = model.load_adapter(
                 folder, adapter_name=ADAPTER, key_mapping=getattr(base, "_checkpoint_conversion_mapping", None)
@@ -237,9 +239,8 @@ def _left_as_it_was(model: torch.nn.Module, place: PolicySource) -> Iterator[Bas
         for module, kind, children, parameters, hooks in modules:
             module.__class__ = kind  # a parametrized module is of a class of its own
             for now, before in ((module._modules, children), (module._parameters, parameters)):
-                if now != before:
-                    now.clear()
-                    now.update(before)
+                now.clear()  # their order, too
+                now.update(before)
             for now, before in zip(_hooks(module, live=True), hooks, strict=True):  # for gradient checkpointing
                 for key in [key for key in now if key not in before]:
                     # transformers puts its own on layers once, at the first call, and they belong to the model

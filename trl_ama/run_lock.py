@@ -26,7 +26,7 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from .errors import AMAError, first_line
 from .fingerprint import write_json
 from .run_note import public_arguments
-from .safe_files import remove_partial
+from .safe_files import PARTIAL, remove_partial
 
 
 logger = get_logger(__name__)
@@ -96,6 +96,10 @@ def _take(folder: Path, tasks: list[str] | None, locks: contextlib.ExitStack) ->
     else:
         with _Lock(folder, "run").held(noted=False):
             pass
+        for place in [path for path in folder.iterdir() if path.is_dir() and path.name != LOCKS]:
+            for task in tasks:  # which nobody else touches; of the rest, others may be writing
+                remove_partial(place / task)
+                remove_partial(place / f".{task}{PARTIAL}")
 
 
 class _Lock:

@@ -24,7 +24,13 @@ PARTIAL = ".partial"  # how everything ends that is being written, and not yet u
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a killed process was writing, in a folder in which nobody writes now; checkpoints are left alone."""
+    """Remove what a killed process was writing, in a folder in which nobody writes now; checkpoints are left alone.
+
+    Args:
+        folder (`Path`): It is removed itself if it was being written. It need not be there.
+    """
+    if folder.name.startswith(".") and folder.name.endswith(PARTIAL):
+        _remove(folder)
     for place, folders, files in os.walk(folder):
         left = [name for name in (*folders, *files) if name.startswith(".") and name.endswith(PARTIAL)]
         folders[:] = [name for name in folders if name not in left and not name.startswith("checkpoint-")]
