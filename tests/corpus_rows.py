@@ -126,7 +126,6 @@ REFUSED = {
     "tools as texts each": Rows([{**PLAIN[0], "tools": [json.dumps(WEATHER)]}], says="a list that holds .*, of type str"),
     "a prompt beside whole conversations": Rows([{**implicit(PLAIN[0]), "prompt": "when?"}], says="leave it out .`columns: .chosen, rejected"),
     "numbers as contents": Rows([pair(user(5), "a", "b")], says="the content 5, of type int"),
-    "a text that is read as JSON": Rows([pair(user(parts("q")), "5", "b"), pair("q", assistant(parts("a")), "b")], says="give all as parts"),
     "parts without text": Rows([pair("q", assistant(parts("")), "b")], says="no pair with two answers"),
     "an empty list of calls": Rows([pair("q", assistant(None, tool_calls=[]), "b")], says="no pair with two answers"),
 }  # fmt: skip

@@ -250,7 +250,7 @@ def test_swapped_pairs_and_same_answers(recipe):
     assert figures.duplicates["contradictions"] == 6 and figures.duplicates["same_answers"] == 2
     assert levels(figures)["contradictions"] == levels(figures)["same_answers"] == "look"
     all_same = check_data(recipe(with_list([{**row, "rejected": row["chosen"]} for row in train]))).tasks[0]
-    assert levels(all_same)["same_answers"] == "fatal"
+    assert levels(all_same)["no_gradient"] == "fatal" and all_same.splits["train"]["left"]["same_text"] == len(train)
 
 
 def test_white_space_makes_no_other_pair():

@@ -1,7 +1,7 @@
 """What a run says of `max_length` before it trains."""
 
 import pytest
-from conftest import quick_args  # noqa: F401 - a fixture
+from conftest import WORDS, quick_args  # noqa: F401 - a fixture
 from test_data_check import CLEAN, pair, recipe, with_list  # noqa: F401 - a fixture
 from trl import DPOTrainer
 
@@ -41,6 +41,19 @@ def test_what_drop_truncated_dropped_is_counted_by_split(recipe):  # noqa: F811
 def test_nothing_is_said_when_all_fit_or_nothing_is_cut(recipe):  # noqa: F811
     assert length_lines(recipe(CLEAN)) == []
     assert length_lines(recipe(with_list(ROWS), max_length=None)) == []
+
+
+@pytest.mark.parametrize("limit", [None, 30])
+def test_pairs_without_a_gradient_are_counted(recipe, limit):  # noqa: F811
+    """Those that are the same text, and those that are so up to the cut; not those that are dropped before."""
+    same = [pair(f"list {word}", "apple", "apple ") for word in WORDS[:3]]
+    cut = [pair(f"list {word}", "apple " * 40 + "bread", "apple " * 40 + "cloud") for word in WORDS[:4]]
+    rows = [*ROWS, *same, *cut]
+    lines = [line.split() for line in length_lines(recipe(with_list(rows), max_length=limit)) if "no gradient" in line]
+    count = 3 if limit is None else 7
+    assert lines == [
+        f"no gradient list {count} of 39 pairs: both answers are the same to the model (see trl ama-check)".split()
+    ]
 
 
 def test_a_large_task_is_estimated_from_its_first_pairs(recipe, monkeypatch):  # noqa: F811

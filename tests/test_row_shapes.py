@@ -194,8 +194,10 @@ def test_large_strings_and_lists_beside_ordinary_ones(folder):
     assert both["chosen"][:] == plain["chosen"][:] * 2
 
 
-def test_a_value_that_json_cannot_hold_is_refused():
+def test_a_value_that_json_cannot_hold_is_kept_or_refused():
     rows = [{**PLAIN[0], "chosen": [assistant("a", at=datetime(2020, 1, 1))]}]
+    dated = Dataset.from_list(rows)
+    assert concatenate_tasks({"a": dated, "b": dated})["chosen"][:] == 2 * [rows[0]["chosen"]]
     with pytest.raises(AMAError, match="Task 'b' has chosen with a value that JSON cannot hold"):
         concatenate_tasks({"a": Dataset.from_list(PLAIN), "b": Dataset.from_list(rows)})
 

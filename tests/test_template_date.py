@@ -116,9 +116,12 @@ def test_the_plan_says_how_many_pairs_had_no_answer(dated_model, tmp_path):
         path.read_text() + '{"prompt": [{"role": "user", "content": "sort"}], "chosen": [], "rejected": []}\n'
     )
     lines = describe_plan(RunSettings(*parse(recipe, "--output_dir", tmp_path / "run")), ("specialists",))
-    assert [line.split() for line in lines if "answer" in line] == [
-        "without an answer sort 1 of train dropped".split()
-    ]
+    count = len(path.read_text().splitlines())
+    (line, rest) = [line.split() for line in lines if "rows read" in line]
+    assert (
+        line == f"rows read sort training: {count} rows = {count - 1} pairs + 1 without an answer (drop_empty)".split()
+    )
+    assert rest[:4] == "rows read all others".split()
 
 
 def test_a_date_that_is_not_fixed_is_warned_about(dated_model, tmp_path):

@@ -25,6 +25,7 @@ from .broken_pairs import broken_by_themselves
 from .errors import AMAError
 from .mixing import MixingStrategy
 from .mixture import Mixture
+from .pair_images import has_images
 from .policy_sources import check_policy_source
 from .preference_losses import PairLogProbs, PreferenceLossConfig, excess_losses, pair_losses, untrained_loss
 from .processes import is_sharded, sum_of_all
@@ -159,7 +160,8 @@ peft_config:
         if streams is not None:
             args = stream_arguments(args, strategy, has_reference, has_specialist, specialists)
         # DPOTrainer then loads no reference model; `_precompute_ref_logps` below computes nothing that is there
-        if has_reference and peft_config is None and not (not isinstance(model, str) and is_peft_model(model)):
+        is_full = peft_config is None and not (not isinstance(model, str) and is_peft_model(model))
+        if has_reference and is_full and not has_images(train_dataset):
             args = copy.copy(args)  # the caller's stays as it is
             args.precompute_ref_log_probs = True
 
@@ -177,6 +179,8 @@ peft_config:
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        if has_reference and has_images(train_dataset):
+            self.ref_model = None  # of pairs with images DPOTrainer cannot be told not to load one
         parts = eval_parts(self.eval_dataset)
         if streams is None:
             check_no_task_lost(train_dataset, self.train_dataset, self.task_names, args.max_length)

@@ -99,7 +99,7 @@ def write_specialist_card(
             yaml.safe_dump({"tasks": [{"task": task, "path": "…", "specialist": place or "path/to/this/folder"}]},
                            sort_keys=False, allow_unicode=True), "yaml"
         ),
-        use_python=load_snippet(place, uses_peft, settings.quantization_config()),
+        use_python=load_snippet(place, uses_peft, settings.quantization_config(), settings.takes_images),
         citation=citation().strip(),
         versions=versions_line(),
     )  # fmt: skip
@@ -163,18 +163,31 @@ def eval_results(task: str, data: str, figures: dict[str, float]) -> list[Any]:
     ]
 
 
-def load_snippet(place: str | None, uses_peft: bool, quantization: Any = None) -> str:
+def load_snippet(place: str | None, uses_peft: bool, quantization: Any = None, takes_images: bool = False) -> str:
     """How to load a model from the Hub (`org/name` or `org/name@branch`): as adapter and merged, or as it is.
 
     Args:
         place (`str`, *optional*): Where it is; `None` for a folder.
         uses_peft (`bool`): Whether it is an adapter.
         quantization (`BitsAndBytesConfig`, *optional*): Of the base that the adapter was trained on.
+        takes_images (`bool`): Whether it is a vision-language model.
     """
     place = place or "path/to/this/folder"
     name, _, revision = place.partition("@")
     name = f'"{name}"' + (f', revision="{revision}"' if revision else "")
-    if not uses_peft:
+    if takes_images:
+        classes, given = "AutoModelForImageTextToText, AutoProcessor", name
+        lines = []
+        if quantization is not None:
+            classes, given = f"{classes}, BitsAndBytesConfig", f"{name}, quantization_config=quantization"
+            lines = [f"quantization = BitsAndBytesConfig({_quantization_arguments(quantization)})"]
+        note = "  # the adapter on its base" if uses_peft else ""
+        lines = [
+            f"from transformers import {classes}", "", *lines,
+            f"model = AutoModelForImageTextToText.from_pretrained({given}){note}",
+            f"processor = AutoProcessor.from_pretrained({name})",
+        ]  # fmt: skip
+    elif not uses_peft:
         lines = [
             "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
             f'model = AutoModelForCausalLM.from_pretrained({name})',

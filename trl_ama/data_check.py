@@ -4,6 +4,7 @@ Reads the tokenizer and the base model's configuration, never its weights.
 """
 
 import dataclasses
+import re
 from collections import Counter
 from typing import Any
 
@@ -12,19 +13,26 @@ from datasets import Dataset, DatasetDict, Value
 from transformers import PreTrainedTokenizerBase
 
 from .ama_config import AMAConfig
+from .data_account import judge_account
 from .data_duplicates import duplicates, text_hashes
 from .data_formats import mistakes_of, text_of
 from .data_rules import trivial_rules
+from .data_tokens import SAME_AFTER_CUT, SAME_TEXT, SAME_TOKENS, equal_answers, unknown_tokens
 from .data_verdict import FATAL, TaskFigures, judge, judge_sizes
 from .errors import AMAError, first_line
+from .pair_forms import TEMPLATE_COLUMNS
+from .pair_images import has_images
 from .pair_tokens import token_counts, tokenise
+from .row_account import RowAccount
 from .run_settings import RunSettings
 from .task_loading import read_tasks
-from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN, concatenate_tasks
+from .tasks import PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN, concatenate_tasks
 
 
 SAMPLE = 5000  # pairs of each task and split that are tokenised and read
 _SPLITS = {"train": "training", "test": "held-out"}  # in messages
+_SAME = (SAME_TEXT, SAME_TOKENS, SAME_AFTER_CUT)
+_REPEATED = re.compile(r"(<[^<>\s]+>|\[[A-Z_]+\])(?:\s*\1){3,}")
 _EXCERPT = 60  # characters of a prompt by which its pair can be found
 
 
@@ -98,21 +106,14 @@ def check_data(settings: RunSettings, show: int = 2, sample: int | None = SAMPLE
             )
             continue
         pairs = loaded[task.task] = found.pairs
-        for split, count in found.empty.get(task.task, {}).items():
-            where = "held-out " if split == "test" else ""
-            figures.add(
-                "note",
-                "empty_answer",
-                f"drop_empty drops {count} of {count + len(pairs.get(split, ()))} {where}pairs: they have an empty answer.",
-                "",
-            )
-        _look_at(figures, pairs, settings, tokenizer, show, sample)
+        _look_at(figures, pairs, found.accounts[task.task], settings, tokenizer, show, sample)
         _check_specialist_length(figures, settings, task)
     hashes = {task: {split: text_hashes(part) for split, part in pairs.items()} for task, pairs in loaded.items()}
     found = duplicates(hashes) if hashes else {}
     for figures in checked:
         figures.duplicates = found.get(figures.task, {})
         judge(figures, args.max_length, settings.task_args.drop_truncated)
+        judge_account(figures, args.max_length)
     judge_sizes(checked)
     _check_together(checked, loaded)
     for figures in checked:
@@ -123,6 +124,7 @@ def check_data(settings: RunSettings, show: int = 2, sample: int | None = SAMPLE
 def _look_at(
     figures: TaskFigures,
     pairs: DatasetDict,
+    accounts: dict[str, RowAccount],
     settings: RunSettings,
     tokenizer: PreTrainedTokenizerBase,
     show: int,
@@ -134,7 +136,7 @@ def _look_at(
         rows = np.arange(len(part))
         if sample is not None and len(part) > sample:
             rows = np.sort(np.random.default_rng(args.seed).choice(len(part), sample, replace=False))
-        columns = [name for name in (*PAIR_COLUMNS, *EXTRA_COLUMNS) if name in part.column_names]
+        columns = [name for name in (*PAIR_COLUMNS, *TEMPLATE_COLUMNS) if name in part.column_names]
         read = list(part.select(rows).select_columns(columns))
         mistakes: Counter[str] = Counter()
         first: dict[str, tuple[int, str]] = {}
@@ -145,24 +147,41 @@ def _look_at(
         answers[split] = [(text_of(row["chosen"]), text_of(row["rejected"])) for row in read]
         figures.splits[split] = {
             "pairs": len(part),
+            "rows": accounts[split].to_dict(),
             "looked_at": len(read),
             "mistakes": {kind: (count, *first[kind]) for kind, count in mistakes.items()},
         }
         try:
-            tokenised = tokenise(part.select(rows), tokenizer, settings, rows.tolist())
+            tokenised = tokenise(part.select(rows), settings.processor, settings, rows.tolist())
         except AMAError as error:
             figures.add("fatal", "template", f"Of the {_SPLITS[split]} pairs: {error}", "")
             continue
         limit = settings.task_args.max_train_pairs if split == "train" else settings.task_args.max_eval_pairs
         figures.splits[split] |= _lengths(tokenised, args.max_length)
-        figures.splits[split]["left"] = _left(tokenised, len(part), settings, limit)
+        drops = args.truncation_mode == "keep_start" and not has_images(part)
+        same = equal_answers(tokenised, read, args)
+        figures.splits[split]["left"] = _left(tokenised, same, len(part), settings, limit, drops)
+        figures.splits[split]["unknown_tokens"] = unknown_tokens(tokenised, read, tokenizer)
+        if has_images(part) and not settings.task_args.drop_truncated:
+            _check_image_room(figures, split, token_counts(tokenised)[:, 0], args.max_length)
         if split == "train" and show:
             some = np.random.default_rng(args.seed).permutation(len(read))[:show]
             figures.shown = [
-                _shown(tokenised[row], int(rows[row]), tokenizer, args, settings.task_args.drop_truncated)
+                _shown(tokenised[row], int(rows[row]), tokenizer, args, settings.task_args.drop_truncated, drops)
                 for row in np.sort(some).tolist()
             ]
     figures.rules = trivial_rules(answers["train"], answers["test"])
+
+
+def _check_image_room(figures: TaskFigures, split: str, prompts: np.ndarray, max_length: int | None) -> None:
+    count = 0 if max_length is None else int((prompts >= max_length).sum())
+    if count:
+        figures.add(
+            "fatal", "images_fill_max_length",
+            f"Of {len(prompts)} {_SPLITS[split]} pairs {count} have a prompt that fills max_length ({max_length}) with its images, and "
+            "DPOTrainer does not drop such pairs.",
+            f"Raise max_length (the longest prompt has {int(prompts.max())} tokens), or set drop_truncated: true.",
+        )  # fmt: skip
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -191,8 +210,14 @@ def _lengths(tokenised: Dataset, max_length: int | None) -> dict[str, Any]:
     }
 
 
-def _left(tokenised: Dataset, total: int, settings: RunSettings, limit: int | None) -> dict[str, Any]:
-    """What the pipeline drops, in its order; counted on the sample and scaled if there are more pairs than it holds."""
+def _left(
+    tokenised: Dataset, same: list[str | None], total: int, settings: RunSettings, limit: int | None, drops: bool
+) -> dict[str, Any]:
+    """What the pipeline drops, in its order, and how much of the rest teaches nothing, as both answers are the same.
+
+    Counted on the sample and scaled if there are more pairs than it holds. `drops` says whether DPOTrainer drops pairs whose
+    prompt fills `max_length`.
+    """
     args = settings.training_args
     prompt, chosen, rejected = token_counts(tokenised).T
     rows, scale = np.arange(len(prompt)), total / len(prompt)
@@ -205,34 +230,33 @@ def _left(tokenised: Dataset, total: int, settings: RunSettings, limit: int | No
         if scale == 1:  # the pairs themselves, as `load_tasks` draws them
             rows = np.array(Dataset.from_dict({"row": rows}).shuffle(seed=args.seed).select(range(limit))["row"])
         dropped["max_pairs"], kept = kept - limit, limit
-    if args.max_length is not None and args.truncation_mode == "keep_start" and len(rows):
+    if args.max_length is not None and drops and len(rows):
         fills = prompt[rows] >= args.max_length
         dropped["prompt_fills_max_length"] = round(kept * float(fills.mean()))
         rows = rows[~fills]
     left = kept - dropped["prompt_fills_max_length"]
-    same = sum(_same_after_cut(tokenised[row], args) for row in rows.tolist()) if args.max_length is not None else 0
+    kinds = Counter(same[row] for row in rows.tolist())
     return {
         **dropped,
         "left": left,
-        "same_after_cut": round(same * left / len(rows)) if len(rows) else 0,
+        **{kind: round(kinds[kind] * left / len(rows)) if len(rows) else 0 for kind in _SAME},
+        "teaches_nothing": left > 0 and not kinds[None],
         "estimated": scale != 1,
     }
 
 
-def _same_after_cut(row: dict[str, list[int]], args: AMAConfig) -> bool:
-    room = args.max_length - len(row["prompt_ids"])
-    if args.truncation_mode != "keep_start" or max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= room:
-        return False
-    return row["chosen_ids"][:room] == row["rejected_ids"][:room]
-
-
 def _shown(
-    row: dict[str, Any], number: int, tokenizer: PreTrainedTokenizerBase, args: AMAConfig, drop_truncated: bool
+    row: dict[str, Any],
+    number: int,
+    tokenizer: PreTrainedTokenizerBase,
+    args: AMAConfig,
+    drop_truncated: bool,
+    drops: bool,
 ) -> dict[str, Any]:
     """A pair as the model sees it: the text of the tokens that are left, and how many are cut."""
     limit, prompt = args.max_length, row["prompt_ids"]
     shown: dict[str, Any] = {"row": number, "tokens": {"prompt": len(prompt)}, "cut": {}}
-    shown["prompt"] = tokenizer.decode(prompt)
+    shown["prompt"] = _REPEATED.sub(_times, tokenizer.decode(prompt))
     for side in ("chosen", "rejected"):
         ids = row[f"{side}_ids"]
         shown["tokens"][side] = len(ids)
@@ -249,9 +273,14 @@ def _shown(
     shown["dropped"] = None
     if drop_truncated and any(shown["cut"].values()):
         shown["dropped"] = "drop_truncated"
-    elif limit is not None and args.truncation_mode == "keep_start" and len(prompt) >= limit:
+    elif limit is not None and drops and len(prompt) >= limit:
         shown["dropped"] = "prompt_fills_max_length"
     return shown
+
+
+def _times(found: re.Match) -> str:
+    """An image is the same token hundreds of times."""
+    return f"{found[1]}×{found[0].count(found[1])}"
 
 
 def _check_specialist_length(figures: TaskFigures, settings: RunSettings, task: Any) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from datasets import Dataset
 
 from .data_formats import text_of
+from .pair_images import content_of, has_images, stored_images
 from .tasks import PAIR_COLUMNS
 
 
@@ -18,7 +19,7 @@ _FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9]
 
 
 def text_hashes(dataset: Dataset) -> np.ndarray:
-    """A number for each pair's prompt, chosen and rejected text, equal where the words are. # (N, 3)"""
+    """A number for each pair's prompt (with its images), chosen and rejected text, equal where the words are. # (N, 3)"""
     hashes = np.empty((len(dataset), len(PAIR_COLUMNS)), dtype=np.uint64)
     row = 0
     for batch in dataset.select_columns(list(PAIR_COLUMNS)).iter(batch_size=1000):
@@ -28,6 +29,15 @@ def text_hashes(dataset: Dataset) -> np.ndarray:
                 digest = hashlib.blake2b(words.encode(errors="surrogatepass"), digest_size=8).digest()
                 hashes[row + offset, column] = int.from_bytes(digest, "little")
         row += len(batch["prompt"])
+    return hashes if not has_images(dataset) else _with_images(hashes, dataset)
+
+
+def _with_images(hashes: np.ndarray, dataset: Dataset) -> np.ndarray:
+    """The same question about another image is another one: its file, as it is stored, counts in the prompt's number."""
+    for row, images in enumerate(stored_images(dataset)):
+        if images:
+            digest = hashlib.blake2b(b"".join(map(content_of, images)), digest_size=8).digest()
+            hashes[row, 0] ^= np.uint64(int.from_bytes(digest, "little"))
     return hashes
 
 

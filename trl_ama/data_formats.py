@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from .json_messages import messages_in
 from .pair_forms import PAIR_COLUMNS, says_something, without_nulls
 
 
@@ -34,6 +35,10 @@ def _content(message: Any) -> str:
     )
 
 
+def _texts(side: Any) -> list[Any]:
+    return [side] if isinstance(side, str) else [message.get("content") for message in side]
+
+
 def _is_messages(side: Any) -> bool:
     return isinstance(side, list) and all(isinstance(message, dict) and "role" in message for message in side)
 
@@ -55,6 +60,8 @@ def mistakes_of(row: dict[str, Any], special_tokens: Sequence[str]) -> list[str]
         found.append("empty_prompt")
     if not all(says_something(row[side]) for side in ("chosen", "rejected")):
         found.append("empty_answer")
+    if any(messages_in(text) is not None for column in PAIR_COLUMNS for text in _texts(row[column])):
+        found.append("json_text")
     if _has_special_token(row, special_tokens):
         found.append("special_token")
     return found

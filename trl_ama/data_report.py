@@ -8,6 +8,7 @@ from .data_check import DataCheck
 from .data_rules import Rule
 from .data_verdict import FATAL, LEAK, LOOK, TaskFigures, percent
 from .markdown import table
+from .row_account import RowAccount
 
 
 _SHOWN = 1500  # characters of a prompt or answer; what is left out is counted
@@ -95,9 +96,11 @@ def _drops(found: dict[str, Any]) -> str:
         ("prompt_fills_max_length", "whose prompt fills max_length"),
     )
     dropped = [f"{about}{left[key]:,} {reason}" for key, reason in reasons if left[key]]
+    rows = found["rows"]
+    read = str(RowAccount("", "", rows["read"], rows["dropped"], rows["noted"], rows["kept"]))
     if not dropped:
-        return f"{found['pairs']:,} pairs, none dropped"
-    return f"{found['pairs']:,} pairs" + "".join(f", − {item}" for item in dropped) + f" = {about}{left['left']:,}"
+        return read if rows["dropped"] else f"{read}, none dropped"
+    return f"{read}; of the pairs" + "".join(f" − {item}" for item in dropped) + f" = {about}{left['left']:,}"
 
 
 def _repeated(counts: dict[str, Any]) -> str:

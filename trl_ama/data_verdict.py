@@ -48,6 +48,11 @@ _MISTAKES = {
         "have a message with a role that chat templates do not know",
         "Rename the roles to `system`, `user`, `assistant` and `tool` (ShareGPT's `human` and `gpt` are user and assistant).",
     ),
+    "json_text": (
+        0.001,
+        "hold messages as the text of a JSON list",
+        "Make messages of them; `format: json_messages` reads files in which all rows are so.",
+    ),
     "special_token": (
         0.001,
         "hold one of the tokenizer's special tokens as text",
@@ -86,7 +91,8 @@ class TaskFigures:
             Its name.
         splits (`dict`):
             `train` and, if any, `test` → how many `pairs` were loaded and `looked_at`, token `lengths`, `mistakes` by kind
-            (how many, row and prompt of the first), and what is `left` of them after what the pipeline drops.
+            (how many, row and prompt of the first), and what is `left` of them after what the pipeline drops;
+            the account of the `rows` that were read, and shares of `unknown_tokens`.
         rules (`list[Rule]`):
             Trivial rules, best first.
         duplicates (`dict`):
@@ -120,7 +126,8 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.1 or share == 0 else f"{100 * share:.2g} %"
 
 
-def _level(share: float, look_from: float) -> str:
+def level_of(share: float, look_from: float) -> str:
+    """Whether a share is worth a look, or a note only."""
     return "look" if share >= look_from else "note"
 
 
@@ -173,7 +180,7 @@ def _judge_mistakes(figures: TaskFigures, split: str, found: dict[str, Any], whe
         share = count / found["looked_at"]
         if kind == "prompt_in_answer" and share < look_from:
             continue  # answers do quote questions
-        level = "fatal" if kind in ("mixed_forms", "empty_answer") else _level(share, look_from)
+        level = "fatal" if kind in ("mixed_forms", "empty_answer") else level_of(share, look_from)
         figures.add(
             level,
             kind,
@@ -190,14 +197,14 @@ def _judge_lengths(
     most = f"Raise max_length ({found['holds_95_percent']} holds 95 % of the pairs whole)"
     if over and not drops_truncated:
         figures.add(
-            _level(over, 0.1),
+            level_of(over, 0.1),
             "truncated",
             f"{percent(over)} of the {where}pairs are longer than max_length ({max_length}) and are cut.",
             f"{most}, or set `drop_truncated: true`." if over < 1 else f"{most}.",
         )
     if left["drop_truncated"]:
         share = left["drop_truncated"] / total
-        level = "fatal" if left["drop_truncated"] == total and split == "train" else _level(share, 0.5)
+        level = "fatal" if left["drop_truncated"] == total and split == "train" else level_of(share, 0.5)
         figures.add(
             level,
             "drop_truncated",
@@ -206,35 +213,25 @@ def _judge_lengths(
         )
     if left["prompt_fills_max_length"]:
         share = left["prompt_fills_max_length"] / total
-        level = "fatal" if left["left"] == 0 and split == "train" else _level(share, 0.05)
+        level = "fatal" if left["left"] == 0 and split == "train" else level_of(share, 0.05)
         figures.add(
             level,
             "prompt_fills_max_length",
             f"The prompts of {percent(share)} of the {where}pairs fill max_length ({max_length}) alone, and DPOTrainer drops them.",
             "Raise max_length, or shorten the prompts.",
         )
-    if left["same_after_cut"]:
-        share = left["same_after_cut"] / total
-        figures.add(
-            _level(share, 0.01),
-            "same_after_cut",
-            f"The answers of {percent(share)} of the {where}pairs are the same up to where max_length cuts them.",
-            "Raise max_length, or set `drop_truncated: true`.",
-        )
 
 
 def _judge_duplicates(figures: TaskFigures, counts: dict[str, Any]) -> None:
     pairs, held_out = counts["pairs"], counts.get("held_out_pairs", 0)
 
-    def add(kind: str, count: int, of: int, look_from: float, found: str, fix: str, fatal_from: float = 2.0) -> None:
+    def add(kind: str, count: int, of: int, look_from: float, found: str, fix: str) -> None:
         if count:
-            share = count / of
-            level = "fatal" if share >= fatal_from else _level(share, look_from)
-            figures.add(level, kind, f"{found.format(f'{count} of {of}')}.", fix)
+            figures.add(level_of(count / of, look_from), kind, f"{found.format(f'{count} of {of}')}.", fix)
 
     add(
         "same_answers", counts["same_answers"], pairs, 0.001,
-        "In {} pairs chosen and rejected are the same text", "Drop them: they teach nothing.", 1.0,
+        "In {} pairs chosen and rejected are the same text", "Drop them: they teach nothing.",
     )  # fmt: skip
     add("repeated_pairs", counts["repeated_pairs"], pairs, 0.01, "{} pairs repeat an earlier one", _COPIES)
     add(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .errors import AMAError
 from .policy_files import hub_commit, split_revision
@@ -83,8 +83,13 @@ def model_identity(source: str, revision: str | None = None) -> str:
     return f"{name}@{hub_commit(name, pinned or revision)}"
 
 
-def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of the vocabulary, its rules and the chat template."""
+def tokenizer_identity(processor: PreTrainedTokenizerBase | ProcessorMixin) -> str:
+    """Hash of the vocabulary, its rules and the chat template; of a processor also of what it does to images."""
+    if isinstance(processor, ProcessorMixin):
+        settings = {key: value for key, value in processor.to_dict().items() if key not in _NOT_THE_MODEL}
+        rules = json.dumps(settings, sort_keys=True, default=str)
+        return _digest(tokenizer_identity(processor.tokenizer), str(processor.chat_template), rules)
+    tokenizer = processor
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     return _digest(rules, str(tokenizer.chat_template), str(tokenizer.eos_token), str(tokenizer.pad_token))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard
+from transformers import ProcessorMixin
 
 from .cards import eval_results, hub_name, identity_link, load_snippet, template, versions_line
 from .fingerprint import model_identity, read_json
@@ -55,7 +56,10 @@ def complete_card(trainer: "AMATrainer") -> None:
     sections = {
         "training": f"Tasks: {tasks}. Optimizer steps: {trainer.state.global_step}.\n\n" + _hyper_parameters(args),
         "loading": load_snippet(
-            _place(trainer), uses_peft, getattr(trainer.model.config, "quantization_config", None)
+            _place(trainer),
+            uses_peft,
+            getattr(trainer.model.config, "quantization_config", None),
+            isinstance(trainer.processing_class, ProcessorMixin),
         ),
         "results": _last_evaluation(trainer),
     }
@@ -123,7 +127,9 @@ def write_card(
         "results": result_table(results, this=strategy) if results else "There were no held-out pairs.",
         "mixture": _PLOT if has_plot else "There is no plot.",
         "training": _training(settings, strategy, published),
-        "loading": load_snippet(place, bool(settings.model_args.use_peft), settings.quantization_config()),
+        "loading": load_snippet(
+            place, bool(settings.model_args.use_peft), settings.quantization_config(), settings.takes_images
+        ),
     }
     data = card.data
     sources = [settings.data_source(task) for task in settings.task_names] + _losses_places(settings, published)

@@ -106,10 +106,25 @@ def _texts(folder: Path | None, pair_ids: list[str]) -> dict[str, dict[str, list
     table = _read(folder / "test.parquet", ["pair_id", *_TEXTS], filters=[("pair_id", "in", pair_ids)])
     if table is None or not all(name in table for name in ("pair_id", "chosen", "rejected")):
         return {}
-    return {
+    texts = {
         pair_id: {name: _messages(table[name][row]) for name in _TEXTS if name in table}
         for row, pair_id in enumerate(table["pair_id"])
     }
+    for pair_id, count in _image_counts(folder / "test.parquet", pair_ids).items():
+        if count and "prompt" in texts.get(pair_id, {}):
+            seen = f"{count} image{'s'[: count > 1]}, not shown here"
+            texts[pair_id]["prompt"].insert(0, ("", seen))
+    return texts
+
+
+def _image_counts(file: Path, pair_ids: list[str]) -> dict[str, int]:
+    """Id of a pair → how many images it has, if pairs have any."""
+    counts = {}
+    for column in ("images", "image"):
+        table = _read(file, ["pair_id", column], filters=[("pair_id", "in", pair_ids)])
+        for pair_id, value in zip(table["pair_id"], table.get(column, ()), strict=False) if table else ():
+            counts[pair_id] = len(value or ()) if column == "images" else 1
+    return counts
 
 
 def _messages(value: Any) -> list[tuple[str, str]]:
@@ -119,6 +134,8 @@ def _messages(value: Any) -> list[tuple[str, str]]:
     messages = []
     for message in map(_parsed, value):
         content = message.get("content") if isinstance(message, dict) else message
+        if isinstance(content, list) and all(map(_is_shown_part, content)):
+            content = "\n".join("[image]" if part["type"] == "image" else part["text"] for part in content)
         role = str(message.get("role") or "") if isinstance(message, dict) else ""
         more = {key: entry for key, entry in message.items() if entry is not None} if role else {}
         more = {key: entry for key, entry in more.items() if key not in ("role", "content")}
@@ -135,6 +152,13 @@ def _parsed(message: Any) -> Any:
         return json.loads(message) if isinstance(message, str) else message
     except ValueError:
         return message
+
+
+def _is_shown_part(part: Any) -> bool:
+    """Whether a part of a content is a text, or a place for an image."""
+    if not isinstance(part, dict):
+        return False
+    return part.get("type") == "image" or (part.get("type") == "text" and isinstance(part.get("text"), str))
 
 
 def loss_stderr(folder: Path | None, fingerprint: dict[str, Any]) -> float | None:

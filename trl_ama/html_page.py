@@ -300,13 +300,16 @@ def _commands(run: dict[str, Any]) -> list[tuple[str, str]]:
         library, kind = (
             ("peft", "AutoPeftModelForCausalLM") if run["adapter"] else ("transformers", "AutoModelForCausalLM")
         )
+        reader, thing = "AutoTokenizer", "tokenizer"
+        if run["takes_images"]:
+            library, kind, reader, thing = "transformers", "AutoModelForImageTextToText", "AutoProcessor", "processor"
         where = json.dumps(name, ensure_ascii=False) + (f", revision={json.dumps(revision)}" if revision else "")
         lines = [
             f"from {library} import {kind}",
-            "from transformers import AutoTokenizer",
+            f"from transformers import {reader}",
             "",
             f"model = {kind}.from_pretrained({where})",
-            f"tokenizer = AutoTokenizer.from_pretrained({where})",
+            f"{thing} = {reader}.from_pretrained({where})",
         ]
         commands.append(("Load in Python", "\n".join(lines)))
     return commands

@@ -66,6 +66,7 @@ def collect(folder: str | Path) -> dict[str, Any]:
         "main": main,
         "strategies": strategies,
         "base_model": str(note.get("base_model") or fingerprint.get("base_model") or "") or None,
+        "takes_images": (generalists.get(main, folder) / "processor_config.json").is_file(),
         "adapter": note.get("adapter", (generalists.get(main, folder) / "adapter_config.json").is_file()),
         "data": as_dict(note.get("data")) or {task: _part(notes, task).get("data") for task in tasks},
         "results": results,

@@ -1,9 +1,11 @@
-"""What `max_length` does to a run's pairs, said before anything is trained on them."""
+"""What `max_length` and the tokens do to a run's pairs, said before anything is trained on them."""
 
 import numpy as np
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+from .data_tokens import equal_answers
 from .errors import AMAError
+from .pair_images import has_images
 from .pair_tokens import token_counts, tokenise
 from .run_settings import RunSettings
 
@@ -13,7 +15,7 @@ _FEWEST = 10  # of a task
 
 
 def length_lines(settings: RunSettings) -> list[str]:
-    """A line for each chosen task some of whose training pairs `max_length` drops or cuts.
+    """A line for each chosen task some of whose training pairs `max_length` drops or cuts, or have answers that are the same tokens.
 
     What `drop_truncated` drops is counted. The rest is looked for in a sample, the first pairs of each task, so that a run of a
     million pairs begins as soon as one of a thousand; `trl ama-check` reads more, and held-out pairs too.
@@ -26,39 +28,48 @@ def length_lines(settings: RunSettings) -> list[str]:
     Raises:
         AMAError: If a pair cannot be tokenised.
     """
-    limit = settings.training_args.max_length
-    if limit is None:
-        return []
+    args = settings.training_args
+    limit = args.max_length
     lines = []
     for task in settings.chosen_tasks:
         pairs = settings.pairs_of(task, "train")
-        found = []
+        looked_at = min(len(pairs), max(_FEWEST, _SAMPLE // len(settings.chosen_tasks)))
+        sample = pairs.select(range(looked_at))
+        tokenised = _tokenised(settings, task, sample)
+        filled = np.zeros(looked_at, dtype=bool)
         dropped = settings.dropped_truncated.get(task, {})
-        if dropped:
-            counts = " and ".join(f"{count} of {split}" for split, count in dropped.items())
-            found.append(f"{counts} dropped")
-        else:
-            looked_at = min(len(pairs), max(_FEWEST, _SAMPLE // len(settings.chosen_tasks)))
-            prompt, chosen, rejected = _counts(settings, task, pairs.select(range(looked_at)))
+        if limit is not None:
+            prompt, chosen, rejected = token_counts(tokenised).T
             # DPOTrainer drops a pair whose prompt leaves no room, if it cuts at the end
-            filled = (prompt >= limit) & (settings.training_args.truncation_mode == "keep_start")
+            filled = (prompt >= limit) & (args.truncation_mode == "keep_start") & (not has_images(pairs))
             cut = ~filled & (prompt + chosen.clip(min=rejected) > limit)
-            scale = len(pairs) / looked_at
-            about = "" if scale == 1 else "about "
-            for count, what in ((cut.sum(), "cut"), (filled.sum(), "dropped, as their prompts fill it")):
-                if count:
-                    found.append(f"{about}{round(int(count) * scale)} of {len(pairs)} {what}")
-        if found:
-            lines.append(f"  over max_length   {task:<14} {'; '.join(found)} (max_length is {limit})")
+            found = [f"{_of_all(cut.sum(), looked_at, len(pairs))} cut"] if cut.any() else []
+            if filled.any():
+                found.append(f"{_of_all(filled.sum(), looked_at, len(pairs))} dropped, as their prompts fill it")
+            if dropped:
+                found = [" and ".join(f"{count} of {split}" for split, count in dropped.items()) + " dropped"]
+            if found:
+                lines.append(f"  over max_length   {task:<14} {'; '.join(found)} (max_length is {limit})")
+        kinds = equal_answers(tokenised, sample.select_columns(["chosen", "rejected"]), args)
+        same = sum(kind is not None for kind, gone in zip(kinds, filled, strict=True) if not gone)
+        if same:
+            count = _of_all(same, looked_at, len(pairs))
+            lines.append(
+                f"  no gradient       {task:<14} {count} pairs: both answers are the same to the model (see trl ama-check)"
+            )
     return lines
 
 
-def _counts(settings: RunSettings, task: str, pairs: Dataset) -> np.ndarray:
-    """Tokens of the pairs' prompts, chosen and rejected answers, without a bar for each of a thousand tasks. # (3, N)"""
+def _of_all(count: int, looked_at: int, total: int) -> str:
+    return f"{'' if looked_at == total else 'about '}{round(int(count) * total / looked_at)} of {total}"
+
+
+def _tokenised(settings: RunSettings, task: str, pairs: Dataset) -> Dataset:
+    """The pairs as `DPOTrainer` prepares them, without a bar for each of a thousand tasks."""
     quiet = are_progress_bars_disabled()
     disable_progress_bars()
     try:
-        return token_counts(tokenise(pairs, settings.tokenizer, settings)).T
+        return tokenise(pairs, settings.processor, settings)
     except AMAError as error:
         raise AMAError(f"Task '{task}', training pairs: {error}") from error
     finally:

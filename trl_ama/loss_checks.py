@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, Value, load_dataset
+from datasets import Dataset, Features, Image, List, Value, load_dataset
 
 from .errors import AMAError, first_line
 from .pair_forms import EXTRA_COLUMNS, PAIR_COLUMNS, pair_id_of, says_something
+from .pair_images import IMAGE_COLUMNS, check_embedded
 from .reference_columns import LOGP_COLUMNS, TOKEN_COLUMNS
 from .tasks import PAIR_ID_COLUMN, TASK_COLUMN
 
@@ -24,7 +25,7 @@ _TYPES = {
     **dict.fromkeys(LOGP_COLUMNS, ("float32", "float64")),
     **dict.fromkeys(TOKEN_COLUMNS, ("int32", "int64")),
 }
-# Anything else (Image, Audio, …) may open files that a row names
+# Anything else (Image, Audio, …) may open files that a row names; images are checked row by row
 _PLAIN_FEATURES = ("Value", "List", "LargeList", "Sequence", "Json")
 _POSITIVE_LOGP = 1e-3  # nats; log-probs of a sure token round to a little above zero
 _LOWEST_LOGP = -1e5  # nats a token; no logit of 16 bits is below that, and sums of it are still finite
@@ -82,9 +83,13 @@ def check_file(path: Path, noted: dict[str, Any], what: str) -> None:
             f"The reference losses {what} have the column '{shown(unknown[0])}', which does not belong there. {_AGAIN}"
         )
     for column in sorted(set(features) - set(_TYPES)):
-        if not _is_plain(features[column]):
+        if column in IMAGE_COLUMNS:
+            sound, kind = features[column] in (Image(), List(Image())), "images"
+        else:
+            sound, kind = _is_plain(features[column]), "text"
+        if not sound:
             raise AMAError(
-                f"Column '{column}' of the reference losses {what} is {shown(features[column])}, not text. {_AGAIN}"
+                f"Column '{column}' of the reference losses {what} is {shown(features[column])}, not {kind}. {_AGAIN}"
             )
     if sha256(path) != noted["sha256"]:
         raise AMAError(f"The reference losses {what} are not the file that the note beside them describes. {_AGAIN}")
@@ -124,7 +129,7 @@ def read_rows(path: Path, task: str, what: str) -> Dataset:
 
 def check_rows(rows: Dataset, task: str, what: str) -> None:
     """Raise an `AMAError` unless every row is a pair of `task` with an id of its own and log-probs that can be."""
-    columns = rows.with_format("arrow")[:]
+    columns = rows.select_columns(list(_TYPES)).with_format("arrow")[:]
     owners = columns[TASK_COLUMN].unique().to_pylist()
     if owners != [task]:
         other = next((owner for owner in owners if owner != task), None)
@@ -173,6 +178,7 @@ def _check_texts(rows: Dataset, what: str) -> None:
     if not present:
         return
     extra = [column for column in EXTRA_COLUMNS if column in rows.column_names]
+    check_embedded(rows, lambda problem: AMAError(f"{problem} (the reference losses {what}). {_AGAIN}"))
     for number, row in enumerate(rows.select_columns([PAIR_ID_COLUMN, *PAIR_COLUMNS, *extra])):
         problem = _text_problem(row)
         if problem is not None:

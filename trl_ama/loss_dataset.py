@@ -19,6 +19,7 @@ from .errors import AMAError
 from .fingerprint import read_json, write_json
 from .loss_checks import check_file, read_rows, sha256, shown
 from .pair_features import is_plain, unite_features
+from .pair_images import IMAGE_COLUMNS, embedded
 from .safe_files import file_digest, sync
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, check_task_names
 from .versions import VERSIONS, is_known, is_newer
@@ -88,7 +89,7 @@ def save_task(
     files = {}
     for split, table in tables.items():
         path = temporary / f"{split}.parquet"
-        _first_of_each_pair(table).to_parquet(str(path))
+        embedded(_first_of_each_pair(table)).to_parquet(str(path))
         sync(path)
         files[path.name] = {"rows": pq.read_metadata(path).num_rows, "sha256": sha256(path)}
     note = {
@@ -112,7 +113,13 @@ def save_task(
 def _texts(table: Dataset) -> dict[str, str]:
     """The columns of texts and their kinds, which all tasks of a config must share."""
     return {
-        name: "text" if isinstance(kind, Value) else "messages" if is_plain(kind) else "json"
+        name: "images"
+        if name in IMAGE_COLUMNS
+        else "text"
+        if isinstance(kind, Value)
+        else "messages"
+        if is_plain(kind)
+        else "json"
         for name, kind in table.features.items()
         if name in (*PAIR_COLUMNS, *EXTRA_COLUMNS)
     }
@@ -177,7 +184,9 @@ def _is_sound(note: dict[str, Any]) -> bool:
         _is_fingerprint(note["fingerprint"])
         and isinstance(note["texts"], dict)
         and set(note["texts"]) <= {*PAIR_COLUMNS, *EXTRA_COLUMNS}
-        and all(kind in ("text", "messages", "json") for kind in note["texts"].values() if isinstance(kind, str))
+        and all(
+            kind in ("text", "messages", "json", "images") for kind in note["texts"].values() if isinstance(kind, str)
+        )
         and all(isinstance(kind, str) for kind in note["texts"].values())
         and isinstance(files, dict)
         and {f"{SPLITS[0]}.parquet"} <= set(files) <= {f"{split}.parquet" for split in SPLITS}

@@ -17,7 +17,8 @@ from .processes import from_main
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS, TOKEN_COLUMNS
 from .reference_losses import reference_fingerprint, reference_losses_done, reference_losses_of, shards_folder
 from .run_settings import RunSettings
-from .scoring import ScoringTrainer, count_tokens, score_reference_and_specialist
+from .scored_rows import count_tokens, scored_columns, unit_of
+from .scoring import ScoringTrainer, score_reference_and_specialist
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN
 
 
@@ -61,7 +62,7 @@ def compute_reference_losses(settings: RunSettings) -> ReferenceLosses:
             total=2 * sum(count_tokens(part, trainer.args.max_length) for part in prepared.values()),
             desc=f"Reference losses of {len(remaining)} tasks",
             disable=trainer.args.disable_tqdm or len(remaining) == 1,
-            unit="tok",
+            unit=unit_of(prepared["train"]),
             unit_scale=True,
         ) as overall:
             for task in remaining:
@@ -88,9 +89,8 @@ def _score_task(
         if part is not None
     }
     fingerprint = reference_fingerprint(settings, task)
-    pairs = concatenate_datasets(
-        [part.select_columns(["prompt_ids", "chosen_ids", "rejected_ids", PAIR_ID_COLUMN]) for part in splits.values()]
-    )
+    needed = (*scored_columns(prepared["train"]), PAIR_ID_COLUMN)
+    pairs = concatenate_datasets([part.select_columns(list(needed)) for part in splits.values()])
     scores = score_reference_and_specialist(
         trainer,
         f"the specialist of task '{task}'",

@@ -6,11 +6,14 @@ from typing import Any
 
 from trl import extract_prompt
 
+from .pair_images import IMAGE_COLUMNS, IMAGES, image_identity, images_of
+
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
-# What DPOTrainer's tokenisation reads beside them. They travel with a pair, count in its id and are saved with its texts
 TEMPLATE_KWARGS = "chat_template_kwargs"
-EXTRA_COLUMNS = ("tools", TEMPLATE_KWARGS)
+TEMPLATE_COLUMNS = ("tools", TEMPLATE_KWARGS)
+# What DPOTrainer's tokenisation reads beside them. They travel with a pair, count in its id and are saved with its texts
+EXTRA_COLUMNS = (*TEMPLATE_COLUMNS, *IMAGE_COLUMNS)
 _NOT_SAID = ("role", "content", "name", "tool_call_id")  # of a message; any other key may say something
 
 
@@ -67,16 +70,20 @@ def without_nulls(value: Any) -> Any:
 
 
 def pair_id(prompt: Any, chosen: Any, rejected: Any, **extra: Any) -> str:
-    """A pair's name: a hash of its text, before any chat template. The same text has the same id everywhere.
+    """A pair's name: a hash of its text, before any chat template, and of what is to be seen on its images. The same pair has
+    the same id everywhere.
 
     Args:
         prompt: Text or messages; `None` if the answers hold it.
         chosen, rejected: Texts or messages.
-        extra: What else the chat template is given (`EXTRA_COLUMNS`), as the same texts with other tools are another pair.
+        extra: What else the model is given (`EXTRA_COLUMNS`), as the same texts with other tools or images are another pair.
     """
     pair = with_prompt({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     parts = [_canonical(pair[column]) for column in PAIR_COLUMNS]
-    extra = without_nulls({name: extra[name] for name in EXTRA_COLUMNS if extra.get(name)})
+    images = [image_identity(image) for image in images_of(extra)]
+    extra = without_nulls({name: extra[name] for name in TEMPLATE_COLUMNS if extra.get(name)})
+    if images:
+        extra[IMAGES] = images
     if extra:
         parts.append(extra)
     text = json.dumps(parts, ensure_ascii=False, sort_keys=True, default=str)

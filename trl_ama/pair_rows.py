@@ -8,7 +8,7 @@ import numpy as np
 from datasets import Dataset
 
 from .errors import AMAError
-from .pair_forms import EXTRA_COLUMNS, PAIR_COLUMNS, with_prompt
+from .pair_forms import PAIR_COLUMNS, TEMPLATE_COLUMNS, with_prompt
 
 
 _SHAREGPT = {"from", "value"}
@@ -28,7 +28,7 @@ def check_rows(dataset: Dataset, task: str, split: str) -> None:
     if "prompt" in columns:
         _check_prompts(dataset, task, split)
     row, first_kind = 0, None
-    extra = [name for name in EXTRA_COLUMNS if name in dataset.column_names]
+    extra = [name for name in TEMPLATE_COLUMNS if name in dataset.column_names]
     for batch in dataset.select_columns([*columns, *extra]).iter(batch_size=1000):
         for values in zip(*batch.values(), strict=True):
             where = f"Task '{task}', row {row} of the {split} pairs"

@@ -5,24 +5,29 @@ from types import SimpleNamespace
 
 import numpy as np
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import DPOTrainer
 
 from .columns import list_lengths
 from .errors import AMAError, first_line
+from .image_tokens import check_takes_images, image_pair_ids
+from .pair_images import has_images
 from .pair_rows import first_failure
 from .run_settings import RunSettings
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS
 
 
 def tokenise(
-    pairs: Dataset, tokenizer: PreTrainedTokenizerBase, settings: RunSettings, rows: Sequence[int] | None = None
+    pairs: Dataset,
+    processor: PreTrainedTokenizerBase | ProcessorMixin,
+    settings: RunSettings,
+    rows: Sequence[int] | None = None,
 ) -> Dataset:
     """Pairs as `DPOTrainer` prepares them, none dropped and none cut: `prompt_ids`, `chosen_ids` and `rejected_ids`.
 
     Args:
-        pairs (`Dataset`): `prompt`, `chosen`, `rejected`.
-        tokenizer (`PreTrainedTokenizerBase`): The base model's.
+        pairs (`Dataset`): `prompt`, `chosen`, `rejected`, and what else travels with a pair.
+        processor (`PreTrainedTokenizerBase` or `ProcessorMixin`): The base model's.
         settings ([`RunSettings`]): The recipe.
         rows (`Sequence[int]`, *optional*): The pairs' numbers, for messages; from 0 on by default.
 
@@ -30,16 +35,21 @@ def tokenise(
         AMAError: If a pair cannot be tokenised, with the first such row: a chat template is a program, which fails in its
             own ways.
     """
+    if has_images(pairs):
+        check_takes_images(processor)
+    tokenizer = getattr(processor, "tokenizer", processor)
     columns = [name for name in (*PAIR_COLUMNS, *EXTRA_COLUMNS) if name in pairs.column_names]
     pairs = pairs.select_columns(columns)
     # In memory, so that nothing of a sample is left in the cache of `datasets`
-    held = Dataset.from_list(pairs.to_list(), features=pairs.features)
+    held = pairs if has_images(pairs) else Dataset.from_list(pairs.to_list(), features=pairs.features)
     # Its own method, of which the trainer itself is only asked for the end-of-sequence token: no model is needed
     trainer = SimpleNamespace(_tokenizer=tokenizer)
     args = settings.with_arguments(max_length=None, dataset_num_proc=None)
 
     def prepare(part: Dataset) -> Dataset:
-        return DPOTrainer._prepare_dataset(trainer, part, tokenizer, args, "sampled")
+        if has_images(part):  # which DPOTrainer does not prepare
+            return Dataset.from_list([image_pair_ids(processor, row) for row in part])
+        return DPOTrainer._prepare_dataset(trainer, part, processor, args, "sampled")
 
     try:
         return prepare(held)

@@ -4,6 +4,7 @@ from typing import Any
 
 from .errors import AMAError, short
 from .mixing import check_strategy_name
+from .recipe_yaml import load_yaml
 from .task_config import check_config_name
 
 
@@ -89,9 +90,7 @@ class PipelineArguments:
 
     def __post_init__(self):
         if isinstance(self.specialist_args, str):
-            import yaml
-
-            self.specialist_args = yaml.safe_load(self.specialist_args)
+            self.specialist_args = load_yaml(self.specialist_args, "specialist_args")
         self.specialist_args = self.specialist_args or {}
         if not isinstance(self.specialist_args, dict):
             raise AMAError(

@@ -9,6 +9,7 @@ import numpy as np
 from datasets import Dataset
 
 from .errors import AMAError, sentence
+from .pair_images import has_images
 from .pair_tokens import token_counts, tokenise
 from .prefix_sharing import WORTH_SHARING
 from .run_settings import RunSettings
@@ -83,9 +84,9 @@ def count_lengths(settings: RunSettings, max_length: int | None) -> tuple[dict[s
     """Lengths of all tasks before anything is cut, split → task → lengths, and what to tell the user about them.
 
     Raises:
-        AMAError: If the tokenizer cannot be read, or a pair cannot be tokenised.
+        AMAError: If the tokenizer cannot be read, or a pair cannot be tokenised or has images.
     """
-    tokenizer = settings.tokenizer
+    processor = settings.processor
     try:
         data = settings.data
     except AMAError as error:
@@ -105,6 +106,11 @@ def count_lengths(settings: RunSettings, max_length: int | None) -> tuple[dict[s
             f"The data cannot be loaded, so every pair is taken to fill max_length ({max_length} tokens), half of it with the "
             f"prompt.{unknown} {error} (`trl ama-check` looks at every task's data.)"
         ]
+    if any(map(has_images, data.values())):
+        raise AMAError(
+            "The pairs have images, and what these need of memory and time is not planned. Try a few steps instead, e.g. with "
+            "`max_steps: 3`."
+        )
     lengths: dict[str, dict[str, Lengths]] = {split: {} for split in data}
     sampled = []
     for split in data:
@@ -115,7 +121,7 @@ def count_lengths(settings: RunSettings, max_length: int | None) -> tuple[dict[s
             if len(rows) > SAMPLE:
                 sampled.append(task)
             try:
-                tokenised = tokenise(_sample(rows, task), tokenizer, settings)
+                tokenised = tokenise(_sample(rows, task), processor, settings)
             except AMAError as error:
                 raise AMAError(f"Task '{task}', {split} pairs: {sentence(error)}") from error
             beginning = os.path.commonprefix(tokenised["prompt_ids"][:])

@@ -29,6 +29,7 @@ from .quantized import is_quantized, keep_weights
 
 # Gives a policy's model for the time of a context: for one batch, or for all of them
 Policy = Callable[[], AbstractContextManager[torch.nn.Module]]
+_CAPTURES_OUTPUTS = "transformers.utils.output_capturing"
 # Kinds of adapters that were seen to leave, when PEFT disables them, the base bit by bit
 _EXACT_WHEN_DISABLED = {
     PeftType.LORA, PeftType.ADALORA, PeftType.LOHA, PeftType.LOKR, PeftType.IA3, PeftType.VERA
@@ -203,7 +204,9 @@ def _left_as_it_was(model: torch.nn.Module, changed: list[torch.nn.Parameter]) -
                 model.set_submodule(name, module)
         for module, names in hooks:  # for gradient checkpointing
             for name in [name for name in module._forward_hooks if name not in names]:
-                del module._forward_hooks[name]
+                # transformers puts its own on layers once, at the first call, and they belong to the model
+                if getattr(module._forward_hooks[name], "__module__", None) != _CAPTURES_OUTPUTS:
+                    del module._forward_hooks[name]
         for parameter, content in contents:
             parameter.data = content
         for parameter, requires_grad in trainable:

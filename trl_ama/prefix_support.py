@@ -94,13 +94,13 @@ class PrefixSharing:
     def _check_call(self, model: torch.nn.Module, kwargs: dict[str, Any]) -> None:
         if kwargs.get("output_router_logits"):
             raise CannotShare("its load-balancing loss (router_aux_loss_coef) counts every token of both sequences")
+        args, accelerator = self._trainer.args, self._trainer.accelerator
+        reason = broken_rule(model, args, accelerator.parallelism_config)
         other = sorted(
             name for name, given in kwargs.items() if name not in _CALL and given is not None and given is not False
         )
-        if other:
-            raise CannotShare(f"the batch also has {other}, which prefix sharing does not know")
-        args, accelerator = self._trainer.args, self._trainer.accelerator
-        reason = broken_rule(model, args, accelerator.parallelism_config)
+        if reason is None and other:
+            reason = f"the batch also has {other}, which prefix sharing does not know"
         if reason is None and model.training and self._draws(model):
             reason = "dropout is on, and it would draw other numbers (disable_dropout=True turns it off)"
         if reason is not None:

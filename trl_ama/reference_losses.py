@@ -12,7 +12,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, DatasetDict
 
 from .errors import AMAError
-from .fingerprint import check_fingerprint, model_identity, package_versions, pairs_identity, tokenizer_identity
+from .fingerprint import check_fingerprint, model_identity, package_versions, pairs_identity
 from .loss_dataset import TaskLosses, damaged_file, read_note, read_task, tasks_in
 from .loss_shards import check_unfinished
 from .loss_sharing import ReferenceLosses
@@ -37,7 +37,7 @@ def reference_fingerprint(settings: RunSettings, task: str) -> dict[str, Any]:
     fingerprint = {
         "task": task,
         "base_model": settings.base_identity,
-        "tokenizer": tokenizer_identity(settings.tokenizer),
+        "tokenizer": settings.tokenizer_identity,
         "max_length": args.max_length,
         "truncation_mode": args.truncation_mode,
         "ld_alpha": args.ld_alpha,
@@ -196,7 +196,7 @@ def _check_dropped(settings: RunSettings, dropped: dict[str, set[str]]) -> None:
     """Raise an `AMAError` if ready losses leave out pairs of the user's that `DPOTrainer` does not drop here."""
     args = settings.training_args
     cuts = args.max_length is not None and args.truncation_mode == "keep_start"
-    fits = prompt_fits_into(settings.tokenizer, args.max_length) if cuts else lambda row: True
+    fits = prompt_fits_into(settings.processor, args.max_length) if cuts else lambda row: True
     for task in settings.shared_tasks:
         for split in settings.data:
             pairs = settings.pairs_of(task, split)

@@ -10,18 +10,21 @@ import numpy as np
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 from peft import PeftConfig
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from .ama_config import AMAConfig
 from .columns import numpy_column
 from .errors import AMAError, nearest, sentence
-from .fingerprint import model_identity
+from .fingerprint import model_identity, tokenizer_identity
 from .hub import is_hub_id
+from .pair_images import has_images
 from .pipeline_arguments import PipelineArguments
 from .policy_files import is_commit
+from .processors import load_processor
 from .recipe_text import public_name
+from .row_account import RowAccount
 from .task_config import TaskConfig, TaskMixtureConfig
 from .task_loading import LoadedTasks, fits_into, read_tasks
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN
@@ -144,7 +147,8 @@ class RunSettings:
             eval_strategy="no",
             load_best_model_at_end=False,
             metric_for_best_model=None,
-            precompute_ref_log_probs=True,  # which keeps DPOTrainer from loading a second model
+            # Which keeps DPOTrainer from loading a second model, where it can be kept from it
+            precompute_ref_log_probs=not any(map(has_images, self.data.values())),
             sync_ref_model=False,
         )
 
@@ -236,38 +240,38 @@ class RunSettings:
         """The base model's weights by name and hash or commit."""
         return model_identity(self.model_name, self.model_args.model_revision)
 
-    @cached_property
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base model's tokenizer, as DPOTrainer loads and completes it, with the recipe's `template_date`."""
-        if self.model_name.startswith((".", "/", "~")) and not Path(self.model_name).is_dir():
-            raise AMAError(f"There is no folder '{self.model_name}'. Check model_name_or_path.")
-        try:
-            # It may bring code of its own too, and what is refused should be so before anything is trained
-            AutoConfig.from_pretrained(
-                self.model_name,
-                revision=self.model_args.model_revision,
-                trust_remote_code=self.training_args.trust_remote_code,
-            )
-            tokenizer = AutoTokenizer.from_pretrained(
-                self.model_name,
-                revision=self.model_args.model_revision,
-                trust_remote_code=self.training_args.trust_remote_code,
-            )
-        except (OSError, ValueError) as error:
-            raise AMAError(
-                f"The base model '{self.model_name}' cannot be read: {sentence(error)} Check model_name_or_path, or your network."
-            ) from error
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        self._template = tokenizer.chat_template
+        """The base model's tokenizer: [`processor`], or what that has."""
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    @cached_property
+    def processor(self) -> PreTrainedTokenizerBase | ProcessorMixin:
+        """What prepares the pairs, as DPOTrainer loads and completes it, with the recipe's `template_date`: the base model's
+        tokenizer, or the processor of a model that takes images, too.
+        """
+        processor = load_processor(
+            self.model_name, self.model_args.model_revision, self.training_args.trust_remote_code
+        )
+        self._template = processor.chat_template
         if self.pipeline_args.template_date is not None:
-            fix_date(tokenizer, self.pipeline_args.template_date)
-        return tokenizer
+            fix_date(processor, self.pipeline_args.template_date)
+        return processor
 
     @property
-    def processing_class(self) -> PreTrainedTokenizerBase | None:
-        """For trainers: the tokenizer whose template was changed; `None` if it was not, and they load their own."""
-        return self.tokenizer if self.tokenizer.chat_template != self._template else None
+    def takes_images(self) -> bool:
+        """Whether the base model is a vision-language model."""
+        return isinstance(self.processor, ProcessorMixin)
+
+    @cached_property
+    def tokenizer_identity(self) -> str:
+        """Hash of what makes tokens of the pairs; of pairs with images also of what makes pixels of these."""
+        return tokenizer_identity(self.processor if any(map(has_images, self.data.values())) else self.tokenizer)
+
+    @property
+    def processing_class(self) -> PreTrainedTokenizerBase | ProcessorMixin | None:
+        """For trainers: the processor whose template was changed; `None` if it was not, and they load their own."""
+        return self.processor if self.processor.chat_template != self._template else None
 
     def restore_template(self, folder: Path) -> None:
         """Undo `template_date` in a saved model; on the main process."""
@@ -278,7 +282,7 @@ class RunSettings:
     def _loaded(self) -> LoadedTasks:
         args = self.training_args
         drop = self.task_args.drop_truncated and args.max_length is not None
-        fits = fits_into(self.tokenizer, args.max_length) if drop else None
+        fits = fits_into(self.processor, args.max_length) if drop else None
         return read_tasks(self.task_args, args.seed, fits, self.ready_pairs())
 
     @property
@@ -287,9 +291,9 @@ class RunSettings:
         return self._loaded.pairs
 
     @property
-    def dropped_empty(self) -> dict[str, dict[str, int]]:
-        """Task → split → pairs without an answer that `drop_empty` dropped; only where there were any."""
-        return self._loaded.empty
+    def row_accounts(self) -> dict[str, dict[str, RowAccount]]:
+        """Task → split → which rows were read, and what became of them."""
+        return self._loaded.accounts
 
     @property
     def dropped_truncated(self) -> dict[str, dict[str, int]]:

@@ -8,9 +8,11 @@ from transformers.trainer_utils import IntervalStrategy
 
 from .errors import AMAError
 from .generalists import generalist_stage
+from .image_checks import check_images
 from .policy_sources import check_policy_source
 from .quantized import check_optimizer, check_quantization
 from .reference_losses import reference_losses_done, reference_losses_of
+from .row_account import account_lines
 from .run_settings import RunSettings
 from .specialists import require_specialists, specialist_stage
 from .task_loading import prompt_fits_into
@@ -23,13 +25,14 @@ STAGES = ("specialists", "losses", "train", "eval")
 
 def check_recipe(settings: RunSettings, stages: Sequence[str] = STAGES) -> None:
     """Find what is wrong with a recipe before anything is trained."""
-    if asks_for_the_day(settings.tokenizer) and PartialState().is_main_process:
+    if asks_for_the_day(settings.processor) and PartialState().is_main_process:
         warnings.warn(
             f"The chat template of '{settings.model_name}' writes today's date into every prompt, so reference losses of one day "
             "are not quite those of the next. Fix it with `template_date: 2025-07-08` (any day) in the recipe.",
             UserWarning,
             stacklevel=2,
         )
+    check_images(settings)
     check_quantization(settings)
     _check_optimizers(settings, stages)
     # One task is no mixture, but its specialist and losses can be made, to be added to those of others
@@ -41,7 +44,7 @@ def check_recipe(settings: RunSettings, stages: Sequence[str] = STAGES) -> None:
         args = settings.specialist_arguments(task)
         max_length = args.max_length
         if max_length is not None and args.truncation_mode == "keep_start":  # DPOTrainer drops no pair otherwise
-            fits = prompt_fits_into(settings.tokenizer, max_length)
+            fits = prompt_fits_into(settings.processor, max_length)
             pairs = settings.pairs_of(task.task, "train")
             if not any(map(fits, pairs)):
                 raise AMAError(
@@ -93,9 +96,7 @@ def describe_plan(settings: RunSettings, stages: Sequence[str]) -> list[str]:
         f"AutoMixAlign in '{settings.output_dir}': {len(settings.task_names)} tasks, {counts['train']} training pairs, "
         f"{counts.get('test', 0)} held out; base model {settings.model_name}"
     ]
-    for task, dropped in settings.dropped_empty.items():
-        found = " and ".join(f"{count} of {split}" for split, count in dropped.items())
-        lines.append(f"  without an answer {task:<14} {found} dropped")
+    lines += [f"  rows read         {task:<14} {found}" for task, found in account_lines(settings.row_accounts)]
     if "specialists" in stages or "losses" in stages:
         for task in settings.chosen_tasks:
             if task in settings.external_specialists:

@@ -15,17 +15,18 @@ from transformers import PreTrainedModel
 from trl import DPOTrainer
 
 from . import interruption
-from .columns import list_lengths
+from .errors import AMAError
 from .loss_shards import LossShards
+from .pair_images import has_images
 from .policies import Policy, reference_policy, trained_policy_and_reference
 from .preference_losses import sequence_logps
 from .prefix_sharing import causal_lm, packed_forward
 from .prefix_support import PrefixSharing
 from .prefix_trainer import PrefixSharingTrainer
 from .processes import from_main, is_sharded, whole_models
+from .scored_rows import scored_columns, sequence_lengths, unit_of
 
 
-_INPUTS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _NOT_FOR_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
 
@@ -39,6 +40,8 @@ class ScoringTrainer(PrefixSharingTrainer):
     def __init__(self, *args, **kwargs):
         with whole_models():
             super().__init__(*args, **kwargs)
+        if has_images(self.train_dataset):
+            self.ref_model = None  # of pairs with images DPOTrainer cannot be told not to load one
         if is_sharded(self.accelerator):  # where the Trainer leaves it to be placed when it is shared out
             self.model.to(self.accelerator.device)
 
@@ -74,7 +77,8 @@ def score_policies(
         trainer (`DPOTrainer`): Gives the collator, device, precision and `ld_alpha`.
         policies (`dict[str, Policy]`): Prefix of the columns' names, e.g. `"ref_"` → opens a model with TRL's fused LM head.
             A policy is opened again for every batch; what is costly about it should be open already.
-        dataset (`Dataset`): Pairs as `DPOTrainer` prepares them (`prompt_ids`, `chosen_ids`, `rejected_ids`). # N rows
+        dataset (`Dataset`): Pairs as `DPOTrainer` prepares them: `prompt_ids`, `chosen_ids`, `rejected_ids`; or, of pairs with
+            images, the rows as they are. # N rows
         description (`str`): For the progress bar.
         shards ([`LossShards`], *optional*): Where the numbers are kept while the sweep lasts. What is there is not scored
             again.
@@ -105,7 +109,7 @@ def score_policies(
                 initial=found,
                 desc=description,
                 disable=trainer.args.disable_tqdm,
-                unit="tok",
+                unit=unit_of(dataset),
                 unit_scale=True,
                 leave=overall is None or overall.disable,
             )
@@ -166,22 +170,18 @@ def score_reference_and_specialist(
     return scores
 
 
-def count_tokens(dataset: Dataset, max_length: int | None) -> int:
-    """Tokens that pass through a model when a dataset is scored on the fast path, for a bar over several sweeps."""
-    return int(_lengths(dataset, max_length)[1].sum())
-
-
 class _Sweep:
     """What [`score_policies`] does with one batch, and which batches there are."""
 
     def __init__(self, trainer: DPOTrainer, policies: dict[str, Policy], dataset: Dataset):
         self._trainer, self._policies = trainer, policies
-        self._rows = dataset.select_columns(list(_INPUTS))
+        self._knows_lengths = not has_images(dataset)
+        self._rows = dataset.select_columns(scored_columns(dataset))
         self._collator = getattr(trainer.data_collator, "inner", trainer.data_collator)
         self._sharing = getattr(trainer, "prefix_sharing", None) or PrefixSharing(trainer, "auto")
         # Whether every process has to run a model as often as the others: it was shared out for training
         self.in_step = is_sharded(trainer.accelerator) and not isinstance(trainer, ScoringTrainer)
-        self._longest, self._packed = _lengths(dataset, trainer.args.max_length)
+        self._longest, self._packed = sequence_lengths(dataset, trainer.args.max_length)
         batch_size = trainer.args.precompute_ref_batch_size or trainer.args.per_device_eval_batch_size
         self._budget = int(2 * batch_size * self._longest.max(initial=0))
         count = len(dataset)
@@ -254,7 +254,7 @@ class _Sweep:
         """Rows that are scored together: longest first, so that an out-of-memory shows at once, and like with like.
 
         As many as hold no more tokens in one packed row, or `padded`, than the padded batch of the longest `batch_size` pairs
-        has.
+        has; `batch_size` pairs if their lengths are not known.
         """
         order = np.lexsort((self._packed, self._longest))[::-1]
         if padded or self._sharing.mode is False:
@@ -302,7 +302,7 @@ class _Sweep:
                     packed[inner] = self._sharing.pack(model, kwargs)
                 pairs = packed[inner]
                 # So many rows were meant for the fast path
-                is_too_large = len(rows) > 1 and kwargs["input_ids"].numel() > self._budget
+                is_too_large = self._knows_lengths and len(rows) > 1 and kwargs["input_ids"].numel() > self._budget
                 if pairs is None and is_too_large and not self.in_step:
                     too_many.append(prefix)
                     continue
@@ -317,14 +317,12 @@ class _Sweep:
                 scores[f"{prefix}{side}_logps"][rows] = logps.cpu().numpy()
         if keep:
             tokens = mask.sum(dim=1).cpu().numpy()  # (2B,)
+            if not self._knows_lengths and not tokens.all():
+                raise AMAError(
+                    f"max_length ({trainer.args.max_length}) leaves nothing of an answer to a prompt with an image. Raise it: an image "
+                    "is many tokens, and DPOTrainer does not drop such pairs."
+                )
             scores["chosen_tokens"][rows], scores["rejected_tokens"][rows] = np.split(tokens, 2)
         if too_many:
             for part in self._padded_batches(rows):
                 self.score(part, too_many)
-
-
-def _lengths(dataset: Dataset, max_length: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of each pair's longer sequence, and of prompt and both answers. # (N,), (N,)"""
-    prompt, chosen, rejected = (list_lengths(dataset, name).astype(np.int64) for name in _INPUTS)
-    longest = np.minimum(prompt + np.maximum(chosen, rejected), max_length or np.iinfo(np.int64).max)
-    return longest, np.minimum(prompt + chosen + rejected, 2 * longest)

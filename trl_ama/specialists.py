@@ -12,7 +12,7 @@ from trl import DPOTrainer
 
 from .cards import write_specialist_card
 from .errors import AMAError
-from .fingerprint import package_versions, pairs_identity, relevant_arguments, tokenizer_identity
+from .fingerprint import package_versions, pairs_identity, relevant_arguments
 from .metrics import task_metrics
 from .policies import reference_policy
 from .preference_losses import PairLogProbs, PreferenceLossConfig, pair_losses, untrained_loss
@@ -39,7 +39,7 @@ def specialist_stage(settings: RunSettings, task: str) -> TrainingStage:
         arguments.pop(name, None)
     fingerprint = {
         "base_model": settings.base_identity,
-        "tokenizer": tokenizer_identity(settings.tokenizer),
+        "tokenizer": settings.tokenizer_identity,
         "pairs": pairs_identity(settings.pairs_of(task, "train")),
         **arguments,
         "versions": package_versions(),

@@ -7,14 +7,14 @@ import torch
 
 from .mixing import StepStatistics
 from .processes import sum_of_all
-from .reference_columns import SPECIALIST_COLUMNS
+from .reference_columns import LOGP_COLUMNS
 from .tasks import TASK_COLUMN
 
 
 class TaskCollator:
-    """Wraps a preference collator and adds `task` and, where the rows have them, the specialists' log-probs. # (B,) each
+    """Wraps a preference collator and adds `task` and, where the rows have them, reference losses. # (B,) each
 
-    TRL's collator drops columns that it does not know.
+    TRL's collator drops columns that it does not know, and the one for images knows no log-probs.
     """
 
     def __init__(self, inner):
@@ -24,8 +24,8 @@ class TaskCollator:
         batch = self.inner(examples)
         if TASK_COLUMN in examples[0]:
             batch[TASK_COLUMN] = torch.tensor([example[TASK_COLUMN] for example in examples])
-        for column in SPECIALIST_COLUMNS:
-            if column in examples[0]:
+        for column in LOGP_COLUMNS:
+            if column in examples[0] and column not in batch:
                 batch[column] = torch.tensor([example[column] for example in examples], dtype=torch.float32)
         return batch
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .errors import AMAError, nearest, short
+from .recipe_yaml import load_yaml
 from .value_types import check_value
 
 
@@ -76,7 +77,8 @@ class TaskConfig:
             Columns to keep, or a mapping from `prompt`, `chosen`, `rejected` to the dataset's own names.
         format (`str`, *optional*):
             `"hh_rlhf"` turns `"\\n\\nHuman: … \\n\\nAssistant: …"` transcripts into conversations, `"single_turn"` plain
-            strings `prompt`, `chosen`, `rejected` into one user and one assistant message.
+            strings `prompt`, `chosen`, `rejected` into one user and one assistant message, `"json_messages"` reads messages
+            out of columns that hold them as the text of a JSON list.
         chat_template_kwargs (`dict`, *optional*):
             What the chat template is given with every pair of the task, e.g. `{enable_thinking: false}`. A pair's own, in a
             column of that name, win. Also for files of `tasks_dir`.
@@ -113,7 +115,7 @@ class TaskConfig:
             import yaml
 
             try:
-                entry = yaml.safe_load(entry)
+                entry = load_yaml(entry, f"The task {short(entry)}")
             except yaml.YAMLError:
                 entry = None
         if not isinstance(entry, dict):
@@ -163,7 +165,7 @@ class TaskMixtureConfig:
             The tasks; see [`TaskConfig`]. On the command line, each as inline YAML, replacing the recipe's list:
             `--tasks '{task: helpful, path: json, data_files: helpful.jsonl}' '{task: code, path: org/code}'`.
         tasks_dir (`str`, *optional*):
-            Folder to read every task from instead: `<task>_train.*` and `<task>_test.*` (JSON lines, Parquet or CSV,
+            Folder to read every task from instead: `<task>_train.*` and `<task>_test.*` (JSON lines, Parquet, CSV or TSV,
             possibly compressed), in TRL's preference format: `columns` and `format` do not apply. Points a recipe at local
             data without editing it.
         test_split_size (`float`, *optional*):

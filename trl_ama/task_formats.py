@@ -1,23 +1,29 @@
 """The formats of published preference datasets that a recipe can name, turned into TRL's."""
 
-import re
 from typing import Any
 
 from datasets import Dataset, Value
 
 from .errors import AMAError, nearest
+from .json_messages import read_json_messages, refuse_json_text
+from .row_account import RowAccount
 from .task_config import TaskConfig
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS
+from .transcripts import read_transcripts
 
 
-_TURN = re.compile(r"\n\n(Human|Assistant):\s?")
+def own_format(dataset: Dataset, task: TaskConfig, split: str, account: RowAccount) -> Dataset:
+    """Apply a task's `columns` and `format`; files of `tasks_dir` are in TRL's format already.
 
-
-def own_format(dataset: Dataset, task: TaskConfig, split: str = "train") -> Dataset:
-    """Apply a task's `columns` and `format`; files of `tasks_dir` are in TRL's format already. `split` is for messages.
+    Args:
+        dataset (`Dataset`): The rows as they were read.
+        task ([`TaskConfig`]): The task.
+        split (`str`): For messages.
+        account ([`RowAccount`]): Is told of rows that are no pairs.
 
     Raises:
-        AMAError: If a column that they name is not there, the format is unknown, or a row has no string where it needs one.
+        AMAError: If a column that they name is not there, the format is unknown, a row has no string where it needs one, or no row
+            is a pair.
     """
     if isinstance(task.columns, dict):
         lacking = [theirs for theirs in task.columns.values() if theirs not in dataset.column_names]
@@ -30,13 +36,15 @@ def own_format(dataset: Dataset, task: TaskConfig, split: str = "train") -> Data
         if lacking:
             raise _no_column(task, lacking[0], dataset)
         dataset = dataset.select_columns(task.columns)
+    if task.format in (None, "single_turn"):
+        refuse_json_text(dataset, task.task, split)
     if task.format is None:
         return dataset
-    if task.format not in _FORMATS:
+    if task.format not in _NEEDED:
         raise AMAError(
-            f"Task '{task.task}' has format '{task.format}'; known are {sorted(_FORMATS)}. Leave it out for TRL's own."
+            f"Task '{task.task}' has format '{task.format}'; known are {sorted(_NEEDED)}. Leave it out for TRL's own."
         )
-    needed, convert = _FORMATS[task.format]
+    needed = _NEEDED[task.format]
     for column in needed:
         if column not in dataset.column_names:
             names = ", ".join(f"{name}: …" for name in needed)
@@ -44,10 +52,12 @@ def own_format(dataset: Dataset, task: TaskConfig, split: str = "train") -> Data
                 f"Format '{task.format}' of task '{task.task}' needs '{column}'; found {dataset.column_names}. Say which of them it is "
                 f"with `columns: {{{names}}}`."
             )
+    if task.format == "json_messages":
+        return read_json_messages(dataset, task.task, split)
     _check_strings(dataset, task, needed, split)
-    if task.format == "hh_rlhf":  # the published files hold a few broken rows
-        dataset = dataset.filter(_is_whole_transcript, desc=f"Dropping broken transcripts of {task.task}")
-    return dataset.map(convert, remove_columns=dataset.column_names, desc=f"Reading {task.task}")
+    if task.format == "hh_rlhf":
+        return _from_transcripts(dataset, task, split, account)
+    return _converted(dataset, task, _from_single_turn)
 
 
 def _no_column(task: TaskConfig, name: str, dataset: Dataset) -> AMAError:
@@ -76,27 +86,33 @@ def _check_strings(dataset: Dataset, task: TaskConfig, columns: tuple[str, ...],
                 )
 
 
-def _is_whole_transcript(row: dict[str, str]) -> bool:
-    chosen, rejected = _turns(row["chosen"]), _turns(row["rejected"])
-    same_prompt = chosen[:-1] == rejected[:-1] and len(chosen) > 1
-    return same_prompt and all(
-        turns[-1]["role"] == "assistant" and turns[-1]["content"] for turns in (chosen, rejected)
-    )
+def _from_transcripts(dataset: Dataset, task: TaskConfig, split: str, account: RowAccount) -> Dataset:
+    """The published files hold a few broken rows: they are left out, and counted by what is wrong with them."""
+    total, kept = len(dataset), []
+    columns = [name for name in PAIR_COLUMNS if name in dataset.column_names]
+    for number, row in enumerate(dataset.select_columns(columns)):
+        found = read_transcripts(row)
+        if found.problem is None:
+            kept.append(number)
+        else:
+            account.drop(found.problem, 1)
+        if found.note is not None:
+            account.note(found.note, 1)
+    if not kept:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in account.dropped.items())
+        raise AMAError(
+            f"Task '{task.task}': none of the {total} {split} rows is a pair of transcripts as format 'hh_rlhf' takes them: {reasons}. "
+            "Name the right ones with `columns: {chosen: …, rejected: …}`, or leave `format` out."
+        )
+    if len(kept) < total:
+        dataset = dataset.select(kept)
+    return _converted(dataset, task, lambda row: read_transcripts(row).pair)
 
 
-def _from_transcript(row: dict[str, str]) -> dict[str, Any]:
-    """One Anthropic/hh-rlhf row: the transcripts differ in their last assistant turn only."""
-    chosen, rejected = (_turns(row[key]) for key in ("chosen", "rejected"))
-    return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
-
-
-def _turns(transcript: str) -> list[dict[str, str]]:
-    parts = _TURN.split(transcript)[1:]
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [
-        {"role": roles[role], "content": content.strip()}
-        for role, content in zip(parts[::2], parts[1::2], strict=True)
-    ]
+def _converted(dataset: Dataset, task: TaskConfig, convert: Any) -> Dataset:
+    """Every row as `convert` makes it; what else the chat template is given stays."""
+    replaced = [name for name in dataset.column_names if name not in EXTRA_COLUMNS]
+    return dataset.map(convert, remove_columns=replaced, desc=f"Reading {task.task}")
 
 
 def _from_single_turn(row: dict[str, str]) -> dict[str, Any]:
@@ -108,8 +124,9 @@ def _from_single_turn(row: dict[str, str]) -> dict[str, Any]:
     }
 
 
-# Format → the columns it needs and how a row of it becomes a conversation
-_FORMATS = {
-    "hh_rlhf": (("chosen", "rejected"), _from_transcript),
-    "single_turn": (PAIR_COLUMNS, _from_single_turn),
+# Format → the columns it needs
+_NEEDED = {
+    "hh_rlhf": ("chosen", "rejected"),
+    "json_messages": ("chosen", "rejected"),
+    "single_turn": PAIR_COLUMNS,
 }

@@ -2,29 +2,33 @@
 
 import json
 import math
-import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, load_dataset
-from transformers import PreTrainedTokenizerBase
+from datasets import Dataset, DatasetDict
+from datasets.exceptions import DatasetGenerationError
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import common_prefix_length
 
 from .errors import AMAError, nearest, sentence
-from .local_files import check_json, files_of
-from .pair_features import unite_features
-from .pair_forms import says_something, with_prompt
+from .exact_texts import load_texts
+from .image_tokens import image_pair_ids
+from .json_messages import refuse_json_text
+from .local_files import check_text, exact_source, files_of
+from .pair_features import unite_features, with_prompts
+from .pair_forms import says_something
+from .pair_images import check_places, image_folders, is_about_images, read_images
 from .pair_rows import check_rows
+from .row_account import EMPTY, HELD_OUT, LIMITS, TRUNCATED, RowAccount
 from .task_config import TaskConfig, TaskMixtureConfig, check_task_names
 from .task_formats import own_format
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, add_pair_ids, concatenate_tasks
 from .template_kwargs import with_template_kwargs
 
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 # Columns by which others (LLaMA-Factory, ms-swift, axolotl) give a part of the model's input
 _OF_THE_INPUT = ("system", "system_prompt", "history", "functions", "documents")
 _SPLITS = {"train": "train", "test": "held-out"}  # in messages
@@ -37,14 +41,30 @@ class LoadedTasks:
     Parameters:
         pairs (`DatasetDict`): As [`load_tasks`] returns them.
         commits (`dict[str, str]`): Task → commit of its dataset, of those that came from the Hub.
-        empty (`dict[str, dict[str, int]]`): Task → split → pairs without an answer that `drop_empty` dropped, if any.
-        truncated (`dict[str, dict[str, int]]`): The same of pairs that `fits` refused.
+        accounts (`dict[str, dict[str, RowAccount]]`): Task → split → which rows were read, and what became of them.
     """
 
     pairs: DatasetDict
     commits: dict[str, str] = field(default_factory=dict)
-    empty: dict[str, dict[str, int]] = field(default_factory=dict)
-    truncated: dict[str, dict[str, int]] = field(default_factory=dict)
+    accounts: dict[str, dict[str, RowAccount]] = field(default_factory=dict)
+
+    def dropped(self, reason: str) -> dict[str, dict[str, int]]:
+        """Task → split → pairs that were dropped for a reason, only where there were any."""
+        found = {
+            task: {split: own.dropped[reason] for split, own in splits.items() if reason in own.dropped}
+            for task, splits in self.accounts.items()
+        }
+        return {task: splits for task, splits in found.items() if splits}
+
+    @property
+    def empty(self) -> dict[str, dict[str, int]]:
+        """Task → split → pairs without an answer that `drop_empty` dropped, if any."""
+        return self.dropped(EMPTY)
+
+    @property
+    def truncated(self) -> dict[str, dict[str, int]]:
+        """The same of pairs that `fits` refused."""
+        return self.dropped(TRUNCATED)
 
 
 def load_tasks(
@@ -96,18 +116,11 @@ def read_tasks(
     for split, own in parts.items():
         if own:
             # The same ClassLabel in both splits, also when only some tasks have held-out pairs
-            named = {task: add_pair_ids(part) for task, part in own.items()}
+            named = {
+                task: add_pair_ids(part, f"The {_SPLITS[split]} pairs of task '{task}'") for task, part in own.items()
+            }
             loaded.pairs[split] = concatenate_tasks(named, names=list(parts["train"]))
     return loaded
-
-
-def _commit(dataset: Dataset) -> str | None:
-    """The commit of the Hub dataset that a dataset was just loaded from: `datasets` names the folder in its cache by it."""
-    for file in dataset.cache_files:
-        folder = Path(file["filename"]).parent
-        if _COMMIT.fullmatch(folder.name) and "___" in str(folder):
-            return folder.name
-    return None
 
 
 def _load_task(
@@ -119,52 +132,72 @@ def _load_task(
     loaded: LoadedTasks,
 ) -> dict[str, Dataset]:
     """A task's pairs by split; what else is found goes into `loaded`."""
+    accounts = loaded.accounts[task.task] = {}
     if ready is not None:
         parts = {split: ready[split] for split in ("train", "test") if ready.get(split) is not None}
+        accounts |= {split: RowAccount(task.task, split, len(part)) for split, part in parts.items()}
     else:
         parts = _read_splits(task, config, loaded)
         for split, part in parts.items():
             kept = _with_answers(part, task, split, config.drop_empty)
-            if len(kept) < len(part):
-                loaded.empty.setdefault(task.task, {})[split] = len(part) - len(kept)
-            parts[split] = with_template_kwargs(_preference_columns(kept, task), task)
+            if config.drop_empty:
+                accounts[split].drop(EMPTY, len(part) - len(kept))
+            folders = image_folders(task, config.tasks_dir)
+            kept = read_images(_preference_columns(kept, task), task.task, _SPLITS[split], folders)
+            check_places(kept, task.task, _SPLITS[split])
+            parts[split] = with_template_kwargs(kept, task)
         if "test" not in parts and config.test_split_size is not None:
             parts = _held_out(parts["train"], task, config.test_split_size, seed)
+            accounts["test"] = RowAccount(task.task, "test", len(parts["test"]))
+            accounts["train"].drop(HELD_OUT, len(parts["test"]))
     if fits is not None:
         rows = {split: len(part) for split, part in parts.items()}
         parts = {
             split: part.filter(fits, desc=f"Dropping pairs of {task.task} that would be cut")
             for split, part in parts.items()
         }
-        dropped = {split: rows[split] - len(part) for split, part in parts.items() if len(part) < rows[split]}
-        if dropped:
-            loaded.truncated[task.task] = dropped
+        for split, part in parts.items():
+            accounts[split].drop(TRUNCATED, rows[split] - len(part))
         if len(parts["train"]) == 0:
             raise AMAError(
                 f"None of the {rows['train']} pairs of task '{task.task}' fits into max_length, and drop_truncated is on. Raise "
                 "max_length, or turn drop_truncated off."
             )
-    limits = {"train": config.max_train_pairs, "test": config.max_eval_pairs}
-    return {split: _at_most(part, limits[split], seed) for split, part in parts.items() if len(part)}
+    for split, limit in (("train", config.max_train_pairs), ("test", config.max_eval_pairs)):
+        if split in parts:
+            if limit is not None:
+                accounts[split].drop(LIMITS[split], max(0, len(parts[split]) - limit))
+            parts[split] = _at_most(parts[split], limit, seed)
+            accounts[split].close(len(parts[split]))
+    return {split: part for split, part in parts.items() if len(part)}
 
 
 def _read_splits(task: TaskConfig, config: TaskMixtureConfig, loaded: LoadedTasks) -> dict[str, Dataset]:
-    """`train` and, if the task names its held-out pairs, `test`; with the columns that the preference format wants."""
+    """`train` and, if the task names its held-out pairs, `test`; with the columns that the preference format wants.
+
+    Opens their accounts in `loaded`.
+    """
+    accounts = loaded.accounts[task.task]
+    parts = {}
     if config.tasks_dir is not None:
-        loader, files = files_of(task, Path(config.tasks_dir))
-        return {split: _load_split(task, split, path=loader, data_files={split: files[split]}) for split in files}
+        for split, (loader, path) in files_of(task, Path(config.tasks_dir)).items():
+            parts[split], _ = _load_split(task, split, path=loader, data_files={split: path})
+            accounts[split] = RowAccount(task.task, split, len(parts[split]))
+            refuse_json_text(parts[split], task.task, _SPLITS[split], formats=False)
+        return parts
     if task.path is None:
         raise AMAError(
             f"Task '{task.task}' has no 'path', and no `reference_losses` hold its pairs. Every task needs 'task' and 'path'."
         )
     source = {key: getattr(task, key) for key in ("path", "name", "data_dir", "data_files", "revision")}
-    parts = {"train": _load_split(task, task.split, **source)}
-    if task.eval_split:
-        parts["test"] = _load_split(task, task.eval_split, **source)
-    commit = _commit(parts["train"])
-    if commit:
-        loaded.commits[task.task] = commit
-    return {split: own_format(part, task, _SPLITS[split]) for split, part in parts.items()}
+    for split, name in (("train", task.split), ("test", task.eval_split)):
+        if name:
+            rows, commit = _load_split(task, name, **source)
+            accounts[split] = RowAccount(task.task, split, len(rows))
+            parts[split] = own_format(rows, task, _SPLITS[split], accounts[split])
+            if commit and split == "train":
+                loaded.commits[task.task] = commit
+    return parts
 
 
 def _held_out(dataset: Dataset, task: TaskConfig, share: float, seed: int) -> dict[str, Dataset]:
@@ -183,19 +216,25 @@ def _at_most(dataset: Dataset, count: int | None, seed: int) -> Dataset:
     return dataset.shuffle(seed=seed).select(range(count))
 
 
-def _load_split(task: TaskConfig, split: str, **source: Any) -> Dataset:
-    check_json(task, source["path"], source.get("data_files"))
+def _load_split(task: TaskConfig, split: str, **source: Any) -> tuple[Dataset, str | None]:
+    """The rows of a split, and the commit that they are of."""
+    where = source.get("data_files") or source["path"]
+    check_text(task, source)
+    source = exact_source(task, {key: value for key, value in source.items() if value is not None})
     try:
-        dataset = load_dataset(split=split, **{key: value for key, value in source.items() if value is not None})
+        dataset, commit = load_texts(split, **source)
+    except AMAError as error:
+        raise AMAError(f"Task '{task.task}': {error}") from error
     except Exception as error:  # load_dataset raises a dozen kinds; all mean that this entry cannot be read
-        where = source.get("data_files") or source["path"]
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        coding = " Save the file as UTF-8." if isinstance(cause, UnicodeDecodeError) else ""
         raise AMAError(
-            f"Task '{task.task}' cannot be loaded: split '{split}' of {where!r}: {sentence(error)} Check `path`, `data_files` and "
+            f"Task '{task.task}' cannot be loaded: split '{split}' of {where!r}: {sentence(cause)}{coding} Check `path`, `data_files` and "
             "`split` of the task, or point it at local files with --tasks_dir."
         ) from error
     if len(dataset) == 0:
         raise AMAError(f"Task '{task.task}' has no rows in split '{split}'. Remove the task, or choose another split.")
-    return dataset
+    return dataset, commit
 
 
 def _with_answers(dataset: Dataset, task: TaskConfig, split: str, drop_empty: bool) -> Dataset:
@@ -246,25 +285,30 @@ def _preference_columns(dataset: Dataset, task: TaskConfig) -> Dataset:
                 stacklevel=2,
             )
     if "prompt" not in dataset.column_names:
-        # Prompts are the beginnings of chosen answers, so they are of the same type
-        features = Features({**dataset.features, "prompt": dataset.features["chosen"]})
-        dataset = dataset.map(with_prompt, features=features, desc=f"Extracting the prompts of {task.task}")
+        dataset = with_prompts(dataset, task.task)
     return dataset.select_columns([*PAIR_COLUMNS, *(name for name in EXTRA_COLUMNS if name in dataset.column_names)])
 
 
-def fits_into(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callable[[dict], bool]:
+def fits_into(processor: PreTrainedTokenizerBase | ProcessorMixin, max_length: int) -> Callable[[dict], bool]:
     """Whether `max_length` tokens hold a pair whole, both answers, as `DPOTrainer` will render it."""
+    tokenizer = getattr(processor, "tokenizer", processor)
 
     def fits(row: dict) -> bool:
+        if is_about_images(row):
+            prompt, *answers = map(len, image_pair_ids(processor, row).values())
+            return prompt + max(answers) <= max_length
         return all(len(_tokens(tokenizer, row, side)) <= max_length for side in ("chosen", "rejected"))
 
     return fits
 
 
-def prompt_fits_into(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Callable[[dict], bool]:
+def prompt_fits_into(processor: PreTrainedTokenizerBase | ProcessorMixin, max_length: int) -> Callable[[dict], bool]:
     """Whether a pair's prompt leaves room for an answer; `DPOTrainer` drops the pairs whose prompt does not."""
+    tokenizer = getattr(processor, "tokenizer", processor)
 
     def fits(row: dict) -> bool:
+        if is_about_images(row):
+            return len(image_pair_ids(processor, row)["prompt_ids"]) < max_length
         prompt = _tokens(tokenizer, row)
         # As in DPOTrainer: an answer begins where it and the prompt alone part
         shared = (common_prefix_length(prompt, _tokens(tokenizer, row, side)) for side in ("chosen", "rejected"))

@@ -6,9 +6,16 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 
 from .columns import encoded_column, with_class_labels
-from .errors import AMAError, nearest, short
+from .errors import AMAError, first_line, nearest, short
 from .pair_features import unite_features
-from .pair_forms import EXTRA_COLUMNS, PAIR_COLUMNS, pair_id, pair_id_of  # noqa: F401  (all there is to know of pairs)
+from .pair_forms import (  # noqa: F401  (all there is to know of pairs)
+    EXTRA_COLUMNS,
+    PAIR_COLUMNS,
+    TEMPLATE_COLUMNS,
+    pair_id,
+    pair_id_of,
+)
+from .pair_images import IMAGES, has_images, stored_images
 from .task_config import check_task_names
 
 
@@ -66,11 +73,29 @@ def with_task_labels(dataset: Dataset, names: list[str], role: str = "train_data
     return with_class_labels(dataset, TASK_COLUMN, names)
 
 
-def add_pair_ids(dataset: Dataset) -> Dataset:
-    """Add the `pair_id` column, from `prompt` (if any), `chosen`, `rejected` and what else decides a pair's tokens."""
+def add_pair_ids(dataset: Dataset, where: str = "The dataset of pairs") -> Dataset:
+    """Add the `pair_id` column, from `prompt` (if any), `chosen`, `rejected` and what else decides what the model is given.
+
+    Raises:
+        AMAError: If an image cannot be read. `where` says whose it is.
+    """
     if PAIR_ID_COLUMN in dataset.column_names:
         return dataset
-    columns = [name for name in (*PAIR_COLUMNS, *EXTRA_COLUMNS) if name in dataset.column_names]
+    columns = [name for name in (*PAIR_COLUMNS, *TEMPLATE_COLUMNS) if name in dataset.column_names]
+    if has_images(dataset):
+        ids = []
+        rows = zip(dataset.select_columns(columns), stored_images(dataset), strict=True)
+        for number, (row, images) in enumerate(rows):
+            try:
+                ids.append(pair_id_of({**row, IMAGES: images}))
+            except Exception as error:  # of Pillow, which has its own for every format
+                raise AMAError(
+                    f"{where}, row {number}: an image cannot be read ({type(error).__name__}: {first_line(error)}). Mend it, or drop "
+                    "the row."
+                ) from error
+        return dataset.map(
+            lambda row, number: {PAIR_ID_COLUMN: ids[number]}, with_indices=True, desc="Naming the pairs"
+        )
 
     def name(*values: Any) -> dict[str, str]:
         return {PAIR_ID_COLUMN: pair_id_of(dict(zip(columns, values, strict=True)))}

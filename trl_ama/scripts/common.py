@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from trl_ama import interruption
 from trl_ama.errors import AMAError, nearest
+from trl_ama.recipe_yaml import check_yaml_file, load_yaml
 from trl_ama.scripts.messages import tidy_warnings
 from trl_ama.task_config import NO_STREAMING
 from trl_ama.value_types import check_value
@@ -121,7 +122,9 @@ def read_config(argv: list[str]) -> Config | None:
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
-        values = yaml.safe_load(text)
+        values = load_yaml(text, f"The config file {path}")
+    except AMAError:
+        raise
     except OSError as error:
         raise AMAError(
             f"The config file {path} cannot be read ({error.strerror}); give --config the path of a YAML file."
@@ -213,6 +216,8 @@ def check_flags(flags: list[str], parser: argparse.ArgumentParser, launch_parser
         raise AMAError(f"The flag '{name}' is known neither to the command nor to `accelerate launch`.{guess}")
     if parsed.training_script != script:
         raise AMAError(f"The value '{parsed.training_script}' follows no flag that takes it; put its flag before it.")
+    if parsed.config_file is not None:
+        check_yaml_file(parsed.config_file, f"The Accelerate config {parsed.config_file}")
 
 
 def parse_dataclasses(parser: Any, argv: list[str]) -> tuple[tuple[Any, ...], list[str]]:
