@@ -5,7 +5,8 @@ import json
 import pandas as pd
 import pytest
 from datasets import Dataset
-from test_row_account import as_json, plain, turns
+from test_row_account import as_json, conversations, turns
+from test_row_account import plain as plain_row
 
 from trl_ama import AMAError, TaskMixtureConfig
 from trl_ama.json_messages import messages_in
@@ -50,7 +51,7 @@ def load(path, loader, **changes):
 @pytest.mark.parametrize("format", [None, "single_turn"])
 def test_they_are_refused_with_the_fix(tmp_path, format):
     rows = [as_json(number) for number in range(5)]
-    rows[1] = plain(1)  # one broken row hides nothing
+    rows[1] = plain_row(1)  # one broken row hides nothing
     pd.DataFrame(rows).to_csv(tmp_path / "x.csv", index=False)
     with pytest.raises(
         AMAError,
@@ -96,9 +97,54 @@ def test_they_are_read(tmp_path, kind, prompt):
     assert str(loaded.accounts["t"]["train"]) == "4 rows = 4 pairs"
 
 
+@pytest.mark.parametrize("plain", ["prompt", "answers"])
+def test_plain_texts_beside_them_become_messages(tmp_path, plain):
+    rows = []
+    for number in range(3):
+        texts, row = plain_row(number), as_json(number)
+        kept = ("prompt",) if plain == "prompt" else ("chosen", "rejected")
+        rows.append({**row, **{name: texts[name] for name in kept}})
+    pd.DataFrame(rows).to_csv(tmp_path / "x.csv", index=False)
+    if plain == "answers":
+        with pytest.raises(
+            AMAError, match="prompt is messages as JSON text in 3 of 3 train rows .*Set `format: json_messages`"
+        ):
+            load(tmp_path / "x.csv", "csv")
+    loaded = load(tmp_path / "x.csv", "csv", format="json_messages")
+    found = [{side: row[side] for side in turns(0)} for row in loaded.pairs["train"]]
+    assert found == [turns(number) for number in range(3)]
+
+
+def test_a_plain_prompt_of_whole_conversations(tmp_path):
+    rows = [
+        {"prompt": f"question {number}", **{side: json.dumps(said) for side, said in conversations(number).items()}}
+        for number in range(3)
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "x.csv", index=False)
+    with pytest.raises(
+        AMAError, match="prompt is plain text, and chosen and rejected are whole conversations .*columns: .chosen, rej"
+    ):
+        load(tmp_path / "x.csv", "csv", format="json_messages")
+    loaded = load(tmp_path / "x.csv", "csv", format="json_messages", columns=["chosen", "rejected"])
+    assert [row["prompt"] for row in loaded.pairs["train"]] == [turns(number)["prompt"] for number in range(3)]
+
+
+def test_calls_are_read_with_all_that_they_hold(tmp_path):
+    rows = [
+        {**turns(0), "chosen": CALL, "tools": [{"type": "function", "function": {"name": "f"}}]},
+        turns(1),
+    ]
+    texts = [{name: json.dumps(side) for name, side in row.items()} for row in rows]
+    pd.DataFrame(texts).to_csv(tmp_path / "x.csv", index=False)
+    loaded = load(tmp_path / "x.csv", "csv", format="json_messages").pairs["train"].to_list()
+    assert loaded[0]["chosen"] == CALL and loaded[1]["chosen"] == turns(1)["chosen"]
+    assert json.loads(loaded[0]["tools"]) == rows[0]["tools"] and loaded[1]["tools"] is None
+
+
 def test_a_row_that_is_none_is_named(tmp_path):
     pd.DataFrame([as_json(0), {**as_json(1), "prompt": "a question"}]).to_csv(tmp_path / "x.csv", index=False)
     with pytest.raises(
-        AMAError, match="Task 't', row 1 of the train pairs: prompt is 'a question', which is no JSON list"
+        AMAError,
+        match="Task 't', row 1 of the train pairs: prompt is 'a question', which is no JSON list of messages as in 1 other",
     ):
         load(tmp_path / "x.csv", "csv", format="json_messages")

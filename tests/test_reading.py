@@ -247,6 +247,14 @@ def test_a_path_is_the_path_itself(tmp_path, monkeypatch, name, how, siblings):
         assert loaded.pairs[split]["chosen"][:] == [f"ours {split}"] * 2
 
 
+def test_a_file_of_such_a_name_in_a_plain_folder(tmp_path):
+    for name in ("x[1]", "x1"):
+        (tmp_path / f"{name}.jsonl").write_text(lines([pair(name)]))
+    for path, file in ((str(tmp_path), "x[1].jsonl"), ("json", str(tmp_path / "x[1].jsonl"))):
+        loaded = read_tasks(TaskMixtureConfig(tasks=[{"task": "t", "path": path, "data_files": {"train": file}}]))
+        assert loaded.pairs["train"]["chosen"][:] == ["x[1]"]
+
+
 def test_a_missing_file_of_such_a_folder_is_not_another_ones(tmp_path):
     put(tmp_path / "set 2", "theirs")
     (tmp_path / "set [2]").mkdir()

@@ -41,36 +41,36 @@ def _is_message(value: Any) -> bool:
 
 
 def refuse_json_text(dataset: Dataset, task: str, split: str, formats: bool = True) -> None:
-    """Raise an `AMAError` if most answers are messages as JSON text: a trainer would take the JSON for the answer.
+    """Raise an `AMAError` if most prompts, or both answers of most rows, are messages as JSON text: a trainer would take the JSON
+    for what is said.
 
-    Answers that are other JSON are texts like any other.
+    Texts that are other JSON are texts like any other.
 
     Args:
-        dataset (`Dataset`): With the columns `chosen` and `rejected`, if any.
+        dataset (`Dataset`): The rows of a task.
         task, split (`str`): For the message.
         formats (`bool`): Whether the task can have a `format`.
     """
-    for column in _ANSWERS:
-        if column not in dataset.column_names or not _is_text(dataset.features[column]):
-            return
-        # Arrow looks at the first letter of all rows in no time, and most datasets have no such answer
-        values = dataset.with_format("arrow")[column]
+    for columns in (_ANSWERS, ("prompt",)):
+        if not all(column in dataset.column_names and _is_text(dataset.features[column]) for column in columns):
+            continue
+        # Arrow looks at the first letter of all rows in no time, and most datasets have no such text
+        values = dataset.with_format("arrow")[columns[0]]
         if 2 * (pc.sum(pc.match_substring_regex(values, r"^\s*[\[{]")).as_py() or 0) <= len(dataset):
-            return
-    first, count = None, 0
-    for number, row in enumerate(dataset.select_columns(list(_ANSWERS))):
-        if all(messages_in(row[column]) is not None for column in _ANSWERS):
-            first, count = number if first is None else first, count + 1
-    if 2 * count > len(dataset):
-        fix = (
-            "Set `format: json_messages` on the task, which reads them."
-            if formats
-            else "Write the messages themselves, or name the files by the task's `path` and `data_files` with `format: json_messages`."
-        )
-        raise AMAError(
-            f"Task '{task}': chosen and rejected are messages as JSON text in {count} of {len(dataset)} {split} rows (the first is row "
-            f"{first}: {short(dataset[first]['chosen'], 80)}), and would be trained on as they stand. {fix}"
-        )
+            continue
+        rows = enumerate(dataset.select_columns(list(columns)))
+        found = [number for number, row in rows if all(messages_in(row[column]) for column in columns)]
+        if 2 * len(found) > len(dataset):
+            fix = (
+                "Set `format: json_messages` on the task, which reads them."
+                if formats
+                else "Write the messages themselves, or name the files by the task's `path` and `data_files` with `format: json_messages`."
+            )
+            raise AMAError(
+                f"Task '{task}': {' and '.join(columns)} {'are' if len(columns) > 1 else 'is'} messages as JSON text in {len(found)} of "
+                f"{len(dataset)} {split} rows (the first is row {found[0]}: {short(dataset[found[0]][columns[0]], 80)}), and would be "
+                f"trained on as {'they stand' if len(columns) > 1 else 'it stands'}. {fix}"
+            )
 
 
 def _is_text(feature: Any) -> bool:
@@ -78,36 +78,53 @@ def _is_text(feature: Any) -> bool:
 
 
 def read_json_messages(dataset: Dataset, task: str, split: str) -> Dataset:
-    """Parse the columns that hold messages as JSON text; those that hold messages already stay.
+    """Parse the columns that hold messages as JSON text. Those that hold messages already stay, and one of nothing but plain text
+    becomes the user's or the assistant's message.
 
     Raises:
-        AMAError: If an answer is neither, by row.
+        AMAError: If a column holds both, by row.
     """
-    columns = [name for name in PAIR_COLUMNS if name in dataset.column_names]
-    plain = dict.fromkeys(columns, True)
-    texts = []
-    for column in columns:
-        if not _is_text(dataset.features[column]):
-            continue
-        texts.append(column)
-        for number, row in enumerate(dataset.select_columns([column])):
-            messages = messages_in(row[column])
-            if messages is None and row[column]:
-                raise AMAError(
-                    f"Task '{task}', row {number} of the {split} pairs: {column} is {short(row[column], 80)}, which is no JSON list of "
-                    "messages. Mend the row; if the prompt is a plain text and the answers hold it, leave it out (`columns: [chosen, rejected]`)."
-                )
-            plain[column] &= all(
-                set(message) == _PLAIN and isinstance(message["content"], str) for message in messages or ()
-            )
+    texts = [name for name in PAIR_COLUMNS if name in dataset.column_names and _is_text(dataset.features[name])]
+    said = {column: _plain_role(dataset, column, task, split) for column in texts}
 
-    def parse(row: dict[str, Any]) -> dict[str, Any]:
-        return {column: messages_in(row[column]) for column in texts}
+    def read(column: str, text: str | None) -> list[dict[str, Any]] | None:
+        role = said[column]
+        return messages_in(text) if role is None or not text else [{"role": role, "content": text}]
 
-    kept = [name for name in dataset.column_names if name in (*columns, *EXTRA_COLUMNS)]
-    dataset = dataset.select_columns(kept)
-    message = {True: {"role": Value("string"), "content": Value("string")}, False: Json()}
+    everything = [
+        message for row in dataset.select_columns(texts) for name in texts for message in read(name, row[name]) or ()
+    ]
+    only_plain = all(set(entry) == _PLAIN and isinstance(entry["content"], str) for entry in everything)
     # Of one kind in all columns, so that the answers can be compared with the prompt
-    only_plain = all(plain[column] for column in texts)
-    features = Features({**dataset.features, **{column: List(message[only_plain]) for column in texts}})
-    return dataset.map(parse, features=features, desc=f"Reading {task}")
+    message = {"role": Value("string"), "content": Value("string")} if only_plain else Json()
+    features = Features({**dataset.features, **{column: List(message) for column in texts}})
+    kept = [name for name in dataset.column_names if name in (*PAIR_COLUMNS, *EXTRA_COLUMNS)]
+    return dataset.select_columns(kept).map(
+        lambda row: {column: read(column, row[column]) for column in texts},
+        features=Features({name: features[name] for name in kept}),
+        desc=f"Reading {task}",
+    )
+
+
+def _plain_role(dataset: Dataset, column: str, task: str, split: str) -> str | None:
+    """Whose message a column of plain text is; `None` if all of it are messages as JSON."""
+    plain, parsed = [], []
+    for number, row in enumerate(dataset.select_columns([column])):
+        if row[column]:
+            (plain if messages_in(row[column]) is None else parsed).append(number)
+    if plain and parsed:
+        raise AMAError(
+            f"Task '{task}', row {plain[0]} of the {split} pairs: {column} is {short(dataset[plain[0]][column], 80)}, which is no JSON "
+            f"list of messages as in {len(parsed)} other rows. Mend the row."
+        )
+    if not plain:
+        return None
+    if column != "prompt":
+        return "assistant"
+    answers = messages_in(dataset[plain[0]]["chosen"]) or []
+    if any(message.get("role") == "user" for message in answers):
+        raise AMAError(
+            f"Task '{task}': prompt is plain text, and chosen and rejected are whole conversations as JSON. Leave the prompt out "
+            "(`columns: [chosen, rejected]`): it is then what both begin with."
+        )
+    return "user"
