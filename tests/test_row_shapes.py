@@ -1,8 +1,10 @@
 """What the model sees is what the data says: the tokens of every form of rows, alone and beside others, are DPOTrainer's."""
 
+import copy
+import functools
+import itertools
 import json
 from datetime import datetime
-from itertools import pairwise
 
 import pytest
 from conftest import QUICK
@@ -16,6 +18,8 @@ from trl_ama.task_loading import fits_into, prompt_fits_into, read_tasks
 from trl_ama.tasks import concatenate_tasks
 
 
+KINDS = {"texts": TEXTS, "messages": MESSAGES}
+FORMS = {**TEXTS, **MESSAGES}
 IDS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 
 
@@ -48,60 +52,73 @@ def trl_ids(letters, letters_dir, folder):
     args = quick(DPOConfig, folder, precompute_ref_log_probs=False)
     trainer = DPOTrainer(letters_dir, args=args, train_dataset=raw(folder, "oracle", PLAIN))
 
-    def ids(name, form):
-        rows = form.rows if form.instead is None else form.instead
-        prepared = trainer._prepare_dataset(raw(folder, f"trl {name}", rows), letters, args, "train")
+    @functools.cache
+    def ids(name, tokenizer=letters):
+        rows = FORMS[name].rows if FORMS[name].instead is None else FORMS[name].instead
+        prepared = trainer._prepare_dataset(raw(folder, f"trl {name}", rows), tokenizer, args, "train")
         return [[row[column] for column in IDS] for row in prepared]
 
     return ids
 
 
-@pytest.mark.parametrize("forms", [TEXTS, MESSAGES], ids=["texts", "messages"])
-def test_tokens_are_those_of_dpo_trainer(forms, letters, letters_dir, folder, trl_ids):
-    """All forms at once, each a task, so that all have to share the columns' types."""
-    entries = [entry(folder, name, form.rows) for name, form in forms.items()]
-    data = load_tasks(TaskMixtureConfig(tasks=entries))["train"]
+@pytest.fixture(scope="module")
+def together(folder):
+    """All forms of a kind at once, each a task, so that all have to share the columns' types."""
+
+    @functools.cache
+    def load(kind):
+        entries = [entry(folder, name, form.rows) for name, form in KINDS[kind].items()]
+        return load_tasks(TaskMixtureConfig(tasks=entries))["train"]
+
+    return load
+
+
+def of_task(data, name):
+    """The rows of one form."""
+    kind = next(kind for kind, forms in KINDS.items() if name in forms)
+    number = list(KINDS[kind]).index(name)
+    return [row for row in data(kind) if row["task"] == number]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_are_those_of_dpo_trainer(kind, letters, letters_dir, folder, together, trl_ids):
     args = quick(AMAConfig, folder, mixing="uniform")
-    prepared = AMATrainer(letters_dir, args=args, train_dataset=data, processing_class=letters).train_dataset
-    names = data.features["task"].names
-    ours = {name: [] for name in names}
+    prepared = AMATrainer(letters_dir, args=args, train_dataset=together(kind), processing_class=letters).train_dataset
+    ours = {name: [] for name in KINDS[kind]}
     for row in prepared:
-        ours[names[row["task"]]].append([row[column] for column in IDS])
+        ours[list(ours)[row["task"]]].append([row[column] for column in IDS])
     wrong = []
-    for (name, form), task in zip(forms.items(), names, strict=True):
-        theirs = trl_ids(name, form)
-        if form.instead is None:
-            assert len(theirs) == len(form.rows)
+    for name, form in KINDS[kind].items():
+        assert len(ours[name]) == len(form.rows)
         wrong += [
             (name, letters.decode(sum(us, [])), letters.decode(sum(them, [])))
-            for us, them in zip(ours[task], theirs, strict=True)
+            for us, them in zip(ours[name], trl_ids(name), strict=True)
             if us != them
         ]
     assert not wrong, "\n".join(map("\n  ".join, wrong))
 
 
 def test_a_task_is_the_same_beside_another(folder):
-    """Every two neighbours of the table, the last beside the first."""
-    alone = {}
-    for name, form in MESSAGES.items():
-        alone[name] = load_tasks(TaskMixtureConfig(tasks=[entry(folder, name, form.rows)]))["train"]
-    for first, second in pairwise([*MESSAGES, *list(MESSAGES)[:1]]):
-        both = concatenate_tasks({"a": alone[first].remove_columns("task"), "b": alone[second].remove_columns("task")})
-        for row, expected in zip(both, [*alone[first], *alone[second]], strict=True):
+    """Every form beside its neighbour in the table."""
+    names = list(MESSAGES)
+    for first, second in zip(names[::2], names[1::2], strict=True):
+        tasks = [entry(folder, name, MESSAGES[name].rows) for name in (first, second)]
+        alone = [load_tasks(TaskMixtureConfig(tasks=[task]))["train"].remove_columns("task") for task in tasks]
+        both = concatenate_tasks(dict(zip("ab", alone, strict=True))).remove_columns("task")
+        for row, expected in zip(both, itertools.chain(*alone), strict=True):
             # What only the other task has is null, or empty
             given = {name: value for name, value in row.items() if name in expected or value not in (None, {})}
-            assert repr({**given, "task": 0}) == repr({**{name: expected.get(name) for name in given}, "task": 0})
+            assert repr(given) == repr({name: expected.get(name) for name in given})
             assert pair_id_of(row) == expected["pair_id"]
 
 
-@pytest.mark.parametrize("name", [*TEXTS, *MESSAGES])
-def test_raw_rows_have_the_ids_of_loaded_pairs(name, folder):
+@pytest.mark.parametrize("name", FORMS)
+def test_raw_rows_have_the_ids_of_loaded_pairs(name, folder, together):
     """As a file has them, as `datasets` reads them, and as they are loaded; different rows have different ids."""
-    form = {**TEXTS, **MESSAGES}[name]
-    loaded = load_tasks(TaskMixtureConfig(tasks=[entry(folder, name, form.rows)]))["train"]["pair_id"][:]
-    assert [pair_id_of(row) for row in raw(folder, name, form.rows)] == loaded
-    assert [pair_id_of(row) for row in form.rows] == loaded
-    assert len(set(loaded)) == len(loaded) or "null" in name
+    loaded = [row["pair_id"] for row in of_task(together, name)]
+    assert [pair_id_of(row) for row in raw(folder, name, FORMS[name].rows)] == loaded
+    assert [pair_id_of(row) for row in FORMS[name].rows] == loaded
+    assert len(set(loaded)) == len(loaded)
 
 
 def test_ids_of_published_pairs_hold():
@@ -153,6 +170,16 @@ def test_answers_that_are_calls_are_not_dropped(folder):
     assert loaded.pairs["train"]["chosen"][:] == [rows[0]["chosen"], rows[2]["chosen"]]
 
 
+def test_columns_of_the_input_that_nobody_reads_are_named(folder):
+    """ms-swift and others have the system prompt in a column."""
+    rows = [{**row, "system": "Be brief.", "id": 1} for row in PLAIN]
+    with pytest.warns(
+        UserWarning, match="Task 'system_column' has a column 'system', which DPOTrainer does not"
+    ) as seen:
+        load_tasks(TaskMixtureConfig(tasks=[entry(folder, "system column", rows)]))
+    assert len(seen) == 1
+
+
 def test_large_strings_and_lists_beside_ordinary_ones(folder):
     """As Polars and others write them."""
     small = load_tasks(TaskMixtureConfig(tasks=[entry(folder, "small", PLAIN)]))["train"].remove_columns("task")
@@ -167,18 +194,27 @@ def test_large_strings_and_lists_beside_ordinary_ones(folder):
     assert both["chosen"][:] == plain["chosen"][:] * 2
 
 
-def test_a_value_that_json_cannot_hold_is_refused():
+def test_a_value_that_json_cannot_hold_is_kept_or_refused():
     rows = [{**PLAIN[0], "chosen": [assistant("a", at=datetime(2020, 1, 1))]}]
+    dated = Dataset.from_list(rows)
+    assert concatenate_tasks({"a": dated, "b": dated})["chosen"][:] == 2 * [rows[0]["chosen"]]
     with pytest.raises(AMAError, match="Task 'b' has chosen with a value that JSON cannot hold"):
         concatenate_tasks({"a": Dataset.from_list(PLAIN), "b": Dataset.from_list(rows)})
 
 
-@pytest.mark.parametrize("forms", [TEXTS, MESSAGES], ids=["texts", "messages"])
-def test_lengths_are_those_of_the_tokens(forms, letters, folder, trl_ids):
+@pytest.mark.parametrize("name", FORMS)
+def test_lengths_are_those_of_the_tokens(name, letters, together, trl_ids):
     """What `drop_truncated` keeps, and which prompts are said to fill `max_length`, to the token."""
-    for name, form in forms.items():
-        data = load_tasks(TaskMixtureConfig(tasks=[entry(folder, name, form.rows)]))["train"]
-        for row, (prompt, chosen, rejected) in zip(data, trl_ids(name, form), strict=True):
-            longest = len(prompt) + max(len(chosen), len(rejected))
-            assert fits_into(letters, longest)(row) and not fits_into(letters, longest - 1)(row)
-            assert prompt_fits_into(letters, len(prompt) + 1)(row) and not prompt_fits_into(letters, len(prompt))(row)
+    for row, (prompt, chosen, rejected) in zip(of_task(together, name), trl_ids(name), strict=True):
+        longest = len(prompt) + max(len(chosen), len(rejected))
+        assert fits_into(letters, longest)(row) and not fits_into(letters, longest - 1)(row)
+        assert prompt_fits_into(letters, len(prompt) + 1)(row) and not prompt_fits_into(letters, len(prompt))(row)
+
+
+def test_a_prompt_that_is_rendered_otherwise_alone(letters, together, trl_ids):
+    """A template that opens a thought which a whole conversation has not: the answer begins before it."""
+    thinking = copy.deepcopy(letters)
+    thinking.chat_template = letters.chat_template.replace("<assistant>{% endif %}", "<assistant><think>{% endif %}")
+    [row, _], [(prompt, _, _), _] = of_task(together, "messages"), trl_ids("messages", thinking)
+    assert thinking.decode(prompt).endswith("<assistant>")
+    assert prompt_fits_into(thinking, len(prompt) + 1)(row) and not prompt_fits_into(thinking, len(prompt))(row)

@@ -118,7 +118,9 @@ def test_the_plan_says_how_many_pairs_had_no_answer(dated_model, tmp_path):
     lines = describe_plan(RunSettings(*parse(recipe, "--output_dir", tmp_path / "run")), ("specialists",))
     count = len(path.read_text().splitlines())
     (line, rest) = [line.split() for line in lines if "rows read" in line]
-    assert line == f"rows read sort training: {count} rows = {count - 1} pairs + 1 without an answer (drop_empty)".split()
+    assert (
+        line == f"rows read sort training: {count} rows = {count - 1} pairs + 1 without an answer (drop_empty)".split()
+    )
     assert rest[:4] == "rows read all others".split()
 
 

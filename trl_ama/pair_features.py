@@ -7,7 +7,7 @@ from datasets import Dataset, Features, Json, LargeList, List, Value
 
 from .errors import AMAError, short
 from .exact_json import exact_json
-from .pair_forms import PAIR_COLUMNS, TEMPLATE_COLUMNS, TEMPLATE_KWARGS, without_nulls
+from .pair_forms import PAIR_COLUMNS, TEMPLATE_COLUMNS, TEMPLATE_KWARGS, with_prompt, without_nulls
 from .pair_images import unite_images
 
 
@@ -34,13 +34,19 @@ def unite_features(parts: Sequence[Dataset], names: Sequence[str]) -> list[Datas
     parts = unite_images(parts)
     having = [number for number, part in enumerate(parts) if "chosen" in part.features]
     common = {
-        column: _common(column, [parts[number].features.get(column) for number in having])
+        column: _common(column, [_kind_of(parts[number], column) for number in having])
         for column in (*PAIR_COLUMNS, *TEMPLATE_COLUMNS)
     }
     common = {column: feature for column, feature in common.items() if feature is not None}
     for number in having:
         parts[number] = _with_features(parts[number], names[number], common)
     return parts
+
+
+def _kind_of(part: Dataset, column: str) -> Any:
+    kind = part.features.get(column)
+    # A column of Json may hold anything
+    return List(_JSON) if kind == _JSON and len(part) and isinstance(part[0][column], list) else kind
 
 
 def _common(column: str, kinds: list[Any]) -> Any:
@@ -57,7 +63,19 @@ def _common(column: str, kinds: list[Any]) -> Any:
     if all(map(is_plain, filled)) and len({tuple(kind.feature) for kind in filled}) == 1:
         texts = _text_type([text for kind in filled for text in kind.feature.values()])
         return List(dict.fromkeys(filled[0].feature, texts))
-    return List(_JSON) if all(isinstance(kind, (List, LargeList)) for kind in filled) else None
+    if not all(isinstance(kind, (List, LargeList)) for kind in filled):
+        return None
+    same = len(set(map(repr, filled))) == 1
+    return List(_JSON) if all(map(_fits_json, filled)) or not same else None
+
+
+def _fits_json(kind: Any) -> bool:
+    """Whether all values of a type have a JSON; times and bytes have none."""
+    if isinstance(kind, dict):
+        return all(map(_fits_json, kind.values()))
+    if isinstance(kind, Value):
+        return kind.dtype.startswith(("string", "large_string", "int", "uint", "float", "bool", "null"))
+    return kind == _JSON or (isinstance(kind, (List, LargeList)) and _fits_json(kind.feature))
 
 
 def is_plain(kind: Any) -> bool:
@@ -72,6 +90,20 @@ def _is_text(kind: Any) -> bool:
 
 def _text_type(kinds: list[Value]) -> Value:
     return next((kind for kind in kinds if kind.dtype == "large_string"), kinds[0])
+
+
+def with_prompts(part: Dataset, name: str) -> Dataset:
+    """Pairs whose answers begin with the prompt, with the prompt told apart. `name` is the task's, for messages."""
+    sides = ["chosen", "rejected"]
+    kinds = {side: _common(side, [_kind_of(part, side)]) or part.features[side] for side in sides}
+    kinds["prompt"] = kinds["chosen"]  # whose beginning it is
+
+    def split(chosen: Any, rejected: Any) -> dict[str, Any]:
+        pair = with_prompt({"chosen": chosen, "rejected": rejected})
+        return {column: _encoded(pair[column], column, kind, name) for column, kind in kinds.items()}
+
+    features = Features({**part.features, **kinds})
+    return part.map(split, input_columns=sides, features=features, desc=f"Extracting the prompts of {name}")
 
 
 def _with_features(part: Dataset, name: str, features: dict[str, Any]) -> Dataset:

@@ -2,12 +2,13 @@
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features
+from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import common_prefix_length
@@ -17,8 +18,8 @@ from .exact_texts import load_texts
 from .image_tokens import image_pair_ids
 from .json_messages import refuse_json_text
 from .local_files import check_text, exact_source, files_of
-from .pair_features import unite_features
-from .pair_forms import says_something, with_prompt
+from .pair_features import unite_features, with_prompts
+from .pair_forms import says_something
 from .pair_images import check_places, image_folders, is_about_images, read_images
 from .pair_rows import check_rows
 from .row_account import EMPTY, HELD_OUT, LIMITS, TRUNCATED, RowAccount
@@ -28,6 +29,8 @@ from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, add_pair_ids, concatenate_tasks
 from .template_kwargs import with_template_kwargs
 
 
+# Columns by which others (LLaMA-Factory, ms-swift, axolotl) give a part of the model's input
+_OF_THE_INPUT = ("system", "system_prompt", "history", "functions", "documents")
 _SPLITS = {"train": "train", "test": "held-out"}  # in messages
 
 
@@ -273,10 +276,16 @@ def _short(value: Any, most: int = 80) -> str:
 
 def _preference_columns(dataset: Dataset, task: TaskConfig) -> Dataset:
     """Bring one task into TRL's preference format with an explicit prompt; what messages hold stays as it is."""
+    for column in _OF_THE_INPUT:
+        if column in dataset.column_names:
+            warnings.warn(
+                f"Task '{task.task}' has a column '{column}', which DPOTrainer does not read: the model will not see it. Write it into "
+                "the messages, or leave it out with `columns`.",
+                UserWarning,
+                stacklevel=2,
+            )
     if "prompt" not in dataset.column_names:
-        # Prompts are the beginnings of chosen answers, so they are of the same type
-        features = Features({**dataset.features, "prompt": dataset.features["chosen"]})
-        dataset = dataset.map(with_prompt, features=features, desc=f"Extracting the prompts of {task.task}")
+        dataset = with_prompts(dataset, task.task)
     return dataset.select_columns([*PAIR_COLUMNS, *(name for name in EXTRA_COLUMNS if name in dataset.column_names)])
 
 
