@@ -94,9 +94,13 @@ def test_a_prompt_in_a_column_of_its_own():
         read_transcripts(row).pair
         == read_transcripts(dict(zip(("chosen", "rejected"), both(START), strict=True))).pair
     )
+    # Turns within an answer are no reason to take it for a whole transcript
+    inner = read_transcripts({**row, "chosen": " 2\n\nHuman: And?\n\nAssistant: No."})
+    assert (inner.note, inner.pair["chosen"][0]["content"]) == (INNER_TURNS, "2\n\nHuman: And?\n\nAssistant: No.")
     # Beside whole transcripts it says nothing new
     whole = dict(zip(("chosen", "rejected"), both(START), strict=True))
-    assert read_transcripts({"prompt": "What is 1+1?", **whole}) == read_transcripts(whole)
+    for prompt in ("What is 1+1?", START, START.strip() + "\n\nAssistant:", None):
+        assert read_transcripts({"prompt": prompt, **whole}) == read_transcripts(whole)
 
 
 def load(folder, rows, **changes):

@@ -1,8 +1,8 @@
 """Reads a dataset with the texts that stand in its files, which readers take for numbers, times or nothing here and there.
 
 pandas, which reads CSV for `datasets`, takes "None", "NA" and "null" for missing and "007" for seven; pyarrow, which reads JSON, takes
-days and times for such; and of a column that holds texts and lists, `datasets` parses the texts too, and it rounds numbers. So CSV is read as text, and JSON
-of which something may have been changed once more by Python's own reader.
+days and times for such; and of a column that holds texts and lists, `datasets` parses the texts too, and it rounds numbers. So CSV is
+read as text, and JSON of which something may have been changed once more by Python's own reader.
 """
 
 import glob
@@ -137,9 +137,8 @@ def _has_texts_alone(dataset: Dataset) -> bool:
 
 
 def _check_head(head: pd.DataFrame, file: str) -> None:
-    if not isinstance(
-        head.index, pd.RangeIndex
-    ):  # pandas takes the first values for the rows' names, and the others shift
+    # With one value too many, pandas takes the first values for the rows' names, and the others shift
+    if not isinstance(head.index, pd.RangeIndex):
         raise AMAError(
             f"The first row of '{file}' has more values than there are columns ({list(head.columns)}). Put texts that hold commas between "
             "quotes."

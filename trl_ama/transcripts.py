@@ -44,7 +44,7 @@ class _Turn(NamedTuple):
 
 def read_transcripts(row: dict[str, Any]) -> Reading:
     """Read the transcripts `chosen` and `rejected` of a row; if they are answers alone, behind the transcript `prompt`."""
-    texts = {side: _with_prompt(row.get("prompt"), row[side]) for side in ("chosen", "rejected")}
+    texts = _with_prompt(row.get("prompt"), {side: row[side] for side in ("chosen", "rejected")})
     turns = {side: _turns(text) for side, text in texts.items()}
     if not all(turns.values()):
         return Reading(problem=NO_TURNS)
@@ -66,12 +66,14 @@ def read_transcripts(row: dict[str, Any]) -> Reading:
     return Reading({"prompt": prompt, **sides}, note=note)
 
 
-def _with_prompt(prompt: Any, text: str) -> str:
-    text = text.replace("\r\n", "\n")
-    if isinstance(prompt, str) and not _TURN.search(text):
-        prompt = prompt.replace("\r\n", "\n")
-        return prompt + text if _TURN.search(prompt) else text
-    return text
+def _with_prompt(prompt: Any, texts: dict[str, str]) -> dict[str, str]:
+    """The transcripts, which begin in a column of their own if that holds turns and the others do not begin with any."""
+    texts = {side: text.replace("\r\n", "\n") for side, text in texts.items()}
+    if isinstance(prompt, str) and _TURN.search(prompt := prompt.replace("\r\n", "\n")):
+        start = prompt.strip()
+        if not any(_TURN.match(text) or text.strip().startswith(start) for text in texts.values()):
+            return {side: prompt + text for side, text in texts.items()}
+    return texts
 
 
 def _turns(text: str) -> list[_Turn]:
