@@ -91,7 +91,7 @@ MESSAGES = {
     "calls with arguments as text": Rows([pair("q", assistant("", tool_calls=[call("weather", '{"city": "Rome"}')]), "no")]),
     "calls of other arguments": Rows([*CALLS, pair("time?", assistant(None, tool_calls=[call("clock", {"zone": 3})]), "I cannot.")]),
     "an argument of two types": Rows([pair("q", assistant(None, tool_calls=[call("f", {"x": x})]), "no") for x in (1, "one", [1])]),
-    "numbers with places": Rows([pair("q", assistant(None, tool_calls=[call("f", {"x": [0.3, 1.7, 48.85661400000001, 1e-7, 1.0]})]), "no")]),
+    "numbers with places": Rows([pair("q", assistant(None, tool_calls=[call("f", {"x": [0.3, 1.7, 48.85661400000001, 1e-7, 1.0]})]), "no")]),  # ms-swift#10216
     "an argument that is null": Rows([pair("q", assistant(None, tool_calls=[call("f", {"x": x, "y": 1})]), "no") for x in (1, None)]),
     "calls and results in the prompt": Rows([pair(ASKED, "4 degrees", "no idea"), PLAIN[0]]),
     "calls, no prompt": Rows([implicit(pair(ASKED, "4 degrees", "no idea"))]),
@@ -120,9 +120,11 @@ MESSAGES = {
 REFUSED = {
     "no prompt, nothing shared": Rows([{"chosen": [assistant("a")], "rejected": [assistant("b")]}], says="share no first message"),
     "a prompt of no messages": Rows([PLAIN[0], {**PLAIN[1], "prompt": []}], says="row 1 of the train pairs has a prompt without messages"),
-    "texts that part at once, and a space": Rows([{"chosen": "now ", "rejected": "then"}], says="differ from the first character on"),
+    "texts that part at once, and a space": Rows([{"chosen": "now ", "rejected": "then"}], says="differ from the first character on"),  # trl#6079
     "tools that are no JSON": Rows([{**PLAIN[0], "tools": "weather"}], says="tools is 'weather', which is no JSON"),
     "tools that are no list": Rows([{**PLAIN[0], "tools": json.dumps(WEATHER)}], says="of type dict. Give a list of tools"),
+    "tools as texts each": Rows([{**PLAIN[0], "tools": [json.dumps(WEATHER)]}], says="a list that holds .*, of type str"),
+    "a prompt beside whole conversations": Rows([{**implicit(PLAIN[0]), "prompt": "when?"}], says="leave it out .`columns: .chosen, rejected"),
     "numbers as contents": Rows([pair(user(5), "a", "b")], says="the content 5, of type int"),
     "a text that is read as JSON": Rows([pair(user(parts("q")), "5", "b"), pair("q", assistant(parts("a")), "b")], says="give all as parts"),
     "parts without text": Rows([pair("q", assistant(parts("")), "b")], says="no pair with two answers"),

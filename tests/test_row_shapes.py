@@ -153,6 +153,16 @@ def test_answers_that_are_calls_are_not_dropped(folder):
     assert loaded.pairs["train"]["chosen"][:] == [rows[0]["chosen"], rows[2]["chosen"]]
 
 
+def test_columns_of_the_input_that_nobody_reads_are_named(folder):
+    """ms-swift and others have the system prompt in a column."""
+    rows = [{**row, "system": "Be brief.", "id": 1} for row in PLAIN]
+    with pytest.warns(
+        UserWarning, match="Task 'system_column' has a column 'system', which DPOTrainer does not"
+    ) as seen:
+        load_tasks(TaskMixtureConfig(tasks=[entry(folder, "system column", rows)]))
+    assert len(seen) == 1
+
+
 def test_large_strings_and_lists_beside_ordinary_ones(folder):
     """As Polars and others write them."""
     small = load_tasks(TaskMixtureConfig(tasks=[entry(folder, "small", PLAIN)]))["train"].remove_columns("task")

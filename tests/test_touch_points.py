@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_dataset, make_model, make_rows
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, Features, IterableDataset, Json, concatenate_datasets
 from datasets.distributed import split_dataset_by_node
 from datasets.iterable_dataset import BufferShuffledExamplesIterable
 from test_invariants import lora, with_reference_columns
@@ -999,6 +999,22 @@ def test_49_errors_of_files_that_cannot_be_written(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert len(errors) == 2 and all(map(could_not_write, errors)), errors
     assert not could_not_write(RuntimeError("CUDA out of memory")) and not could_not_write(ConnectionResetError())
+
+
+def test_201_where_an_answer_begins(dpo):
+    from trl.data_utils import common_prefix_length
+    from trl.trainer import dpo_trainer
+
+    assert common_prefix_length([1, 2, 3], [1, 2, 4, 5]) == 2 and common_prefix_length([1], [1, 2]) == 1
+    assert dpo_trainer.common_prefix_length is common_prefix_length
+
+
+def test_202_json_columns_keep_what_was_written():
+    features = Features({"x": Json()})
+    rows = Dataset.from_list([{"x": '{"a": 30e-2}'}, {"x": '{"a": 1}'}], features=features)
+    for mapped in (rows.map(lambda x: {"y": 1}, input_columns=["x"]), rows.map(lambda row: {"y": 1})):
+        assert mapped.data.column("x").to_pylist() == ['{"a": 30e-2}', '{"a": 1}']
+        assert mapped["x"][:] == [{"a": 0.3}, {"a": 1}]
 
 
 def test_every_touch_point_is_documented():

@@ -32,11 +32,8 @@ def exact_json(value: Any) -> str:
 
 def _dump(value: Any) -> str:
     if isinstance(value, dict):
-        return (
-            "{"
-            + ", ".join(f"{json.dumps(key, ensure_ascii=False)}: {_dump(entry)}" for key, entry in value.items())
-            + "}"
-        )
+        entries = (f"{json.dumps(key, ensure_ascii=False)}: {_dump(entry)}" for key, entry in value.items())
+        return "{" + ", ".join(entries) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_dump, value)) + "]"
     if isinstance(value, float):

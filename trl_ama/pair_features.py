@@ -34,13 +34,19 @@ def unite_features(parts: Sequence[Dataset], names: Sequence[str]) -> list[Datas
     parts = unite_images(parts)
     having = [number for number, part in enumerate(parts) if "chosen" in part.features]
     common = {
-        column: _common(column, [parts[number].features.get(column) for number in having])
+        column: _common(column, [_kind_of(parts[number], column) for number in having])
         for column in (*PAIR_COLUMNS, *TEMPLATE_COLUMNS)
     }
     common = {column: feature for column, feature in common.items() if feature is not None}
     for number in having:
         parts[number] = _with_features(parts[number], names[number], common)
     return parts
+
+
+def _kind_of(part: Dataset, column: str) -> Any:
+    kind = part.features.get(column)
+    # A column of Json may hold anything
+    return List(_JSON) if kind == _JSON and len(part) and isinstance(part[0][column], list) else kind
 
 
 def _common(column: str, kinds: list[Any]) -> Any:

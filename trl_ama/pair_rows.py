@@ -75,8 +75,14 @@ def check_pair(pair: dict[str, Any], where: str) -> str | None:
     }
     if len(set(kinds.values())) > 1:
         found = ", ".join(f"{column} is {kind}" for column, kind in kinds.items())
+        whole = kinds.get("prompt") == _TEXT and kinds.get("chosen") == kinds.get("rejected") == _MESSAGES
+        hint = (
+            " If the answers are whole conversations, which hold the prompt, leave it out (`columns: [chosen, rejected]`)."
+            if whole
+            else ""
+        )
         raise AMAError(
-            f"{where} mixes two forms: {found}. Give all three as strings, or all three as lists of {{role, content}}."
+            f"{where} mixes two forms: {found}. Give all three as strings, or all three as lists of {{role, content}}.{hint}"
         )
     if all(pair.get(column) for column in ("chosen", "rejected")):
         _check_start(pair, where)
@@ -117,6 +123,12 @@ def _check_tools(tools: Any, where: str) -> None:
         raise AMAError(
             f"{where}: tools is {_short(tools)}, of type {type(tools).__name__}. Give a list of tools, the JSON of one, or null."
         )
+    for tool in tools or ():
+        if not isinstance(tool, dict):
+            raise AMAError(
+                f"{where}: tools is a list that holds {_short(tool)}, of type {type(tool).__name__}. Give each tool as a mapping, or "
+                "the whole list as JSON."
+            )
 
 
 def _no_text(value: Any) -> str | None:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ from .template_kwargs import with_template_kwargs
 
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+# Columns by which others (LLaMA-Factory, ms-swift, axolotl) give a part of the model's input
+_OF_THE_INPUT = ("system", "system_prompt", "history", "functions", "documents")
 _SPLITS = {"train": "train", "test": "held-out"}  # in messages
 
 
@@ -241,6 +244,14 @@ def _short(value: Any, most: int = 80) -> str:
 
 def _preference_columns(dataset: Dataset, task: TaskConfig) -> Dataset:
     """Bring one task into TRL's preference format with an explicit prompt; what messages hold stays as it is."""
+    for column in _OF_THE_INPUT:
+        if column in dataset.column_names:
+            warnings.warn(
+                f"Task '{task.task}' has a column '{column}', which DPOTrainer does not read: the model will not see it. Write it into "
+                "the messages, or leave it out with `columns`.",
+                UserWarning,
+                stacklevel=2,
+            )
     if "prompt" not in dataset.column_names:
         # Prompts are the beginnings of chosen answers, so they are of the same type
         features = Features({**dataset.features, "prompt": dataset.features["chosen"]})
