@@ -1096,6 +1096,37 @@ def test_202_json_columns_keep_what_was_written():
         assert mapped["x"][:] == [{"a": 0.3}, {"a": 1}]
 
 
+def test_261_a_model_without_weights(model_dir):
+    from transformers import AutoConfig, LlamaForCausalLM
+    from trl.trainer.utils import create_model_from_path
+
+    config = AutoConfig.from_pretrained(model_dir)
+    model = create_model_from_path(None, LlamaForCausalLM, config=config, state_dict={}, device_map="meta")
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_262_a_trainer_around_a_model_without_weights():
+    from transformers import TrainingArguments
+    from trl.trainer.base_trainer import _BaseTrainer
+
+    assert isinstance(TrainingArguments.place_model_on_device, property)
+    assert callable(_BaseTrainer._send_telemetry)
+    assert "self.accelerator = " in inspect.getsource(Trainer.create_accelerator_and_postprocess)
+
+
+def test_263_trainable_tokens_of_a_tied_head():
+    from peft import LoraConfig, get_peft_model
+    from peft.utils.other import TrainableTokensWrapper
+
+    config = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5])
+    heads = [
+        get_peft_model(make_model(26, tie_word_embeddings=tied), config).get_output_embeddings()
+        for tied in (True, False)
+    ]
+    assert [isinstance(head, TrainableTokensWrapper) for head in heads] == [True, False]
+
+
 def test_every_touch_point_is_documented():
     numbered = {int(number) for number in re.findall(r"^\| (\d+) \|", DOC.read_text(), flags=re.MULTILINE)}
     tested = {int(match) for match in re.findall(r"def test_(\d+)_", Path(__file__).read_text())}

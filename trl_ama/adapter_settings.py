@@ -54,7 +54,7 @@ def check_adapter(model: torch.nn.Module, config: PeftConfig, is_on: bool = Fals
         _check_parameters(model, list(parameters), getattr(config, "lora_dropout", 0), alone)
     names = [name for name, _ in model.named_modules()]
     if isinstance(targets, str):
-        if targets == "all-linear":
+        if targets.lower() == "all-linear":
             return
         _check_expression(model, targets, names, bool(parameters))
         return

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from datasets import DatasetDict
 from transformers import PreTrainedModel
 from trl import get_peft_config
@@ -53,25 +54,18 @@ def rehearse_stages(
             task: {split: settings.pairs_of(task, split) for split in settings.data} for task in settings.task_names
         }
         pairs = {task: {split: part for split, part in own.items() if part is not None} for task, own in parts.items()}
-    model_config = _config(settings)
+    base = [settings.model_name, _config(settings), tokenizer_identity(settings.tokenizer)]
     with told("The adapter cannot be made", "the lora_* keys"):
         peft_config = get_peft_config(settings.model_args)
     for what, tasks, args in planned:
         first = pairs[tasks[0]]["train"]
         check_batches(what, args, sum(len(pairs[task]["train"]) for task in tasks), first.column_names)
-        if args.fsdp or args.deepspeed or _IMAGES & set(first.column_names):
+        is_shared_out = args.fsdp or args.deepspeed_plugin is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
+        if is_shared_out or _IMAGES & set(first.column_names):
             continue
         rows = first.select(range(min(_PAIRS, len(first)))).remove_columns(TASK_COLUMN)
         values = {name: value for name, value in args.to_dict().items() if name not in _OWN}
-        made_of = [
-            settings.model_name,
-            model_config,
-            settings.quantization_config(),
-            peft_config,
-            values,
-            rows.features,
-        ]
-        key = json.dumps([*made_of, tokenizer_identity(settings.tokenizer), runs_batch], default=repr, sort_keys=True)
+        key = _key(base, settings.quantization_config(), peft_config, values, rows.features, runs_batch)
         if key in _passed:
             continue
         model = _model(settings)
@@ -79,7 +73,9 @@ def rehearse_stages(
             return
         rehearse(what, model, args, rows, settings.tokenizer, peft_config, runs_batch)
         _passed.add(key)
-    _check_tokens(settings, pairs)
+    key = _key(base, "tokens")
+    if key not in _passed and _check_tokens(settings, pairs):
+        _passed.add(key)
 
 
 def model_problem(settings: RunSettings, pairs: Mapping[str, DatasetDict]) -> str | None:
@@ -125,14 +121,19 @@ def _model(settings: RunSettings) -> PreTrainedModel | None:
     return empty_policy(settings.model_name, init_kwargs, settings.quantization_config(), trust)
 
 
-def _check_tokens(settings: RunSettings, pairs: Mapping[str, DatasetDict]) -> None:
-    """Tokenise all pairs if the model's embeddings may not hold them; they seldom may not."""
+def _key(*made_of: Any) -> str:
+    return json.dumps(made_of, default=repr, sort_keys=True)
+
+
+def _check_tokens(settings: RunSettings, pairs: Mapping[str, DatasetDict]) -> bool:
+    """Tokenise all pairs if the model's embeddings may not hold them; `True` if they hold whatever comes, as nearly always."""
     model = _model(settings)
     limits = None if model is None else TokenLimits(model, settings.tokenizer)
     if limits is None or not limits.apply:
-        return
+        return True
     for task in settings.chosen_tasks:
         for split, part in pairs[task].items():
             if not _IMAGES & set(part.column_names):
                 where = f"the {'held-out' if split == 'test' else 'training'} pairs of task '{task}'"
                 limits.check(tokenise(part, settings.tokenizer, settings), where, settings.training_args.max_length)
+    return False
