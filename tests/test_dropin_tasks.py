@@ -196,6 +196,16 @@ def test_a_stream_whose_tasks_cannot_be_known(model_dir, quick_args):
         )
 
 
+def test_a_stream_of_no_pairs(model_dir, quick_args):
+    for rows, says in (([], "streams no rows"), ([{"prompt": "a", "chosen": "b"}], "which lack 'rejected'")):
+        with pytest.raises(AMAError, match=says):
+            AMATrainer(
+                model_dir,
+                args=quick_args(mixing="proportional"),
+                train_dataset=IterableDataset.from_generator(lambda rows=rows: iter(rows)),
+            )
+
+
 def test_a_stream_as_it_comes_has_figures_by_task(model_dir, quick_args):
     stream = make_dataset(SIZES).cast_column("task", ClassLabel(names=["sort", "list"])).to_iterable_dataset()
     trainer = AMATrainer(
