@@ -189,20 +189,26 @@ def test_a_resumed_run_has_the_same_log(training, tmp_path, settings):
         assert_same(resumed, whole)
 
 
-def test_other_draws_are_refused_with_the_reason(training, tmp_path):
-    """Where draws are by epochs it is not the sampler that would notice."""
+def test_other_draws_are_refused_with_the_reason(training, tmp_path, caplog):
+    """Where draws are by epochs it is not the sampler that would notice. A trainer of the user's own goes on as DPOTrainer's."""
     training("whole", mixing="proportional", max_steps=2).train()
     checkpoint = str(tmp_path / "whole" / "checkpoint-2")
     for settings, text in (
         ({"per_device_train_batch_size": 8}, "pairs per optimizer step 8, this run has 16"),
         (
             {"rows": with_reference_columns(make_dataset({"list": 30, "sort": 12}))},
-            "number of training pairs 40, .* 42",
+            "number of training pairs 40, this run has 42",
         ),
         ({"seed": 8}, "seed 7, this run has 8"),
     ):
+        other = training("other", **{"mixing": "proportional", "max_steps": 4, **settings})
+        other.stage_name = "a stage of a pipeline"
         with pytest.raises(AMAError, match=text):
-            training("other", **{"mixing": "proportional", "max_steps": 4, **settings}).train(checkpoint)
+            other.train(checkpoint)
+        other.stage_name = None
+        with caplog.at_level(logging.WARNING):
+            other.train(checkpoint)
+        assert text in caplog.text and other.state.global_step == 4
     same = training(
         "same", mixing="proportional", max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=4
     )

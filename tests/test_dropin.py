@@ -6,7 +6,7 @@ A row of a table is a name and what a user does; adding a report is one line.
 import pytest
 import torch
 from conftest import make_dataset
-from datasets import DatasetDict, IterableDatasetDict
+from datasets import DatasetDict, IterableDataset, IterableDatasetDict
 from dropin import WITH_TASK, WITHOUT_TASK, lora, pairs, run_both  # noqa: F401 - a fixture
 from transformers import EarlyStoppingCallback, TrainerCallback
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -136,9 +136,14 @@ def test_a_run_is_dpo_trainers(run_both, name):  # noqa: F811
     assert type(ours.trainer.data_collator) is type(theirs.trainer.data_collator)
 
 
-@pytest.mark.parametrize("name", ["own collator", "MPO", "stream, held-out stream", "accumulation, uneven end"])
+UNKNOWN = training(lambda: IterableDataset.from_generator(lambda: iter(pairs().to_list())))
+
+
+@pytest.mark.parametrize(
+    "name", ["types unknown", "own collator", "MPO", "stream, held-out stream", "accumulation, uneven end"]
+)
 def test_so_is_one_of_pairs_without_tasks(run_both, name):  # noqa: F811
-    ours, theirs = run_both(RUNS[name], WITHOUT_TASK)
+    ours, theirs = run_both({**RUNS, "types unknown": UNKNOWN}[name], WITHOUT_TASK)
     # Then nothing of ours is logged either
     assert [set(entry) for entry in ours.trainer.state.log_history] == [
         set(entry) for entry in theirs.trainer.state.log_history

@@ -6,7 +6,8 @@ import logging
 import numpy as np
 import pytest
 import torch
-from conftest import make_dataset
+from accelerate.logging import MultiProcessAdapter
+from conftest import QUICK, make_dataset
 from datasets import ClassLabel, IterableDataset
 from dropin import THEIRS, WITH_TASK, World, lora, pairs
 from test_invariants import with_reference_columns
@@ -22,7 +23,8 @@ MPO = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1
 
 @pytest.fixture
 def warned(caplog):
-    """The text of all warnings."""
+    """The text of all warnings, also of those that are said once."""
+    MultiProcessAdapter.warning_once.cache_clear()
     transformers_logging.enable_propagation()
     caplog.set_level(logging.WARNING)
     yield lambda: caplog.text
@@ -39,8 +41,6 @@ def by_task(metrics):
 @pytest.fixture(scope="module")
 def trained(model_dir, tmp_path_factory):
     """A policy that treats the two tasks otherwise."""
-    from conftest import QUICK
-
     args = AMAConfig(str(tmp_path_factory.mktemp("run")), mixing="uniform", learning_rate=1e-2, max_steps=4, **QUICK)
     trainer = AMATrainer(model_dir, args=args, train_dataset=make_dataset(SIZES), peft_config=lora())
     trainer.train()
@@ -196,6 +196,16 @@ def test_a_stream_whose_tasks_cannot_be_known(model_dir, quick_args):
         )
 
 
+def test_a_stream_of_no_pairs(model_dir, quick_args):
+    for rows, says in (([], "streams no rows"), ([{"prompt": "a", "chosen": "b"}], "which lack 'rejected'")):
+        with pytest.raises(AMAError, match=says):
+            AMATrainer(
+                model_dir,
+                args=quick_args(mixing="proportional"),
+                train_dataset=IterableDataset.from_generator(lambda rows=rows: iter(rows)),
+            )
+
+
 def test_a_stream_as_it_comes_has_figures_by_task(model_dir, quick_args):
     stream = make_dataset(SIZES).cast_column("task", ClassLabel(names=["sort", "list"])).to_iterable_dataset()
     trainer = AMATrainer(
@@ -219,9 +229,6 @@ def test_a_batch_without_tasks_is_an_error_where_they_count(model_dir, quick_arg
 
 @pytest.mark.parametrize("asked", [True, False])
 def test_one_process_where_several_were_asked_for(model_dir, quick_args, monkeypatch, warned, asked):
-    from accelerate.logging import MultiProcessAdapter
-
-    MultiProcessAdapter.warning_once.cache_clear()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1") if asked else monkeypatch.delenv("MASTER_ADDR", raising=False)

@@ -287,12 +287,13 @@ peft_config:
         inputs.pop(TASK_COLUMN, None)
         counted = inputs.pop(COUNTED, None)
         specialist = [inputs.pop(column, None) for column in SPECIALIST_COLUMNS]
-        if REFERENCE_COLUMNS[0] not in inputs:
-            if self.ref_model is None and not is_peft_model(self.model):
-                raise AMAError(
-                    f"These pairs lack {list(REFERENCE_COLUMNS)} and there is no reference model: the training pairs carry "
-                    "theirs, so none was loaded. Give the held-out pairs these columns too (`trl ama-losses` does)."
-                )
+        if REFERENCE_COLUMNS[0] not in inputs and self.ref_model is None and not is_peft_model(self.model):
+            why = (
+                "the training pairs carry theirs, so none was loaded. Give the held-out pairs these columns too (`trl ama-losses` does)"
+                if self._reference_given
+                else "they were computed before training (precompute_ref_log_probs). Let your data_collator pass these columns on"
+            )
+            raise AMAError(f"These pairs lack {list(REFERENCE_COLUMNS)} and there is no reference model: {why}.")
         forward = self.policy_forward(model, inputs)
         with self.reference_from_inputs():
             result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)

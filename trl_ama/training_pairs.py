@@ -8,10 +8,9 @@ from datasets import ClassLabel, Dataset, IterableDataset
 
 from .ama_config import AMAConfig
 from .errors import AMAError
-from .held_out import columns_of
 from .reference_columns import SPECIALIST_COLUMNS
 from .stream_sources import StreamedTasks, is_streamed
-from .tasks import TASK_COLUMN, task_names_of, with_task_labels
+from .tasks import PAIR_COLUMNS, TASK_COLUMN, task_names_of, with_task_labels
 
 
 logger = get_logger(__name__)
@@ -41,9 +40,9 @@ class TrainingPairs:
         return self.streams is not None or TASK_COLUMN in self.column_names
 
     @property
-    def source(self) -> "Dataset | IterableDataset | StreamedTasks":
-        """What tells the columns and sizes of the whole."""
-        return self.dataset if self.streams is None else self.streams
+    def source(self) -> "Dataset | StreamedTasks | TrainingPairs":
+        """What tells the columns of the whole and, in memory, their values."""
+        return self.dataset if isinstance(self.dataset, Dataset) else self.streams or self
 
 
 def training_pairs(train_dataset: Any, mixing: str | None, specialists: dict[str, Any] | None) -> TrainingPairs:
@@ -60,10 +59,11 @@ def training_pairs(train_dataset: Any, mixing: str | None, specialists: dict[str
     # Then tasks need not be told apart
     as_dpo = mixing in (None, _AS_DPO) and not specialists
     if isinstance(train_dataset, (Dataset, IterableDataset)) and as_dpo:
-        columns = columns_of(train_dataset)
+        in_order = isinstance(train_dataset, IterableDataset)
+        columns = _columns_in_stream(train_dataset) if in_order else train_dataset.column_names
         if not {TASK_COLUMN, *SPECIALIST_COLUMNS} & set(columns):
             return TrainingPairs(train_dataset, [ONE_TASK], columns)
-        if isinstance(train_dataset, IterableDataset) and mixing is not None:
+        if in_order and mixing is not None:
             return TrainingPairs(train_dataset, _names_in_order(train_dataset), columns)
     if is_streamed(train_dataset):
         streams = StreamedTasks(train_dataset)
@@ -71,6 +71,20 @@ def training_pairs(train_dataset: Any, mixing: str | None, specialists: dict[str
     names = task_names_of(train_dataset)
     labelled = with_task_labels(train_dataset, names)
     return TrainingPairs(labelled, names, labelled.column_names)
+
+
+def _columns_in_stream(stream: IterableDataset) -> list[str]:
+    """The columns of a stream's first row, which has to be a preference pair."""
+    row = next(iter(stream), None)
+    if row is None:
+        raise AMAError("train_dataset streams no rows. Give it preference pairs.")
+    lacking = [column for column in PAIR_COLUMNS[1:] if column not in row]
+    if lacking:
+        raise AMAError(
+            f"train_dataset streams rows with the columns {list(row)}, which lack '{lacking[0]}'. Rename yours with "
+            "`stream.rename_columns`."
+        )
+    return list(row)
 
 
 def _names_in_order(stream: IterableDataset) -> list[str]:
