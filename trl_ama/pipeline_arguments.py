@@ -21,7 +21,7 @@ class PipelineArguments:
             Training arguments of the specialists where they differ from the generalist's, e.g. `{max_steps: 100}`. A
             task's own `specialist_args` come on top.
         include_text (`bool`, *optional*, defaults to `True`):
-            Whether the reference-loss dataset holds the pairs' texts, or only their ids and numbers.
+            Whether the reference-loss dataset holds the pairs' texts and images, or only their ids and numbers.
         template_date (`str`, *optional*):
             The date, e.g. `2025-07-08`, that a chat template writes into prompts where it would write today's. Without it, the
             prompts of such a model are other tokens every day. Saved models ask for the day again.
@@ -53,7 +53,7 @@ class PipelineArguments:
     )
     include_text: bool = field(
         default=True,
-        metadata={"help": "Whether the reference-loss dataset holds the pairs' texts, or only ids and numbers."},
+        metadata={"help": "Whether the reference-loss dataset holds the pairs' texts and images, or only ids and numbers."},
     )
     template_date: str | None = field(
         default=None,
