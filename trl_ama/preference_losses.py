@@ -55,7 +55,8 @@ class PreferenceLossConfig:
     discopop_tau: float = 0.05
 
     def __post_init__(self):
-        check_limits(vars(self), "Of PreferenceLossConfig,")
+        # Some of them may be 0, of a loss whose other parts no pair has by itself
+        check_limits({**vars(self), "loss_weights": None}, "Of PreferenceLossConfig,")
         check_loss_types(self.loss_type, self.label_smoothing)
         self.loss_weights = self.loss_weights or [1.0] * len(self.loss_type)
 
