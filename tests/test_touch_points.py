@@ -773,7 +773,11 @@ def test_272_loaders_take_the_collator_when_they_are_made(model_dir, tmp_path):
     trainer = DPOTrainer(model_dir, args=args, train_dataset=data, eval_dataset=data, peft_config=lora())
     own = trainer.data_collator
     trainer.data_collator = lambda rows: {"rows": len(rows)}
-    loaders = [trainer.get_train_dataloader(), trainer.get_eval_dataloader(), trainer.get_test_dataloader(data)]
+    loaders = [
+        trainer.get_train_dataloader(),
+        trainer.get_eval_dataloader(),
+        trainer.get_test_dataloader(trainer.eval_dataset),
+    ]
     trainer.data_collator = own
     assert [next(iter(loader)) for loader in loaders] == [{"rows": 4}] * 3
 

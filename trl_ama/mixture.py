@@ -91,9 +91,8 @@ class Mixture:
             AMAError: If there is no state, or it is of other tasks, another strategy or another sampler.
         """
         if not self.strategy.uses_own_sampler and (state is None or state.get("task_names") != self._task_names):
-            self._reset(
-                num_steps
-            )  # a fixed mixture learns nothing that could be lost: as DPOTrainer, it goes on with other data
+            # A fixed mixture learns nothing that could be lost: as DPOTrainer, it goes on with other data
+            self._reset(num_steps)
             return
         if state is None:
             raise AMAError(
