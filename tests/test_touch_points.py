@@ -251,7 +251,7 @@ def test_20_pickled_arguments_hold_no_token(quick_args, tmp_path):
 def test_21_datasets_names_its_cache_by_commit(hub):
     from datasets import load_dataset
 
-    from trl_ama.task_loading import _commit
+    from trl_ama.exact_texts import _commit
 
     commit = hub.write("dataset", "org/rows", {"train.jsonl": '{"a": 1}\n'})
     assert _commit(load_dataset("org/rows", split="train")) == commit
@@ -1135,3 +1135,21 @@ def test_every_touch_point_is_documented():
     numbered = {int(number) for number in re.findall(r"^\| (\d+) \|", DOC.read_text(), flags=re.MULTILINE)}
     tested = {int(match) for match in re.findall(r"def test_(\d+)_", Path(__file__).read_text())}
     assert numbered == tested
+
+
+def test_221_datasets_names_the_files_that_it_read(hub):
+    from datasets import ReadInstruction, load_dataset, load_dataset_builder
+
+    commit = hub.write("dataset", "org/rows", {"train.jsonl": '{"a": 1}\n{"a": 2}\n', "test.jsonl": '{"a": 3}\n'})
+    assert load_dataset("org/rows", split="train").info.builder_name == "json"
+    builder = load_dataset_builder("org/rows")
+    files = {str(split): [str(file) for file in files] for split, files in builder.config.data_files.items()}
+    assert files == {name: [f"hf://datasets/org/rows@{commit}/{name}.jsonl"] for name in ("train", "test")}
+    assert (builder.hash, builder.repo_id, builder.config.encoding, builder.config.field) == (
+        commit,
+        "org/rows",
+        "utf-8",
+        None,
+    )
+    parts = ReadInstruction.from_spec("train[50%:]+test").to_absolute({"train": 2, "test": 1})
+    assert [(part.splitname, part.from_, part.to) for part in parts] == [("train", 1, 2), ("test", 0, 1)]
