@@ -160,7 +160,7 @@ def test_a_batch_is_collated_and_packed_once_for_both(build, model_dir, tmp_path
     monkeypatch.setattr(trainer.prefix_sharing, "pack", counted_pack)
     with trained_policy_and_reference(trainer, WHO, folder) as (specialist, reference):
         score_policies(trainer, {"a_": reference, "b_": own(specialist)}, trainer.train_dataset, "")
-    assert 1 < calls["packed"] == calls["collated"] < 10
+    assert 1 < calls["packed"] == calls["collated"] - 1 < 10  # and the first batch once more, to be run both ways
 
 
 # ---- Batches ----

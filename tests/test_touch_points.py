@@ -1153,3 +1153,30 @@ def test_221_datasets_names_the_files_that_it_read(hub):
     )
     parts = ReadInstruction.from_spec("train[50%:]+test").to_absolute({"train": 2, "test": 1})
     assert [(part.splitname, part.from_, part.to) for part in parts] == [("train", 1, 2), ("test", 0, 1)]
+
+
+def test_241_the_loss_reads_the_reference_after_it_has_called_the_model(dpo):
+    inputs, expected = dict(batch_of(dpo)), dpo.compute_ref_log_probs(dpo.model, batch_of(dpo))
+    loss = dpo.compute_loss(dpo.model, dict(inputs))
+    added = lambda: inputs.update(zip(("ref_chosen_logps", "ref_rejected_logps"), expected, strict=True))  # noqa: E731
+    dpo.precompute_ref_logps = True
+    try:
+        later = dpo.compute_loss(RecordedForward(dpo.model, then=added), inputs)
+    finally:
+        dpo.precompute_ref_logps = False
+    assert later.item() == pytest.approx(loss.item())
+
+
+def test_242_hooks_are_counted_and_a_lack_of_memory_is_known():
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    module = torch.nn.Linear(2, 2)
+    hooks = module._forward_hooks, module._forward_pre_hooks
+    module.register_forward_hook(lambda module, args, output: output)
+    module.register_forward_pre_hook(lambda module, args: args)
+    assert [len(one) for one in hooks] == [1, 1]
+    assert should_reduce_batch_size(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."))
+    assert should_reduce_batch_size(
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
+    )
+    assert not should_reduce_batch_size(RuntimeError("shapes cannot be multiplied"))

@@ -215,7 +215,7 @@ class _Sweep:
 
     def prove(self, done: np.ndarray) -> None:
         """Run the sweep's first batch both ways under every policy, on all processes."""
-        remaining = self._remaining(done)
+        remaining = [] if self._sharing.mode is False else self._remaining(done)
         if remaining:
             _, kwargs = self._inputs(remaining[0])
             at_once = max(1, self._budget // kwargs["input_ids"].shape[1] // 2)
