@@ -167,7 +167,7 @@ def test_kernels_that_align_the_mask_at_the_start_are_refused(fake_flash, monkey
     model = build("Llama", MODELS["Llama"])
     model.config._attn_implementation = "flash_attention_2"
     call = padded(random_pairs(3, seed=2))
-    monkeypatch.setattr("trl_ama.prefix_support.flash_attn_supports_top_left_mask", lambda: True)
+    monkeypatch.setattr("trl_ama.prefix_rules.flash_attn_supports_top_left_mask", lambda: True)
     assert sharing().pack(model, call) is None
     with pytest.raises(AMAError, match="aligns causal masks at the start"):
         sharing(True).pack(model, call)

@@ -53,7 +53,9 @@ class PipelineArguments:
     )
     include_text: bool = field(
         default=True,
-        metadata={"help": "Whether the reference-loss dataset holds the pairs' texts and images, or only ids and numbers."},
+        metadata={
+            "help": "Whether the reference-loss dataset holds the pairs' texts and images, or only ids and numbers."
+        },
     )
     template_date: str | None = field(
         default=None,

@@ -27,6 +27,7 @@ from .policy_files import is_commit
 from .processors import load_processor
 from .recipe_text import public_name
 from .row_account import RowAccount
+from .run_places import RunPlaces
 from .task_config import TaskConfig, TaskMixtureConfig
 from .task_loading import LoadedTasks, fits_into, read_tasks
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class RunSettings:
+class RunSettings(RunPlaces):
     """The parsed arguments of a run, and what follows from them.
 
     Raises:
@@ -338,41 +339,3 @@ class RunSettings:
             return None
         rows = np.flatnonzero(numpy_column(self.data[split], TASK_COLUMN) == self.task_names.index(task))
         return self.data[split].select(rows) if len(rows) else None
-
-    # ---- Places ----
-
-    @property
-    def output_dir(self) -> Path:
-        """Where everything of this run is written."""
-        return Path(self.training_args.output_dir)
-
-    def specialist_dir(self, task: str) -> Path:
-        """The folder of a trained specialist."""
-        return self.output_dir / "specialists" / task
-
-    def needs_specialist(self, task: str) -> bool:
-        """Whether a task's specialist is trained here: the recipe names none, and its reference losses are not ready."""
-        return task not in self.external_specialists and task not in self.shared_tasks
-
-    def has_specialist_folder(self, task: str) -> bool:
-        """Whether a specialist was trained here, to its end, and its files are what was written."""
-        from .training_stage import result_in
-
-        return result_in(self.specialist_dir(task)) is not None
-
-    def specialist_source(self, task: str) -> str:
-        """Where a task's specialist is read from: the user's, or the one trained here."""
-        return self.external_specialists.get(task, str(self.specialist_dir(task)))
-
-    @property
-    def losses_dir(self) -> Path:
-        """The reference-loss dataset: a folder per task."""
-        return self.output_dir / "reference_losses"
-
-    def losses_folder(self, task: str) -> Path:
-        """Where a task's reference losses are: the ready ones, or those computed here."""
-        return self.shared_losses.parts[task].folder if task in self.shared_tasks else self.losses_dir / task
-
-    def generalist_dir(self, strategy: str) -> Path:
-        """The folder of a trained generalist."""
-        return self.output_dir / "generalists" / strategy
