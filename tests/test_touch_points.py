@@ -696,7 +696,7 @@ def test_86_the_output_of_a_training_is_a_named_tuple():
     assert TrainOutput(1, 2.0, {})._replace(training_loss=7.0) == (1, 7.0, {})
 
 
-def test_211_pairs_about_images_are_prepared_in_the_collator(tokenizer, tmp_path):
+def test_89_pairs_about_images_are_prepared_in_the_collator(tokenizer, tmp_path):
     from peft import LoraConfig
     from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
     from vision_model import make_processor, make_vision_model, make_vision_rows
@@ -723,7 +723,7 @@ def test_211_pairs_about_images_are_prepared_in_the_collator(tokenizer, tmp_path
         build(precompute_ref_log_probs=True)
 
 
-def test_212_hooks_that_capture_outputs_belong_to_the_model(tokenizer):
+def test_90_hooks_that_capture_outputs_belong_to_the_model(tokenizer):
     from vision_model import make_processor, make_vision_model
 
     model = make_vision_model(make_processor(tokenizer))
@@ -738,7 +738,7 @@ def test_212_hooks_that_capture_outputs_belong_to_the_model(tokenizer):
         assert set(hooks()) == {"transformers.utils.output_capturing"} and len(hooks()) == 2
 
 
-def test_213_images_are_stored_as_bytes_and_paths():
+def test_91_images_are_stored_as_bytes_and_paths():
     import io
 
     from datasets import Image
@@ -753,7 +753,7 @@ def test_213_images_are_stored_as_bytes_and_paths():
 
 
 @pytest.mark.parametrize(("asked", "tells"), [(2, True), (1, False)])
-def test_271_one_process_in_place_of_several(asked, tells, monkeypatch):
+def test_101_one_process_in_place_of_several(asked, tells, monkeypatch):
     from accelerate.commands.launch import launch_command_parser
     from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
@@ -767,7 +767,7 @@ def test_271_one_process_in_place_of_several(asked, tells, monkeypatch):
     assert (environment.get("MASTER_ADDR") == "127.0.0.1") is tells
 
 
-def test_272_loaders_take_the_collator_when_they_are_made(model_dir, tmp_path):
+def test_102_loaders_take_the_collator_when_they_are_made(model_dir, tmp_path):
     args = DPOConfig(str(tmp_path), **QUICK)
     data = make_dataset({"list": 4})
     trainer = DPOTrainer(model_dir, args=args, train_dataset=data, eval_dataset=data, peft_config=lora())
@@ -1037,7 +1037,7 @@ def test_49_errors_of_files_that_cannot_be_written(tmp_path):
     assert not could_not_write(RuntimeError("CUDA out of memory")) and not could_not_write(ConnectionResetError())
 
 
-def test_231_adapters_are_made_by_names_that_can_be_watched(model_dir, monkeypatch, tmp_path):
+def test_93_adapters_are_made_by_names_that_can_be_watched(model_dir, monkeypatch, tmp_path):
     import trl.trainer.dpo_trainer
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
@@ -1058,7 +1058,7 @@ def test_231_adapters_are_made_by_names_that_can_be_watched(model_dir, monkeypat
     assert [name for name, _ in added] == ["ref"]
 
 
-def test_232_writes_are_told_of_before():
+def test_94_writes_are_told_of_before():
     from torch.utils._python_dispatch import TorchDispatchMode
 
     written = []
@@ -1079,12 +1079,12 @@ def test_232_writes_are_told_of_before():
     assert written == [(weight.untyped_storage().data_ptr(), before) for before in (1, 2, 5)]
 
 
-def test_233_the_name_of_precomputed_references():
+def test_95_the_name_of_precomputed_references():
     source = inspect.getsource(DPOTrainer._precompute_ref_logps)
     assert "model_hash = self._precompute_model_hash" in source and "(dataset._fingerprint, model_hash)" in source
 
 
-def test_201_where_an_answer_begins(dpo):
+def test_87_where_an_answer_begins(dpo):
     from trl.data_utils import common_prefix_length
     from trl.trainer import dpo_trainer
 
@@ -1092,7 +1092,7 @@ def test_201_where_an_answer_begins(dpo):
     assert dpo_trainer.common_prefix_length is common_prefix_length
 
 
-def test_202_json_columns_keep_what_was_written():
+def test_88_json_columns_keep_what_was_written():
     features = Features({"x": Json()})
     rows = Dataset.from_list([{"x": '{"a": 30e-2}'}, {"x": '{"a": 1}'}], features=features)
     for mapped in (rows.map(lambda x: {"y": 1}, input_columns=["x"]), rows.map(lambda row: {"y": 1})):
@@ -1100,7 +1100,7 @@ def test_202_json_columns_keep_what_was_written():
         assert mapped["x"][:] == [{"a": 0.3}, {"a": 1}]
 
 
-def test_261_a_model_without_weights(model_dir):
+def test_98_a_model_without_weights(model_dir):
     from transformers import AutoConfig, LlamaForCausalLM
     from trl.trainer.utils import create_model_from_path
 
@@ -1110,7 +1110,7 @@ def test_261_a_model_without_weights(model_dir):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_262_a_trainer_around_a_model_without_weights():
+def test_99_a_trainer_around_a_model_without_weights():
     from transformers import TrainingArguments
     from trl.trainer.base_trainer import _BaseTrainer
 
@@ -1119,7 +1119,7 @@ def test_262_a_trainer_around_a_model_without_weights():
     assert "self.accelerator = " in inspect.getsource(Trainer.create_accelerator_and_postprocess)
 
 
-def test_263_trainable_tokens_of_a_tied_head():
+def test_100_trainable_tokens_of_a_tied_head():
     from peft import LoraConfig, get_peft_model
     from peft.utils.other import TrainableTokensWrapper
 
@@ -1137,7 +1137,7 @@ def test_every_touch_point_is_documented():
     assert numbered == tested
 
 
-def test_221_datasets_names_the_files_that_it_read(hub):
+def test_92_datasets_names_the_files_that_it_read(hub):
     from datasets import ReadInstruction, load_dataset, load_dataset_builder
 
     commit = hub.write("dataset", "org/rows", {"train.jsonl": '{"a": 1}\n{"a": 2}\n', "test.jsonl": '{"a": 3}\n'})
@@ -1155,7 +1155,7 @@ def test_221_datasets_names_the_files_that_it_read(hub):
     assert [(part.splitname, part.from_, part.to) for part in parts] == [("train", 1, 2), ("test", 0, 1)]
 
 
-def test_241_the_loss_reads_the_reference_after_it_has_called_the_model(dpo):
+def test_96_the_loss_reads_the_reference_after_it_has_called_the_model(dpo):
     inputs, expected = dict(batch_of(dpo)), dpo.compute_ref_log_probs(dpo.model, batch_of(dpo))
     loss = dpo.compute_loss(dpo.model, dict(inputs))
     added = lambda: inputs.update(zip(("ref_chosen_logps", "ref_rejected_logps"), expected, strict=True))  # noqa: E731
@@ -1167,7 +1167,7 @@ def test_241_the_loss_reads_the_reference_after_it_has_called_the_model(dpo):
     assert later.item() == pytest.approx(loss.item())
 
 
-def test_242_hooks_are_counted_and_a_lack_of_memory_is_known():
+def test_97_hooks_are_counted_and_a_lack_of_memory_is_known():
     from accelerate.utils.memory import should_reduce_batch_size
 
     module = torch.nn.Linear(2, 2)
