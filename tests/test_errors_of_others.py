@@ -259,7 +259,12 @@ def test_quantised_weights_without_an_adapter(folders, tmp_path):
 
 def test_a_rehearsal_is_quiet_and_leaves_nothing(folders, tmp_path, capfd):
     args = AMAConfig(
-        **{**QUICK, "output_dir": str(tmp_path / "run"), "push_to_hub": True, "hub_model_id": "someone/x"}
+        **{
+            **QUICK,
+            "output_dir": str(tmp_path / "run"),
+            "push_to_hub": True,
+            "model_init_kwargs": {"use_cache": False},
+        }
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")

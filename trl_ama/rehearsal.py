@@ -257,6 +257,7 @@ def _rehearsal_arguments(args: AMAConfig, folder: str) -> AMAConfig:
         copy.copy(args).__dict__,
         output_dir=folder,
         push_to_hub=False,
+        model_init_kwargs=None,  # the model is made with them already
         precompute_ref_log_probs=False,  # for which the weights would be hashed
         dataset_num_proc=None,
         disable_tqdm=True,
