@@ -20,8 +20,8 @@ from .memory_plan import (
 )
 from .plan_cost import Products
 from .plan_lengths import Pair
+from .prefix_rules import broken_rule
 from .prefix_sharing import KNOWN_ATTENTION
-from .prefix_support import broken_rule
 from .run_settings import RunSettings
 
 

@@ -1,6 +1,6 @@
 """Where prefix sharing is exact: rules, a trial of every model, and a proof on real pairs. Detect, never guess.
 
-The rules, here, name what is known to make a difference, or may come to make one later. The trial of every model, in
+The rules, in `prefix_rules.py`, name what is known to make a difference, or may come to make one later. The trial of every model, in
 `prefix_trial.py`, finds what no rule knows, on pairs of all lengths; the proof, in `prefix_proof.py`, what no trial shows, on the
 first batch of a training, of an evaluation and of a sweep.
 """
@@ -11,14 +11,14 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from accelerate import ParallelismConfig, PartialState
+from accelerate import PartialState
 from accelerate.logging import get_logger
-from transformers.modeling_flash_attention_utils import flash_attn_supports_top_left_mask
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer
 
 from .errors import AMAError
 from .prefix_proof import DRAWS, NoVerdict, RandomState, kept_random_state, prove
-from .prefix_sharing import KNOWN_ATTENTION, CannotShare, PackedPairs, causal_lm, pack_pairs, packed_forward, unwrapped
+from .prefix_rules import broken_rule, level, modules_that_may_draw
+from .prefix_sharing import CannotShare, PackedPairs, causal_lm, pack_pairs, packed_forward, unwrapped
 from .prefix_trial import Tried, try_model
 from .processes import is_sharded, of_all
 
@@ -27,8 +27,6 @@ logger = get_logger(__name__)
 
 _CALL = {"input_ids", "attention_mask", "labels", "use_cache", "fused_lm_head"}  # what DPOTrainer gives a text model
 _LATER = "the first batch says nothing"  # its numbers are not finite, or another process has none that can be packed
-_MIXES_TOKENS = {"LILY"}
-_SHARED_LAYERS = {"full_attention", "sliding_attention"}
 
 
 class PrefixSharing:
@@ -240,8 +238,8 @@ class PrefixSharing:
     def _draws(self, model: torch.nn.Module) -> bool:
         """Whether anything draws random numbers; which modules could is looked up once, as a walk takes milliseconds."""
         if model not in self._may_draw:
-            self._may_draw[model] = _may_draw(model)
-        return any(_level(getattr(module, name)) > 0 for module, name in self._may_draw[model])
+            self._may_draw[model] = modules_that_may_draw(model)
+        return any(level(getattr(module, name)) > 0 for module, name in self._may_draw[model])
 
     def _refuse(self, model: torch.nn.Module, reason: str, counts: bool = True) -> None:
         self.taken["plain"] += counts
@@ -281,74 +279,3 @@ class SharedForward:
 
 def _several_processes() -> bool:
     return PartialState().num_processes > 1
-
-
-def _kind(adapter: Any) -> str:
-    kind = getattr(adapter, "peft_type", None)
-    return str(getattr(kind, "value", kind))
-
-
-def broken_rule(
-    model: torch.nn.Module, args: DPOConfig, parallelism: ParallelismConfig | None = None, training: bool = True
-) -> str | None:
-    """The first rule that a model breaks, as half a sentence; `None` if it breaks none and is left to the trial.
-
-    Args:
-        model (`torch.nn.Module`): The model in all its wrappers; it is looked at, not run, and may be on the meta device.
-        args (`DPOConfig`): The training arguments.
-        parallelism (`ParallelismConfig`, *optional*): The accelerator's.
-        training (`bool`, *optional*): Whether it is trained, or only scored.
-    """
-    inner = causal_lm(model)
-    config = inner.config.get_text_config()
-    if getattr(inner.config, "is_encoder_decoder", False):
-        return "it is an encoder-decoder model"
-    if config is not inner.config:
-        return "it is a multimodal model"
-    if inner.config._attn_implementation not in KNOWN_ATTENTION:
-        return f"attn_implementation='{inner.config._attn_implementation}' is not one of {list(KNOWN_ATTENTION)}"
-    if config._attn_implementation.startswith("flash") and flash_attn_supports_top_left_mask():
-        return "this version of flash attention aligns causal masks at the start of the keys"
-    unknown = sorted(set(getattr(config, "layer_types", None) or ()) - _SHARED_LAYERS)
-    if unknown:
-        return f"it has layers of type {unknown}, which are not plain attention"
-    adapters = getattr(unwrapped(model), "peft_config", None) or {}
-    if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
-        return "its adapter learns a prompt, which would come before every pair"
-    mixing = [name for name in map(_kind, adapters.values()) if name in _MIXES_TOKENS]
-    if mixing:
-        return f"its adapter ({mixing[0]}) averages over all tokens of a batch, padding among them"
-    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters.values()):
-        return (
-            "its adapter (aLoRA) acts from where its invocation tokens are in each row, which a packed row has many of"
-        )
-    if training and getattr(args, "neftune_noise_alpha", None):
-        return "neftune_noise_alpha adds noise, drawn for each row and scaled by its length"
-    if getattr(args, "n_gpu", 1) > 1:
-        return "DataParallel splits a batch by its rows, and a packed batch has one (launch a process for each GPU instead)"
-    if args.torch_compile:
-        return "torch_compile compiles for shapes, and a packed row has another one at every step"
-    if args.use_liger_kernel:
-        return "use_liger_kernel replaces layers by kernels that were not tried"
-    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-        return "context or sequence parallelism splits sequences"
-    return None
-
-
-def _may_draw(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
-    """Modules, and their attributes, that decide whether they draw random numbers in training; not all are a `Dropout`, which
-    TRL turns off."""
-    found = []
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            found.append((module, "p"))
-        else:
-            names = [name for name, value in vars(module).items() if isinstance(value, (float, dict))]
-            found += [(module, name) for name in names if "drop" in name or "jitter" in name]
-    return found
-
-
-def _level(value: Any) -> float:
-    """How much is drawn: a number, or one for each adapter, as PEFT has them."""
-    values = value.values() if isinstance(value, dict) else [value]
-    return max((float(one) for one in values if isinstance(one, (int, float))), default=0.0)
