@@ -1,4 +1,4 @@
-"""Rules by which a model, or the way it is trained, is known to get other numbers from packed rows: see `prefix_support.py`."""
+"""Rules of prefix sharing: what is known to make a difference between a packed row and padded ones, or may come to make one."""
 
 from typing import Any
 
@@ -66,7 +66,7 @@ def broken_rule(
     return None
 
 
-def may_draw(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
+def modules_that_may_draw(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
     """Modules, and their attributes, that decide whether they draw random numbers in training; not all are a `Dropout`, which
     TRL turns off."""
     found = []
@@ -79,7 +79,7 @@ def may_draw(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
     return found
 
 
-def drawn_level(value: Any) -> float:
+def level(value: Any) -> float:
     """How much is drawn: a number, or one for each adapter, as PEFT has them."""
     values = value.values() if isinstance(value, dict) else [value]
     return max((float(one) for one in values if isinstance(one, (int, float))), default=0.0)

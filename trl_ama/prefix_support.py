@@ -17,7 +17,7 @@ from trl import DPOTrainer
 
 from .errors import AMAError
 from .prefix_proof import DRAWS, NoVerdict, RandomState, kept_random_state, prove
-from .prefix_rules import broken_rule, drawn_level, may_draw
+from .prefix_rules import broken_rule, level, modules_that_may_draw
 from .prefix_sharing import CannotShare, PackedPairs, causal_lm, pack_pairs, packed_forward, unwrapped
 from .prefix_trial import Tried, try_model
 from .processes import is_sharded, of_all
@@ -238,8 +238,8 @@ class PrefixSharing:
     def _draws(self, model: torch.nn.Module) -> bool:
         """Whether anything draws random numbers; which modules could is looked up once, as a walk takes milliseconds."""
         if model not in self._may_draw:
-            self._may_draw[model] = may_draw(model)
-        return any(drawn_level(getattr(module, name)) > 0 for module, name in self._may_draw[model])
+            self._may_draw[model] = modules_that_may_draw(model)
+        return any(level(getattr(module, name)) > 0 for module, name in self._may_draw[model])
 
     def _refuse(self, model: torch.nn.Module, reason: str, counts: bool = True) -> None:
         self.taken["plain"] += counts
