@@ -192,11 +192,11 @@ def public_rows(path, split):
 
 @pytest.mark.parametrize("name", [name for name in FIRST if name != "quickstart"])
 def test_columns_and_formats_fit_the_public_datasets(name, monkeypatch):
-    def load_dataset(path, split, **source):
+    def load_texts(split, path, **source):
         assert path != "Anthropic/hh-rlhf" or source["data_dir"] in ("helpful-base", "harmless-base")
-        return public_rows(path, split)
+        return public_rows(path, split), None
 
-    monkeypatch.setattr("trl_ama.task_loading.load_dataset", load_dataset)
+    monkeypatch.setattr("trl_ama.task_loading.load_texts", load_texts)
     tasks = recipe_tasks(FIRST[name])
     data = load_tasks(TaskMixtureConfig(tasks=tasks, test_split_size=0.3))
     assert data["train"].features["task"].names == [task["task"] for task in tasks]

@@ -287,7 +287,7 @@ def test_the_reference_is_the_base_all_along(base_dir, tmp_path, start):
     assert np.abs(np.array(logged(own)) - np.array(logged(theirs))).max() > 0.01
     # After training, too: the policy moved, the reference did not
     pairs = ours.train_dataset.select(range(6))
-    chosen, _ = ours.compute_ref_log_probs(ours.model, ours.data_collator.inner(list(pairs)))
+    chosen, _ = ours.compute_ref_log_probs(ours.model, ours.data_collator(list(pairs)))
     np.testing.assert_allclose(chosen, by_hand(load(base_dir), pairs, "chosen"), rtol=1e-4, atol=1e-4)
 
 

@@ -65,6 +65,9 @@ class PolicySource:
         if self.commit is None:
             path = os.path.join(self.name, filename)
             return path if os.path.isfile(path) else None
+        known = try_to_load_from_cache(self.name, filename, revision=self.commit)
+        if known is not None and not isinstance(known, str):
+            return None  # it was asked for before, and a commit stays what it is
         try:
             return hf_hub_download(self.name, filename, revision=self.commit)
         except (
