@@ -49,23 +49,27 @@ class LoadedTasks:
     commits: dict[str, str] = field(default_factory=dict)
     accounts: dict[str, dict[str, RowAccount]] = field(default_factory=dict)
 
-    def dropped(self, reason: str) -> dict[str, dict[str, int]]:
-        """Task → split → pairs that were dropped for a reason, only where there were any."""
+    def dropped(self, is_one: Callable[[str], bool]) -> dict[str, dict[str, int]]:
+        """Task → split → rows that were dropped for such reasons, only where there were any."""
         found = {
-            task: {split: own.dropped[reason] for split, own in splits.items() if reason in own.dropped}
+            task: {
+                split: sum(count for reason, count in own.dropped.items() if is_one(reason))
+                for split, own in splits.items()
+            }
             for task, splits in self.accounts.items()
         }
-        return {task: splits for task, splits in found.items() if splits}
+        found = {task: {split: count for split, count in counts.items() if count} for task, counts in found.items()}
+        return {task: counts for task, counts in found.items() if counts}
 
     @property
     def empty(self) -> dict[str, dict[str, int]]:
-        """Task → split → pairs without an answer that `drop_empty` dropped, if any."""
-        return self.dropped(EMPTY)
+        """Task → split → rows that hold no pair: without an answer, or broken in what their `format` says."""
+        return self.dropped(lambda reason: reason not in (TRUNCATED, HELD_OUT, *LIMITS.values()))
 
     @property
     def truncated(self) -> dict[str, dict[str, int]]:
         """The same of pairs that `fits` refused."""
-        return self.dropped(TRUNCATED)
+        return self.dropped(lambda reason: reason == TRUNCATED)
 
 
 def load_tasks(
