@@ -9,9 +9,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 
-from trl_ama import AMAError, TaskMixtureConfig
+from trl_ama import AMAError, TaskMixtureConfig, load_tasks
 from trl_ama.exact_texts import load_texts
 from trl_ama.task_loading import read_tasks
 
@@ -273,3 +273,50 @@ def test_two_files_for_one_split_are_named(tmp_path):
     (tmp_path / "x" / "t_train.jsonl").unlink()
     loaded = read_tasks(config)  # each split by its own loader
     assert pairs_in(loaded) == [("q", "a", "b")] and loaded.pairs["test"]["chosen"][:] == ["ours test"] * 2
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_a_file_with_other_contents_is_read_anew_whatever_its_time_stamp(tmp_path, ending):
+    """`datasets` knows files by path and time, and a copy may keep the time of what it was made from."""
+    path = tmp_path / f"pairs.{ending}"
+    loader = {"jsonl": "json"}.get(ending, ending)
+
+    def answers(rows):
+        data = Dataset.from_list(rows)
+        {"jsonl": data.to_json, "csv": data.to_csv, "parquet": data.to_parquet}[ending](path)
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+        found = []
+        for source in ({"path": loader, "data_files": str(path)}, {"path": str(tmp_path)}):
+            config = TaskMixtureConfig(tasks=[{"task": "t", **source}])
+            found.append(load_tasks(config)["train"]["chosen"][:])
+        return found
+
+    rows = [{"prompt": f"q{number}", "chosen": "good", "rejected": "bad"} for number in range(3)]
+    assert answers(rows) == [["good"] * 3] * 2
+    assert answers([{**row, "chosen": "bad", "rejected": "good"} for row in rows]) == [["bad"] * 3] * 2
+
+
+def test_a_column_that_is_there_twice(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("prompt,chosen,rejected,chosen\nq,a,b,z\n")
+    with pytest.raises(AMAError, match="has two columns 'chosen'"):
+        load_tasks(TaskMixtureConfig(tasks=[{"task": "t", "path": "csv", "data_files": str(path)}]))
+
+
+def test_a_file_as_path_is_told_how_to_be_named(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n')
+    with pytest.raises(AMAError, match=r"is a file. Write `path: json` and `data_files: "):
+        load_tasks(TaskMixtureConfig(tasks=[{"task": "t", "path": str(path)}]))
+
+
+@pytest.mark.parametrize("source", [{"columns": {"prompt": "question"}}, {"format": "single_turn"}, {}])
+def test_a_column_that_the_model_should_see_is_not_left_out_in_silence(tmp_path, source):
+    name = "question" if "columns" in source else "prompt"
+    columns = {"prompt": name, "chosen": "chosen", "rejected": "rejected"}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"system": "be brief", name: "q", "chosen": "a", "rejected": "b"}) + "\n")
+    task = {"task": "t", "path": "json", "data_files": str(path), **source}
+    task = {**task, "columns": columns} if "columns" in source else task
+    with pytest.warns(UserWarning, match="has a column 'system', which DPOTrainer does not read"):
+        load_tasks(TaskMixtureConfig(tasks=[task]))

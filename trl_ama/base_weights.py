@@ -15,14 +15,17 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from peft import PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .errors import AMAError
+from .errors import AMAError, first_line
 from .quantized import quantized_layers
 
+
+logger = get_logger(__name__)
 
 _COLUMNS = 1024
 _ODD = 0x9E3779B97F4A7C15 - 2**64  # so that equal values in other places make another sum
@@ -181,7 +184,11 @@ def drawn_anew(base: torch.nn.Module, config: PeftConfig, changed: list[tuple[st
             with torch.random.fork_rng(devices=[original.device] if original.is_cuda else []):
                 torch.manual_seed(seed)
                 inject_adapter_in_model(copy.deepcopy(config), _alone(path, layer))
-        except Exception:  # whatever a kind of adapter needs beside the layer: it cannot be told
+        except Exception as error:  # whatever a kind of adapter needs beside the layer
+            logger.warning(
+                f"Whether the start of this adapter ({getattr(config, 'peft_type', type(config).__name__)}), which writes into the base, is drawn "
+                f"at random could not be told ({type(error).__name__}: {first_line(error)}). If it is, no two loads of it are the same model."
+            )
             return False
         results.append(getattr(layer, weight).detach().float() - original.float())
     return bool((results[0] - results[1]).norm() > 1e-3 * results[0].norm())

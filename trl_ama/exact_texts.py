@@ -6,6 +6,7 @@ read as text, and JSON of which something may have been changed once more by Pyt
 """
 
 import glob
+import hashlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -54,6 +56,7 @@ def load_texts(split: str, **source: Any) -> tuple[Dataset, str | None]:
         AMAError: If a CSV file has no columns to read texts from.
         Exception: Whatever `load_dataset` raises.
     """
+    source |= _own_cache(source)
     if source["path"] == "csv":
         source |= _csv_as_text(source)
     try:
@@ -77,6 +80,42 @@ def load_texts(split: str, **source: Any) -> tuple[Dataset, str | None]:
         if feature == Value("string_view"):  # which little of Arrow works with
             dataset = dataset.cast_column(column, Value("string"))
     return dataset, commit
+
+
+def _own_cache(source: dict[str, Any]) -> dict[str, str]:
+    """A folder of the cache that is named after what local files hold.
+
+    `datasets` knows a file by its path and time stamp, so that another file with the same time (a copy that keeps it, an archive
+    whose times are fixed) would be read as what was there before.
+    """
+    folder, files = os.path.expanduser(source.get("data_dir") or ""), source.get("data_files")
+    if os.path.isdir(source["path"]):
+        folder = os.path.join(source["path"], folder)
+    elif source["path"] not in ("json", "csv", "parquet"):
+        return {}
+    if not folder and files is None:
+        return {}
+    names = ["**"] if files is None else _strings(files)
+    patterns = [
+        os.path.join(start, name) for start in (folder, glob.escape(folder)) for name in names
+    ]  # it may be one already
+    places = {place for pattern in patterns for place in (*glob.glob(pattern, recursive=True), pattern)}
+    hasher = hashlib.sha256()
+    for place in sorted(places):
+        inside = glob.glob(os.path.join(glob.escape(place), "**"), recursive=True) if os.path.isdir(place) else [place]
+        for file in filter(os.path.isfile, sorted(inside)):
+            with open(file, "rb") as stream:
+                hasher.update(f"{file}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\0".encode())
+    return {"cache_dir": os.path.join(datasets.config.HF_DATASETS_CACHE, "trl_ama", hasher.hexdigest()[:16])}
+
+
+def _strings(files: Any) -> list[str]:
+    entries = (
+        files.values() if isinstance(files, dict) else files if isinstance(files, (list, tuple)) else [str(files)]
+    )
+    return [
+        name for entry in entries for name in (_strings(entry) if isinstance(entry, (list, tuple)) else [str(entry)])
+    ]
 
 
 def _commit(dataset: Dataset) -> str | None:
@@ -117,7 +156,9 @@ def _csv_as_text(source: dict[str, Any]) -> dict[str, Any]:
     as_text = {"keep_default_na": False, "na_values": [""]}
     names = None
     for file in [file for files in _local_files(builder).values() for file in files]:
-        head = pd.read_csv(file, nrows=1, dtype=object, **{"sep": builder.config.sep, **tabs}, **as_text)
+        reading = {"dtype": object, "sep": builder.config.sep, **tabs, **as_text}
+        head = pd.read_csv(file, nrows=1, **reading)
+        _check_names(pd.read_csv(file, nrows=1, header=None, **reading), file)
         _check_head(head, file)
         names = list(head.columns) if names is None else names
         if set(names) != set(head.columns):
@@ -134,6 +175,15 @@ def _has_texts_alone(dataset: Dataset) -> bool:
         feature in kinds and not dataset.data.column(name).null_count and not name.startswith("__index_level_")
         for name, feature in dataset.features.items()
     )
+
+
+def _check_names(first: pd.DataFrame, file: str) -> None:
+    names = [str(name) for name in first.iloc[0].dropna()] if len(first) else []
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise AMAError(
+            f"'{file}' has two columns '{twice}', and only one of them would be read. Rename or remove one."
+        )
 
 
 def _check_head(head: pd.DataFrame, file: str) -> None:
@@ -199,7 +249,8 @@ def _read_json_of_two_types(split: str, source: dict[str, Any], error: Exception
     if builder.name != "json" or builder.config.field is not None:
         raise error
     first = next(iter(_local_files(builder).values()))[0]
-    start = load_dataset("json", data_files=glob.escape(first), split="train", encoding=builder.config.encoding)
+    first = {"path": "json", "data_files": glob.escape(first)}
+    start = load_dataset(**first, split="train", encoding=builder.config.encoding, **_own_cache(first))
     features, changed = _texts(start.features, start.data)
     if not changed:
         raise error

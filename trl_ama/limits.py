@@ -115,7 +115,10 @@ LIMITS: dict[str, tuple[Limit, ...]] = {
     "adam_beta2": (Limit("[0, 1)", "it is the share of a mean that is kept"),),
     "adam_epsilon": (Limit("[0, inf)", "steps are divided by it"),),
     "warmup_steps": (Limit("[0, inf)", "it counts steps, or is a share of them"),),
-    "num_train_epochs": (Limit(_FINITE, "steps are counted by it"),),
+    "num_train_epochs": (
+        Limit(_FINITE, "steps are counted by it"),
+        Limit("(0, inf)", "without max_steps nothing would be trained", {"max_steps": -1}),
+    ),
     "neftune_noise_alpha": (Limit("[0, inf)", "it is a width of noise"),),
     # ---- Batches ----
     "per_device_train_batch_size": (Limit("[1, inf)", _BATCH),),

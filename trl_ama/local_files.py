@@ -72,6 +72,11 @@ def exact_source(task: TaskConfig, source: dict[str, Any]) -> dict[str, Any]:
         AMAError: If there is no way to name the folder.
     """
     path, files, folder = source["path"], source.get("data_files"), source.get("data_dir")
+    if os.path.isfile(path):
+        raise AMAError(
+            f"Task '{task.task}': path '{path}' is a file. Write `path: {_FORMATS.get(_suffix(Path(path)) or '', 'json')}` and "
+            f"`data_files: {path}`."
+        )
     if os.path.isdir(path):
         root = os.path.realpath(os.path.join(path, folder or ""))
         if files is not None:

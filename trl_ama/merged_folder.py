@@ -8,10 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .errors import AMAError
-from .safe_files import PARTIAL, remove_abandoned
+from .safe_files import remove_abandoned
 
 
 _ABANDONED = 24 * 3600  # seconds without a new file: longer than a large base takes to load
+_MERGING = (
+    ".merging"  # not as what a run writes, which goes when the next one begins: a merge holds no lock of the folder
+)
 NOTE_FILE = "ama_merge.json"  # says that a folder is a merge, and of what
 
 
@@ -31,8 +34,8 @@ def whole_or_not(output: Path, overwrite: bool, keep_off: Sequence[str] = ()) ->
     _check(output, overwrite, keep_off)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(output, _ABANDONED)
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=PARTIAL, dir=output.parent))
+        remove_abandoned(output, _ABANDONED, _MERGING)
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=_MERGING, dir=output.parent))
         os.chmod(folder, 0o755)
     except OSError as error:
         raise AMAError(

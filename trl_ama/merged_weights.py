@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import AMAError, sentence
@@ -127,6 +127,14 @@ def _adapted(wrapped: PeftModel, sequences: list[list[int]], place: PolicySource
 
 def load_model(base_model: str, **kwargs: Any) -> PreTrainedModel:
     try:
+        config = AutoConfig.from_pretrained(
+            base_model, **{name: kwargs[name] for name in ("revision", "trust_remote_code") if name in kwargs}
+        )
+        if config.get_text_config() is not config:
+            raise AMAError(
+                f"'{base_model}' is a multimodal model ({config.model_type}), and only language models are merged. Use the adapter as it is, on its "
+                "base."
+            )
         return AutoModelForCausalLM.from_pretrained(base_model, use_safetensors=True, **kwargs)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise AMAError(f"The base model '{base_model}' cannot be loaded: {sentence(error)}") from error

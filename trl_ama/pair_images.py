@@ -206,6 +206,13 @@ def _with_list(part: Dataset) -> Dataset:
     return _rewritten(part, IMAGE, IMAGES, lambda image, number: [image], "Putting images into lists")
 
 
+def _has_texts_alone(kind: Any) -> bool:
+    """Whether a column, by its type, holds plain texts, or messages whose contents are texts."""
+    message = getattr(kind, "feature", None)
+    kind = message.get("content") if isinstance(message, dict) else kind
+    return isinstance(kind, Value) and kind.dtype in ("string", "large_string")
+
+
 def check_places(dataset: Dataset, task: str, split: str) -> None:
     """Raise an `AMAError` for the first pair whose messages have not as many places for images as it has images.
 
@@ -214,6 +221,8 @@ def check_places(dataset: Dataset, task: str, split: str) -> None:
         task, split (`str`): For messages.
     """
     columns = [column for column in IMAGE_COLUMNS if column in dataset.column_names]
+    if not columns and all(_has_texts_alone(dataset.features[side]) for side in _SIDES):
+        return
     if columns and "tools" in dataset.column_names:
         having = [number for number, row in enumerate(dataset.select_columns(["tools"])) if row["tools"]]
         if having:

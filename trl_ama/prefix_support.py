@@ -128,7 +128,9 @@ class PrefixSharing:
     ) -> str | None:
         """What all processes agree on after each has run a batch both ways; `None` if the fast path is right everywhere."""
         if is_sharded(self._trainer.accelerator):
-            at_once = 1  # all run the layers equally often, and none has to try again with less
+            return (
+                None  # every process would have to run the layers as often as the others, whatever each of them finds
+            )
         try:
             prove(model, kwargs, pairs, self._is_exact(causal_lm(model)), at_once)
             found = None
@@ -206,9 +208,10 @@ class PrefixSharing:
         longest = max(length, getattr(self._trainer.args, "max_length", None) or 2 * length)
         if not first:
             longest = min(longest, 2 * length)
+        needed = longest if is_sharded(self._trainer.accelerator) else length  # one process must not try again alone
         with kept_random_state(kwargs["input_ids"].device) as before:
             try:
-                return try_model(model, kwargs, longest, self._is_exact(causal_lm(model)), length)
+                return try_model(model, kwargs, longest, self._is_exact(causal_lm(model)), needed)
             except CannotShare as error:
                 drew = RandomState(kwargs["input_ids"].device) != before
                 if drew:

@@ -38,11 +38,11 @@ def remove_partial(folder: Path) -> None:
             _remove(Path(place, name))
 
 
-def remove_abandoned(path: Path, seconds: float) -> None:
+def remove_abandoned(path: Path, seconds: float, ending: str = PARTIAL) -> None:
     """Remove what killed processes were writing to take the place of a file or folder, untouched for so long."""
     with contextlib.suppress(OSError):
         for other in path.parent.iterdir():
-            if other.name.startswith(f".{path.name}.") and other.name.endswith(PARTIAL):
+            if other.name.startswith(f".{path.name}.") and other.name.endswith(ending):
                 if time.time() - other.stat().st_mtime > seconds:
                     _remove(other)
 

@@ -133,11 +133,12 @@ def quality_warning(task: str, result: dict[str, float]) -> str | None:
     error = math.sqrt(0.25 / result["eval_pairs"])
     if loss < base and accuracy > 0.5 + error:
         return None
+    beyond = " beyond chance" if loss < base and accuracy > 0.5 else ""
     return (
-        f"The specialist of task '{task}' does not beat the base model on its own {result['eval_pairs']} held-out pairs: "
+        f"The specialist of task '{task}' does not beat the base model on its own {result['eval_pairs']} held-out pairs{beyond}: "
         f"loss {loss:.3f} against {base:.3f}, accuracy {accuracy:.2f} against 0.50 ± {error:.2f}. Its reference losses are "
-        "then no target worth reaching. Train it longer or with a higher learning_rate (specialist_args), or look at the "
-        "data."
+        "then no target worth reaching. Train it longer or with a higher learning_rate (specialist_args), hold out more "
+        "pairs, or look at the data."
     )
 
 

@@ -9,13 +9,14 @@ from datasets import DatasetDict
 from transformers import PreTrainedModel
 from trl import get_peft_config
 
+from .adapter_settings import check_adapter
 from .ama_config import AMAConfig
 from .errors import AMAError
 from .fingerprint import tokenizer_identity
 from .others_errors import told
 from .pair_tokens import tokenise
 from .quantized import check_quantization
-from .rehearsal import check_batches, empty_policy, read_config, rehearse
+from .rehearsal import check_batches, check_optimization, empty_policy, read_config, rehearse
 from .run_settings import RunSettings
 from .tasks import TASK_COLUMN
 from .token_limits import TokenLimits
@@ -61,7 +62,14 @@ def rehearse_stages(
         first = pairs[tasks[0]]["train"]
         check_batches(what, args, sum(len(pairs[task]["train"]) for task in tasks), first.column_names)
         is_shared_out = args.fsdp or args.deepspeed_plugin is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
-        if is_shared_out or _IMAGES & set(first.column_names):
+        if is_shared_out:
+            continue
+        if _IMAGES & set(first.column_names):  # no batch of them is run without weights
+            model = _model(settings)
+            if model is not None:
+                check_optimization(args, model)
+                if peft_config is not None:
+                    check_adapter(model, peft_config)
             continue
         rows = first.select(range(min(_PAIRS, len(first)))).remove_columns(TASK_COLUMN)
         values = {name: value for name, value in args.to_dict().items() if name not in _OWN}
@@ -129,7 +137,7 @@ def _check_tokens(settings: RunSettings, pairs: Mapping[str, DatasetDict]) -> bo
     """Tokenise all pairs if the model's embeddings may not hold them; `True` if they hold whatever comes, as nearly always."""
     model = _model(settings)
     limits = None if model is None else TokenLimits(model, settings.tokenizer)
-    if limits is None or not limits.apply:
+    if limits is None or not limits.apply(settings.training_args.max_length):
         return True
     for task in settings.chosen_tasks:
         for split, part in pairs[task].items():

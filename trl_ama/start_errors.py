@@ -50,7 +50,7 @@ class StartErrorsTrainer(DPOTrainer):
         if config is not None:
             check_adapter(self.model, config, is_on=True)  # warns of what PEFT did without a word
         limits = TokenLimits(self.model, self._tokenizer)
-        if limits.apply:
+        if limits.apply(self.args.max_length):
             held_out = (
                 self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
             )

@@ -1,5 +1,7 @@
 """The formats of published preference datasets that a recipe can name, turned into TRL's."""
 
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from datasets import Dataset, Value
@@ -10,6 +12,26 @@ from .row_account import RowAccount
 from .task_config import TaskConfig
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS
 from .transcripts import read_transcripts
+
+
+# Columns by which others (LLaMA-Factory, ms-swift, axolotl) give a part of the model's input
+_OF_THE_INPUT = ("system", "system_prompt", "history", "functions", "documents", "instruction", "input", "query")
+
+
+def warn_of_unread(columns: Iterable[str], task: str) -> None:
+    """Tell of columns whose names say that a model should see them, and that nothing reads.
+
+    Args:
+        columns (`Iterable[str]`): Names of columns that do not become a part of the pairs.
+        task (`str`): For the message.
+    """
+    for column in sorted({*columns} & {*_OF_THE_INPUT}):
+        warnings.warn(
+            f"Task '{task}' has a column '{column}', which DPOTrainer does not read: the model will not see it. Write it into "
+            "the messages, or leave it out with `columns: [prompt, chosen, rejected]`.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def own_format(dataset: Dataset, task: TaskConfig, split: str, account: RowAccount) -> Dataset:
@@ -29,6 +51,7 @@ def own_format(dataset: Dataset, task: TaskConfig, split: str, account: RowAccou
         lacking = [theirs for theirs in task.columns.values() if theirs not in dataset.column_names]
         if lacking:
             raise _no_column(task, lacking[0], dataset)
+        warn_of_unread(set(dataset.column_names) - set(task.columns.values()), task.task)
         renamed = {theirs: ours for ours, theirs in task.columns.items() if theirs != ours}
         dataset = dataset.select_columns(list(task.columns.values())).rename_columns(renamed)
     elif task.columns is not None:
@@ -36,6 +59,8 @@ def own_format(dataset: Dataset, task: TaskConfig, split: str, account: RowAccou
         if lacking:
             raise _no_column(task, lacking[0], dataset)
         dataset = dataset.select_columns(task.columns)
+    elif task.format is not None:
+        warn_of_unread(dataset.column_names, task.task)
     if task.format in (None, "single_turn"):
         refuse_json_text(dataset, task.task, split)
     if task.format is None:

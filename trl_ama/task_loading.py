@@ -2,7 +2,6 @@
 
 import json
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,13 +24,11 @@ from .pair_images import check_places, image_folders, is_about_images, read_imag
 from .pair_rows import check_rows
 from .row_account import EMPTY, HELD_OUT, LIMITS, TRUNCATED, RowAccount
 from .task_config import TaskConfig, TaskMixtureConfig, check_task_names
-from .task_formats import own_format
+from .task_formats import own_format, warn_of_unread
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, add_pair_ids, concatenate_tasks
 from .template_kwargs import with_template_kwargs
 
 
-# Columns by which others (LLaMA-Factory, ms-swift, axolotl) give a part of the model's input
-_OF_THE_INPUT = ("system", "system_prompt", "history", "functions", "documents")
 _SPLITS = {"train": "train", "test": "held-out"}  # in messages
 
 
@@ -281,14 +278,7 @@ def _short(value: Any, most: int = 80) -> str:
 
 def _preference_columns(dataset: Dataset, task: TaskConfig) -> Dataset:
     """Bring one task into TRL's preference format with an explicit prompt; what messages hold stays as it is."""
-    for column in _OF_THE_INPUT:
-        if column in dataset.column_names:
-            warnings.warn(
-                f"Task '{task.task}' has a column '{column}', which DPOTrainer does not read: the model will not see it. Write it into "
-                "the messages, or leave it out with `columns`.",
-                UserWarning,
-                stacklevel=2,
-            )
+    warn_of_unread(dataset.column_names, task.task)
     if "prompt" not in dataset.column_names:
         dataset = with_prompts(dataset, task.task)
     return dataset.select_columns([*PAIR_COLUMNS, *(name for name in EXTRA_COLUMNS if name in dataset.column_names)])

@@ -34,11 +34,14 @@ class TokenLimits:
         self.tokens = weight.shape[0] if weight is not None and weight.dim() == 2 else None  # # rows
         self.positions = _learned_positions(base, table)
 
-    @property
-    def apply(self) -> bool:
-        """Whether pairs may have something that the embeddings do not hold, so that all of them have to be looked at."""
+    def apply(self, max_length: int | None) -> bool:
+        """Whether pairs may have something that the embeddings do not hold, so that all of them have to be looked at.
+
+        Args:
+            max_length (`int`, *optional*): Where sequences are cut.
+        """
         has_more = self.tokens is not None and max(self.tokenizer.get_vocab().values(), default=-1) >= self.tokens
-        return has_more or self.positions is not None
+        return has_more or (self.positions is not None and (max_length is None or max_length > self.positions))
 
     def check(self, pairs: Dataset, where: str, max_length: int | None) -> None:
         """Raise an `AMAError` for the first pair that the embeddings do not hold.
