@@ -14,6 +14,7 @@ from hub_world import SIZES, parse, upload_model, upload_pairs, write_pairs, wri
 from trl import DPOTrainer
 
 from trl_ama import AMAConfig, AMAError, AMATrainer, run_pipeline
+from trl_ama.rehearsal import _Rehearsal
 
 
 TOKENS = {
@@ -41,7 +42,12 @@ def nothing_begun(monkeypatch):
     def fail(*args, **kwargs):
         pytest.fail("something was trained or loaded to be trained")
 
-    monkeypatch.setattr(DPOTrainer, "__init__", fail)
+    make = DPOTrainer.__init__
+
+    def rehearse(trainer, *args, **kwargs):
+        return make(trainer, *args, **kwargs) if isinstance(trainer, _Rehearsal) else fail()  # which loads no weights
+
+    monkeypatch.setattr(DPOTrainer, "__init__", rehearse)
     monkeypatch.setattr(DPOTrainer, "train", fail)
 
 
