@@ -250,7 +250,7 @@ class RunSettings(RunPlaces):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base model's tokenizer: [`processor`], or what that has."""
+        """The base model's tokenizer: `processor`, or what that has."""
         return getattr(self.processor, "tokenizer", self.processor)
 
     @cached_property
