@@ -17,7 +17,7 @@ _SPLITS = {"train": "training", "test": "held-out"}  # in messages
 
 @dataclass
 class RowAccount:
-    """What became of the rows of one task and split. Whoever leaves rows out says so here, and [`close`] adds up.
+    """What became of the rows of one task and split. Whoever leaves rows out says so here, and [`RowAccount.close`] adds up.
 
     Parameters:
         task, split (`str`):
