@@ -36,15 +36,19 @@ def counted_train(self, *args, **kwargs):
     return result
 LlamaModel.forward, Trainer.train = counted_forward, counted_train
 atexit.register(lambda: open("counts.json", "w").write(json.dumps(counts)))
-from trl_ama import prefix_trial
+from trl_ama import prefix_support, prefix_trial
 from trl_ama.scripts.ama import main, make_parser
 from trl_ama.scripts.common import run_script
-trial = prefix_trial._trial
-def uncounted(*args):  # of the fast path, once for each model
-    before = counts["scoring"]
-    trial(*args)
-    counts["scoring"] = before
-prefix_trial._trial = uncounted
+def uncounted(check):  # trial and proof of the fast path, once for each model and sweep
+    def checked(*args):
+        before = dict(counts)
+        try:
+            return check(*args)
+        finally:
+            counts.update(before)
+    return checked
+prefix_trial._trial = uncounted(prefix_trial._trial)
+prefix_support.prove = uncounted(prefix_support.prove)
 run_script("ama", make_parser, main)
 """
 

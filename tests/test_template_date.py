@@ -92,10 +92,11 @@ def test_a_run_has_one_date_and_each_tasks_arguments(dated_model, tmp_path, monk
     run_pipeline(*parse(recipe, "--output_dir", tmp_path / "run"))
     assert {name for name, _ in seen} == {
         "SimpleNamespace",
+        "_Rehearsal",
         "SpecialistTrainer",
         "ScoringTrainer",
         "GeneralistTrainer",
-    }  # the first for the plan
+    }  # the first two for the plan and before anything is trained
     assert set.union(*(starts for _, starts in seen)) == {"07 quiet", "07 piano"}
     assert [starts for name, starts in seen if name == "GeneralistTrainer"][0] == {"07 quiet", "07 piano"}
     for folder in ("specialists/list", "generalists/ama_s"):
