@@ -291,9 +291,11 @@ def test_a_file_with_other_contents_is_read_anew_whatever_its_time_stamp(tmp_pat
             found.append(load_tasks(config)["train"]["chosen"][:])
         return found
 
-    rows = [{"prompt": f"q{number}", "chosen": "good", "rejected": "bad"} for number in range(3)]
-    assert answers(rows) == [["good"] * 3] * 2
-    assert answers([{**row, "chosen": "bad", "rejected": "good"} for row in rows]) == [["bad"] * 3] * 2
+    # Days, too, for which JSON is read by another reader
+    for good, bad in (("good", "bad"), ("2020-01-01", "2021-02-02")):
+        rows = [{"prompt": f"q{number}", "chosen": good, "rejected": bad} for number in range(3)]
+        assert answers(rows) == [[good] * 3] * 2
+        assert answers([{**row, "chosen": bad, "rejected": good} for row in rows]) == [[bad] * 3] * 2
 
 
 def test_a_column_that_is_there_twice(tmp_path):

@@ -104,9 +104,13 @@ def _own_cache(source: dict[str, Any]) -> dict[str, str]:
     for place in sorted(places):
         inside = glob.glob(os.path.join(glob.escape(place), "**"), recursive=True) if os.path.isdir(place) else [place]
         for file in filter(os.path.isfile, sorted(inside)):
-            with open(file, "rb") as stream:
-                hasher.update(f"{file}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\0".encode())
+            hasher.update(f"{file}\0{_sha256(file)}\0".encode())
     return {"cache_dir": os.path.join(datasets.config.HF_DATASETS_CACHE, "trl_ama", hasher.hexdigest()[:16])}
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _strings(files: Any) -> list[str]:
@@ -293,13 +297,13 @@ def _whole_split(builder: DatasetBuilder, name: str, paths: list[str], features:
             "coding": (builder.config.encoding, builder.config.encoding_errors),
             "field": builder.config.field,
             "features": features,
-            "stamps": [(stat.st_mtime_ns, stat.st_size) for stat in map(os.stat, paths)],  # for the cache
+            "contents": [_sha256(path) for path in paths],  # for the cache
         },
     )
 
 
 def _rows(
-    paths: list[str], coding: tuple[str, str | None], field: str | None, features: Features, stamps: list
+    paths: list[str], coding: tuple[str, str | None], field: str | None, features: Features, contents: list
 ) -> Iterator[dict[str, Any]]:
     for path in paths:
         for row in _values(path, "utf-8-sig" if coding[0] == "utf-8" else coding[0], coding[1], field):
