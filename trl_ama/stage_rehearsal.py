@@ -14,6 +14,7 @@ from .ama_config import AMAConfig
 from .errors import AMAError
 from .fingerprint import tokenizer_identity
 from .others_errors import told
+from .pair_images import has_images
 from .pair_tokens import tokenise
 from .quantized import check_quantization
 from .rehearsal import check_batches, check_optimization, empty_policy, read_config, rehearse
@@ -22,7 +23,6 @@ from .tasks import TASK_COLUMN
 from .token_limits import TokenLimits
 
 
-_IMAGES = {"image", "images"}
 _PAIRS = 2  # of a stage's own that are tokenised; what is looked at is the settings
 # What differs between stages, and nobody below AMATrainer looks at
 _OWN = ("output_dir", "run_name", "logging_dir", "seed", "data_seed", "max_steps", "num_train_epochs", "hub_model_id", "push_to_hub",
@@ -64,7 +64,7 @@ def rehearse_stages(
         is_shared_out = args.fsdp or args.deepspeed_plugin is not None or parse_flag_from_env("ACCELERATE_USE_FSDP")
         if is_shared_out:
             continue
-        if _IMAGES & set(first.column_names):  # no batch of them is run without weights
+        if has_images(first):  # no batch of them is run without weights
             model = _model(settings)
             if model is not None:
                 check_optimization(args, model)
@@ -141,7 +141,7 @@ def _check_tokens(settings: RunSettings, pairs: Mapping[str, DatasetDict]) -> bo
         return True
     for task in settings.chosen_tasks:
         for split, part in pairs[task].items():
-            if not _IMAGES & set(part.column_names):
+            if not has_images(part):
                 where = f"the {'held-out' if split == 'test' else 'training'} pairs of task '{task}'"
                 limits.check(tokenise(part, settings.tokenizer, settings), where, settings.training_args.max_length)
     return False
