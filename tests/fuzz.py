@@ -568,8 +568,8 @@ class World:
         import shutil
 
         from trl_ama import load_reference_losses
-        from trl_ama.fingerprint import write_json
         from trl_ama.loss_checks import sha256
+        from trl_ama.safe_files import write_json
 
         folder = self.folder / f"losses{self.number}"
         shutil.copytree(self.losses, folder)

@@ -11,8 +11,9 @@ from test_policy_sources import WHO, files_of, refused, save_adapter
 from transformers import AutoModelForCausalLM
 
 from trl_ama import AMAError, policy_files
-from trl_ama.fingerprint import model_identity, read_json, weights_identity, write_json
+from trl_ama.model_identity import model_identity, weights_identity
 from trl_ama.policy_sources import check_policy_source
+from trl_ama.safe_files import read_json, write_json
 
 
 @pytest.fixture(autouse=True)

@@ -89,8 +89,8 @@ def test_commands_and_keys_are_all_there(site):
     from trl import ModelConfig
 
     from trl_ama import AMAConfig, TaskConfig, TaskMixtureConfig
-    from trl_ama.cli import COMMANDS
     from trl_ama.pipeline_arguments import PipelineArguments
+    from trl_ama.scripts import COMMANDS
 
     commands = page(site, "docs/cli")
     for name, text in COMMANDS.items():

@@ -22,11 +22,10 @@ from trl_ama.checkpoints import (
     remove_halves,
     rotate,
 )
-from trl_ama.fingerprint import write_json
 from trl_ama.html_page import save_page
 from trl_ama.merged_folder import NOTE_FILE, whole_or_not
 from trl_ama.run_lock import folder_held
-from trl_ama.safe_files import write_file
+from trl_ama.safe_files import write_file, write_json
 from trl_ama.task_loading import read_tasks
 
 

@@ -14,8 +14,8 @@ from test_policy_sources import LINEAR, edit, files_of, save_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from trl_ama import AMAError, cli, merged_weights
-from trl_ama.fingerprint import write_json
 from trl_ama.merging import merge_adapter, training_from
+from trl_ama.safe_files import write_json
 
 
 @pytest.fixture

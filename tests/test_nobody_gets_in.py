@@ -12,9 +12,10 @@ from hub_world import SIZES, parse, upload_model, upload_pairs, write_recipe
 from huggingface_hub import HfApi, constants
 
 from trl_ama import AMAError, load_reference_losses, run_pipeline
-from trl_ama.hub import HubTarget, redact, say
+from trl_ama.hub import HubTarget, say
 from trl_ama.recipe_text import recipe_yaml
 from trl_ama.run_settings import RunSettings
+from trl_ama.secrets import redact
 from trl_ama.task_config import check_config_name, check_task_names
 
 

@@ -4,7 +4,7 @@ import pytest
 from test_pipeline import SIZES, data_dir, recipe  # noqa: F401
 
 from trl_ama import AMAError, run_pipeline
-from trl_ama.fingerprint import read_json
+from trl_ama.safe_files import read_json
 
 
 @pytest.fixture

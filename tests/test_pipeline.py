@@ -14,7 +14,6 @@ from test_versions import refused, with_version
 from trl import DPOTrainer, ModelConfig, TrlParser
 
 from trl_ama import AMAConfig, AMAError, AMATrainer, TaskMixtureConfig, join_reference_losses, run_pipeline
-from trl_ama.fingerprint import read_json, write_json
 from trl_ama.html_report import collect
 from trl_ama.loss_dataset import read_note
 from trl_ama.loss_loading import load_reference_losses
@@ -24,7 +23,7 @@ from trl_ama.reference_losses import joined_data
 from trl_ama.report import result_table
 from trl_ama.run_settings import RunSettings
 from trl_ama.run_start import check_recipe
-from trl_ama.safe_files import describe_files, sealed
+from trl_ama.safe_files import describe_files, read_json, sealed, write_json
 from trl_ama.specialists import quality_warning
 from trl_ama.versions import VERSIONS
 

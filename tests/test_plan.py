@@ -16,8 +16,9 @@ from conftest import make_model, make_rows
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, LlamaConfig, MambaConfig, MistralConfig, Qwen3Config
 
-from trl_ama import cli, memory_plan, optimizer_memory
-from trl_ama.memory_plan import GIB, MemorySettings, empty_model, scoring_memory, training_memory
+from trl_ama import cli, optimizer_memory
+from trl_ama.memory_plan import GIB, scoring_memory, training_memory
+from trl_ama.plan_empty import MemorySettings, base_model, empty_model
 from trl_ama.plan_lengths import Lengths, common_beginning, largest_batch, scoring_batch
 from trl_ama.quantized import quantized_layers
 
@@ -61,12 +62,12 @@ def kept(settings: MemorySettings, pairs: list, packed: bool = True, common: int
 def test_parameters_and_weights_are_those_of_a_real_model(tied):
     real = make_model(64, tie_word_embeddings=tied)
     empty = empty_model(real.config, MemorySettings())
-    assert memory_plan.count_parameters(empty) == (real.num_parameters(), real.num_parameters())
+    assert optimizer_memory.count_parameters(empty) == (real.num_parameters(), real.num_parameters())
     own = {parameter.data_ptr(): parameter.nbytes for parameter in real.parameters()}
-    assert abs(memory_plan.weight_bytes(empty) - sum(own.values())) < 200  # rotary tables
+    assert abs(optimizer_memory.weight_bytes(empty) - sum(own.values())) < 200  # rotary tables
     wrapped, planned = get_peft_model(real, LORA), empty_model(real.config, MemorySettings(peft_config=LORA))
     trainable, total = wrapped.get_nb_trainable_parameters()
-    assert memory_plan.count_parameters(planned) == (total, trainable)
+    assert optimizer_memory.count_parameters(planned) == (total, trainable)
 
 
 def test_an_adapters_file_has_the_planned_size(tmp_path):
@@ -75,7 +76,7 @@ def test_an_adapters_file_has_the_planned_size(tmp_path):
     file = tmp_path / "adapter_model.safetensors"
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
     planned = empty_model(make_model(64).config, MemorySettings(peft_config=LORA))
-    assert memory_plan.saved_bytes(planned) == file.stat().st_size - header
+    assert optimizer_memory.saved_bytes(planned) == file.stat().st_size - header
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -86,7 +87,7 @@ def test_nf4_bytes_are_those_of_bitsandbytes(double_quant):
     held = [packed, state.absmax, state.code]
     if double_quant:
         held += [state.offset, state.state2.absmax, state.state2.code]
-    assert memory_plan.nf4_bytes(weight.numel(), double_quant) == sum(tensor.nbytes for tensor in held)
+    assert optimizer_memory.nf4_bytes(weight.numel(), double_quant) == sum(tensor.nbytes for tensor in held)
 
 
 def test_a_quantised_model_is_planned_as_it_is_loaded():
@@ -95,10 +96,10 @@ def test_a_quantised_model_is_planned_as_it_is_loaded():
     settings = MemorySettings(dtype=torch.bfloat16, quantization=quantization, peft_config=LORA)
     model = empty_model(TINY, settings)
     linear = [layer for _, layer in quantized_layers(model)]
-    assert len(linear) == 14 and type(memory_plan.base_model(model).lm_head) is torch.nn.Linear
+    assert len(linear) == 14 and type(base_model(model).lm_head) is torch.nn.Linear
     assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.bfloat16}
     plain = replace(settings, quantization=None)
-    assert memory_plan.weight_bytes(model) < memory_plan.weight_bytes(empty_model(TINY, plain))
+    assert optimizer_memory.weight_bytes(model) < optimizer_memory.weight_bytes(empty_model(TINY, plain))
     # 8 bits keep a layer's input; an adapter on the same layer does that anyway
     four = replace(settings, peft_config=LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     eight = replace(four, quantization=BitsAndBytesConfig(load_in_8bit=True))

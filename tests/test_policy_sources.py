@@ -26,9 +26,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig
 
 from trl_ama import AMAConfig, AMAError, AMATrainer, policy_files
 from trl_ama.adapter_keys import keys_problem, saved_shapes
-from trl_ama.fingerprint import model_identity, read_json
+from trl_ama.model_identity import model_identity
 from trl_ama.policies import trained_policy
 from trl_ama.policy_sources import check_policy_source, split_revision
+from trl_ama.safe_files import read_json
 from trl_ama.scoring import ScoringTrainer
 
 

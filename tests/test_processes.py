@@ -19,8 +19,9 @@ from test_invariants import with_reference_columns
 
 from trl_ama import AMAError
 from trl_ama.checkpoints import damage_of, read_manifest
-from trl_ama.fingerprint import check_fingerprint, relevant_arguments
+from trl_ama.fingerprint import check_fingerprint
 from trl_ama.loss_shards import LossShards
+from trl_ama.run_fingerprints import relevant_arguments
 
 
 ROOT = Path(__file__).parent.parent

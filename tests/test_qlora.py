@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer, ModelConfig, TrlParser
 
 from trl_ama import AMAConfig, AMAError, AMATrainer, TaskMixtureConfig, cli, run_pipeline
-from trl_ama.fingerprint import read_json, write_json
 from trl_ama.generalists import generalist_stage
 from trl_ama.loss_loading import load_reference_losses
 from trl_ama.merging import merge_adapter
@@ -27,6 +26,7 @@ from trl_ama.quantized import check_optimizer, dequantized_weight, keep_weights,
 from trl_ama.reference_losses import joined_data
 from trl_ama.run_settings import RunSettings
 from trl_ama.run_start import check_recipe
+from trl_ama.safe_files import read_json, write_json
 from trl_ama.scoring import ScoringTrainer
 
 

@@ -15,7 +15,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig
 from trl import DPOTrainer
 
 from trl_ama import AMAConfig, AMAError, AMATrainer, join_reference_losses, load_reference_losses, run_pipeline
-from trl_ama.fingerprint import read_json
+from trl_ama.safe_files import read_json
 
 
 LOSSES = "org/mine-reference-losses"
@@ -218,7 +218,7 @@ def test_a_specialist_of_a_branch_is_linked_by_its_commit(losses_on_hub, tmp_pat
 
 
 def test_what_is_no_secret_and_what_is():
-    from trl_ama.recipe_text import is_secret, public_name
+    from trl_ama.secrets import is_secret, public_name
 
     assert all(
         map(is_secret, ("token", "hub_token", "use_auth_token", "api_key", "aws_secret_access_key", "password"))

@@ -8,8 +8,9 @@ from hub_world import SIZES, parse, write_pairs, write_recipe
 from transformers import AutoTokenizer
 
 from trl_ama import AMAError, run_pipeline
-from trl_ama.fingerprint import read_json, tokenizer_identity
+from trl_ama.model_identity import tokenizer_identity
 from trl_ama.run_settings import RunSettings
+from trl_ama.safe_files import read_json
 from trl_ama.template_date import asks_for_the_day, fix_date
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from trl_ama import AMAError
-from trl_ama.fingerprint import read_json, write_json
 from trl_ama.loss_shards import LossShards
 from trl_ama.mixing import build_strategy
 from trl_ama.mixture import Mixture
+from trl_ama.safe_files import read_json, write_json
 from trl_ama.training_stage import TrainingStage
 from trl_ama.versions import VERSIONS
 

@@ -15,7 +15,6 @@ from trl import DPOConfig, DPOTrainer, ModelConfig, TrlParser
 from vision_model import make_vision_rows
 
 from trl_ama import AMAConfig, AMAError, TaskMixtureConfig, join_reference_losses, run_pipeline
-from trl_ama.fingerprint import write_json
 from trl_ama.loss_checks import sha256
 from trl_ama.loss_loading import load_reference_losses
 from trl_ama.loss_scoring import compute_reference_losses
@@ -24,6 +23,7 @@ from trl_ama.pair_images import images_of
 from trl_ama.pipeline_arguments import PipelineArguments
 from trl_ama.reference_columns import LOGP_COLUMNS
 from trl_ama.run_settings import RunSettings
+from trl_ama.safe_files import write_json
 
 
 SIZES = {"name": 9, "end": 7}

@@ -4,14 +4,8 @@ Names are listed in pipeline order and imported when first used, so `import trl_
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-
-try:
-    __version__ = version("trl-ama")
-except PackageNotFoundError:  # a source tree that was not installed
-    __version__ = "0+unknown"
 
 _EXPORTS = {
     "TaskConfig": "task_config",
@@ -29,6 +23,7 @@ _EXPORTS = {
     "evaluate_policies": "evaluation",
     "run_pipeline": "pipeline",
     "AMAError": "errors",
+    "__version__": "versions",
 }
 
 if TYPE_CHECKING:
@@ -45,8 +40,9 @@ if TYPE_CHECKING:
     from .specialists import train_specialist
     from .task_config import TaskConfig, TaskMixtureConfig
     from .task_loading import load_tasks
+    from .versions import __version__
 
-__all__ = [*_EXPORTS, "__version__"]
+__all__ = [*_EXPORTS]
 
 
 def __getattr__(name: str) -> Any:

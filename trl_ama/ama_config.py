@@ -8,7 +8,7 @@ from .errors import AMAError, short
 from .limits import LIMITS, check_limits
 from .mixing import STRATEGIES, check_strategy_name
 from .preference_losses import check_loss_types
-from .recipe_text import is_secret
+from .secrets import is_secret
 from .value_types import check_value
 
 

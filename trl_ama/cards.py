@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from . import __version__
-from .hub import hub_link, is_hub_id
+from .hub import hub_link, is_commit, is_hub_id
 from .markdown import code, escape, fence, table
-from .policy_files import is_commit
 from .recipe_text import recipe_yaml
+from .versions import __version__
 
 
 if TYPE_CHECKING:

@@ -14,8 +14,7 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from .errors import AMAError
-from .fingerprint import read_json, write_json
-from .safe_files import check_seal, describe_files, first_damage, sealed, sync
+from .safe_files import check_seal, describe_files, first_damage, read_json, sealed, sync, write_json
 
 
 MANIFEST = "ama_files.json"

@@ -17,13 +17,13 @@ from .data_account import judge_account
 from .data_duplicates import duplicates, text_hashes
 from .data_formats import mistakes_of, text_of
 from .data_rules import trivial_rules
-from .data_tokens import SAME_AFTER_CUT, SAME_TEXT, SAME_TOKENS, equal_answers, unknown_tokens
+from .data_tokens import unknown_tokens
 from .data_verdict import FATAL, TaskFigures, judge, judge_sizes
 from .errors import AMAError, first_line
 from .no_tasks import no_tasks
 from .pair_forms import TEMPLATE_COLUMNS
 from .pair_images import has_images
-from .pair_tokens import token_counts, tokenise
+from .pair_tokens import SAME_AFTER_CUT, SAME_TEXT, SAME_TOKENS, equal_answers, token_counts, tokenise
 from .row_account import RowAccount
 from .run_settings import RunSettings
 from .stage_rehearsal import model_problem

@@ -1,50 +1,18 @@
 """What becomes of pairs as tokens: which answers a template, a tokenizer or a cut makes the same, and which words turn into none."""
 
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .ama_config import AMAConfig
+from .pair_tokens import PAIR_IDS
 from .tasks import PAIR_COLUMNS
 
 
-# In which respect chosen and rejected are the same, the first that holds
-SAME_TEXT, SAME_TOKENS, SAME_AFTER_CUT = "same_text", "same_tokens", "same_after_cut"
-_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _ROWS = 200  # in which the words behind unknown tokens are looked for
 _WORDS = 3
-
-
-def equal_answers(tokenised: Dataset, pairs: Iterable[dict[str, Any]], args: AMAConfig) -> list[str | None]:
-    """For each pair, in which respect a model cannot tell its answers apart, so that it sends no gradient; `None` if it can.
-
-    Args:
-        tokenised (`Dataset`): As [`~trl_ama.pair_tokens.tokenise`] returns it.
-        pairs (`Iterable[dict]`): The same pairs before that.
-        args ([`AMAConfig`]): `max_length` and `truncation_mode`.
-    """
-    kinds: list[str | None] = []
-    for row, pair in zip(tokenised.select_columns(list(_IDS)), pairs, strict=True):
-        if row["chosen_ids"] == row["rejected_ids"]:
-            kinds.append(SAME_TEXT if pair["chosen"] == pair["rejected"] else SAME_TOKENS)
-        else:
-            kinds.append(SAME_AFTER_CUT if _cut(row, "chosen_ids", args) == _cut(row, "rejected_ids", args) else None)
-    return kinds
-
-
-def _cut(row: dict[str, list[int]], side: str, args: AMAConfig) -> tuple[list[int], int]:
-    """The sequence as DPOTrainer's collator cuts it, and how many of its tokens belong to the answer."""
-    prompt, answer = row["prompt_ids"], row[side]
-    ids, limit = prompt + answer, args.max_length
-    if limit is None or len(ids) <= limit:
-        return ids, len(answer)
-    if args.truncation_mode == "keep_start":
-        return ids[:limit], max(0, limit - len(prompt))
-    return ids[-limit:], min(limit, len(answer))
 
 
 def unknown_tokens(
@@ -63,7 +31,7 @@ def unknown_tokens(
     ):  # then the token has another meaning
         return None
     found, total, rows = Counter(), Counter(), []
-    for number, row in enumerate(tokenised.select_columns(list(_IDS))):
+    for number, row in enumerate(tokenised.select_columns(list(PAIR_IDS))):
         counts = {column: row[f"{column}_ids"].count(unknown) for column in PAIR_COLUMNS}
         found.update(counts)
         total.update({column: len(row[f"{column}_ids"]) for column in PAIR_COLUMNS})

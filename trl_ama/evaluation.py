@@ -8,8 +8,8 @@ import torch
 from datasets import Dataset
 
 from .errors import AMAError
-from .fingerprint import model_identity, pairs_identity
 from .metrics import task_metrics, worst_and_mean
+from .model_identity import model_identity
 from .pair_scores import save_margins
 from .policies import trained_policy
 from .preference_losses import PairLogProbs, PreferenceLossConfig, excess_losses, pair_losses
@@ -17,7 +17,7 @@ from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUM
 from .reference_losses import joined_data, reference_losses_of
 from .run_settings import RunSettings
 from .scoring import ScoringTrainer, score_pairs
-from .tasks import TASK_COLUMN
+from .tasks import TASK_COLUMN, pairs_identity
 
 
 def evaluation_fingerprint(settings: RunSettings, policies: dict[str, str]) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from huggingface_hub import EvalResult, ModelCard
 from transformers import ProcessorMixin
 
 from .cards import eval_results, hub_name, identity_link, load_snippet, template, versions_line
-from .fingerprint import model_identity, read_json
 from .markdown import escape, fence, fill, table
+from .model_identity import model_identity
 from .recipe_text import recipe_yaml
 from .report import result_table
+from .safe_files import read_json
 
 
 if TYPE_CHECKING:

@@ -6,10 +6,12 @@ from transformers import set_seed
 
 from .ama_trainer import AMATrainer
 from .errors import AMAError
-from .fingerprint import package_versions, pairs_identity, relevant_arguments
+from .fingerprint import package_versions
 from .processes import from_main
 from .reference_losses import joined_data, reference_losses_of
+from .run_fingerprints import relevant_arguments
 from .run_settings import RunSettings
+from .tasks import pairs_identity
 from .training_stage import TrainingStage
 
 

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import __version__
 from .errors import AMAError
 from .html_charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, chart, look, value_range
 from .html_report import FIGURES, collect
 from .html_tables import comparison, result_tables
 from .safe_files import remove_abandoned, write_file
+from .versions import __version__
 
 
 LARGEST = 2_000_000  # bytes of a page, which mail and browsers take easily

@@ -11,9 +11,9 @@ from typing import Any
 from .errors import AMAError
 from .html_examples import examples_of, loss_stderr
 from .html_stages import missing_sentences, stage_rows
-from .recipe_text import is_secret, without_secrets
-from .run_folder import RunFolder, as_dict, as_names, last_checkpoint, number
+from .run_folder import RunFolder, as_dict, as_names, flat, last_checkpoint, number
 from .run_note import NOTE_FILE
+from .secrets import is_secret, without_secrets
 
 
 FIGURES = ("probability", "weight", "excess", "clipped_fraction")  # of the log, in the page's order
@@ -204,12 +204,3 @@ def masked(value: Any, key: str = "", depth: int = 0) -> Any:
     if isinstance(value, list):
         return [masked(entry, key, depth + 1) for entry in value]
     return without_secrets(value) if isinstance(value, str) else value
-
-
-def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as `a.b.c` → value."""
-    result = {}
-    for key, entry in value.items():
-        name = f"{prefix}{key}"
-        result.update(flat(entry, f"{name}.") if isinstance(entry, dict) and entry else {name: entry})
-    return result

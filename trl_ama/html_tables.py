@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .errors import AMAError
-from .html_report import flat
+from .run_folder import flat
 
 
 _FIGURES = (

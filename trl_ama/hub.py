@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from huggingface_hub.utils import _http, validate_repo_id
 
 from .errors import AMAError, first_line, sentence
+from .secrets import redact
 
 
 # The client waits for ever otherwise. Longer than the Hub takes for a large commit.
@@ -20,6 +22,7 @@ RETRIES = 3
 _WAIT = 1.0  # seconds before the first retry, doubled after each
 _MAX_WAIT = 60.0
 _HUB = "https://huggingface.co"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 # What a call of the Hub's client raises: its HTTP library's error, whichever that is (no `OSError`); `ValueError` of an answer
 # that is no JSON; `RuntimeError` of an upload of large files
 HUB_ERRORS = (HfHubHTTPError.__mro__[1], OSError, ValueError, RuntimeError)
@@ -86,14 +89,6 @@ def check_hub_id(name: str, key: str) -> None:
         validate_repo_id(name)
     except HFValidationError as error:
         raise AMAError(f"{key} is {name!r}, which cannot be a Hub id: {sentence(error)}") from error
-
-
-def redact(text: str, token: str | None = None) -> str:
-    """`text` without the token, whoever put it there."""
-    for secret in (token, get_token()):
-        if secret:
-            text = text.replace(secret, "hf_…")
-    return text
 
 
 def say(error: BaseException, token: str | None = None) -> str:
@@ -249,3 +244,16 @@ def prepare(target: HubTarget) -> None:
             f"push_to_hub is on, but the {target.repo_type} repository '{target.repo_id}' cannot be created or written: "
             f"{say(error, target.token)} Choose another id, use another token, or set push_to_hub: false."
         ) from None
+
+
+def split_revision(source: str) -> tuple[str, str | None]:
+    """Split `org/name@revision` into its parts; a local folder is left whole."""
+    if os.path.isdir(source) or "@" not in source:
+        return source, None
+    name, revision = source.rsplit("@", 1)
+    return name, revision or None
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision is a commit's full hash, which never moves."""
+    return revision is not None and _COMMIT.fullmatch(revision) is not None

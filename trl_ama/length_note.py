@@ -3,10 +3,9 @@
 import numpy as np
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from .data_tokens import equal_answers
 from .errors import AMAError
 from .pair_images import has_images
-from .pair_tokens import token_counts, tokenise
+from .pair_tokens import equal_answers, token_counts, tokenise
 from .run_settings import RunSettings
 
 

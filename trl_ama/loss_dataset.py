@@ -16,11 +16,10 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Value, concatenate_datasets
 
 from .errors import AMAError
-from .fingerprint import read_json, write_json
 from .loss_checks import check_file, read_rows, sha256, shown
 from .pair_features import is_plain, unite_features
 from .pair_images import IMAGE_COLUMNS, embedded
-from .safe_files import file_digest, sync
+from .safe_files import file_digest, read_json, sync, write_json
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, check_task_names
 from .versions import VERSIONS, is_known, is_newer
 

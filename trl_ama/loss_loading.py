@@ -7,11 +7,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 from .errors import AMAError
-from .hub import HUB_ERRORS, check_hub_id, persistently, say
+from .hub import HUB_ERRORS, check_hub_id, persistently, say, split_revision
 from .loss_card import read_losses_card, specialist_repos
 from .loss_dataset import NOTE_FILE, SPLITS, read_task, tasks_in
 from .loss_sharing import DEFAULT_CONFIG, ReferenceLosses
-from .policy_files import split_revision
 from .task_config import check_config_name
 
 

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 from accelerate.logging import get_logger
 
 from .errors import AMAError, first_line, sentence
-from .fingerprint import check_fingerprint, read_json, write_json
-from .safe_files import sync, unreadable
+from .fingerprint import check_fingerprint
+from .safe_files import read_json, sync, unreadable, write_json
 from .versions import VERSIONS, check_version
 
 

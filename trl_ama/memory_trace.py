@@ -34,7 +34,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import prefix_sharing
 from .errors import first_line
-from .memory_plan import MemorySettings, base_model
+from .plan_empty import MemorySettings, base_model
 from .prefix_sharing import PAIRS_KEY, CannotShare, PackedPairs, PairAttention, packed_forward
 from .quantized import quantized_layers
 

@@ -1,13 +1,15 @@
 """Pairs as the tokens that DPOTrainer makes of them, without a trainer: what `ama-plan` counts and `ama-check` shows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import DPOTrainer
 
+from .ama_config import AMAConfig
 from .columns import list_lengths
 from .errors import AMAError, first_line
 from .image_tokens import check_takes_images, image_pair_ids
@@ -15,6 +17,11 @@ from .pair_images import has_images
 from .pair_rows import first_failure
 from .run_settings import RunSettings
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS
+
+
+PAIR_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+# In which respect chosen and rejected are the same, the first that holds
+SAME_TEXT, SAME_TOKENS, SAME_AFTER_CUT = "same_text", "same_tokens", "same_after_cut"
 
 
 def tokenise(
@@ -64,3 +71,31 @@ def tokenise(
 def token_counts(tokenised: Dataset) -> np.ndarray:
     """Tokens of each pair's prompt, chosen and rejected answer. # (N, 3)"""
     return np.stack([list_lengths(tokenised, f"{column}_ids").astype(np.int64) for column in PAIR_COLUMNS], axis=1)
+
+
+def equal_answers(tokenised: Dataset, pairs: Iterable[dict[str, Any]], args: AMAConfig) -> list[str | None]:
+    """For each pair, in which respect a model cannot tell its answers apart, so that it sends no gradient; `None` if it can.
+
+    Args:
+        tokenised (`Dataset`): As [`~trl_ama.pair_tokens.tokenise`] returns it.
+        pairs (`Iterable[dict]`): The same pairs before that.
+        args ([`AMAConfig`]): `max_length` and `truncation_mode`.
+    """
+    kinds: list[str | None] = []
+    for row, pair in zip(tokenised.select_columns(list(PAIR_IDS)), pairs, strict=True):
+        if row["chosen_ids"] == row["rejected_ids"]:
+            kinds.append(SAME_TEXT if pair["chosen"] == pair["rejected"] else SAME_TOKENS)
+        else:
+            kinds.append(SAME_AFTER_CUT if _cut(row, "chosen_ids", args) == _cut(row, "rejected_ids", args) else None)
+    return kinds
+
+
+def _cut(row: dict[str, list[int]], side: str, args: AMAConfig) -> tuple[list[int], int]:
+    """The sequence as DPOTrainer's collator cuts it, and how many of its tokens belong to the answer."""
+    prompt, answer = row["prompt_ids"], row[side]
+    ids, limit = prompt + answer, args.max_length
+    if limit is None or len(ids) <= limit:
+        return ids, len(answer)
+    if args.truncation_mode == "keep_start":
+        return ids[:limit], max(0, limit - len(prompt))
+    return ids[-limit:], min(limit, len(answer))

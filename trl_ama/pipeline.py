@@ -15,7 +15,6 @@ from . import interruption
 from .ama_config import AMAConfig
 from .errors import AMAError, first_line
 from .evaluation import evaluate_policies, evaluation_fingerprint
-from .fingerprint import read_json, write_json
 from .generalist_card import write_card
 from .generalists import train_generalist
 from .hub import check_login, time_limit
@@ -30,7 +29,7 @@ from .run_lock import folder_held
 from .run_note import leave_page
 from .run_settings import RunSettings
 from .run_start import STAGES, check_recipe, describe_plan
-from .safe_files import check_seal, is_full, sealed
+from .safe_files import check_seal, is_full, read_json, sealed, write_json
 from .specialists import require_specialists, train_specialists
 from .stage_rehearsal import rehearse_stages
 from .task_config import TaskMixtureConfig

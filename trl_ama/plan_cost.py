@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .memory_plan import base_model
+from .plan_empty import base_model
 from .plan_lengths import Lengths, common_beginning
 
 

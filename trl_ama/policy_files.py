@@ -6,7 +6,6 @@ note of its training, `stage.json`, are ever fetched, and PEFT reads them from a
 
 import json
 import os
-import re
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,14 +23,13 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from .errors import AMAError, first_line
-from .hub import HUB_ERRORS, time_limit
+from .hub import HUB_ERRORS, is_commit, split_revision, time_limit
 
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Settings of adapters that make PEFT read other files or repositories, or import a module
 _REACHES_OUT = ("megatron_config", "corda_config", "prompt_tuning_init_state_dict_path", "shadow_model", "adapters")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 _checked: dict[tuple[str, str | None], str] = {}  # what a branch or tag stood for when it was checked last
 
@@ -194,14 +192,6 @@ def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def split_revision(source: str) -> tuple[str, str | None]:
-    """Split `org/name@revision` into its parts; a local folder is left whole."""
-    if os.path.isdir(source) or "@" not in source:
-        return source, None
-    name, revision = source.rsplit("@", 1)
-    return name, revision or None
-
-
 def _unreachable(who: str, given: str, error: Exception) -> AMAError:
     name, revision = split_revision(given)
     flag = f" --revision {revision}" if revision else ""
@@ -279,8 +269,3 @@ def policy_source(who: str, source: str, *, check_again: bool = False) -> Policy
     if check_again:
         _checked[name, revision] = commit
     return PolicySource(who, source, name, commit)
-
-
-def is_commit(revision: str | None) -> bool:
-    """Whether a revision is a commit's full hash, which never moves."""
-    return revision is not None and _COMMIT.fullmatch(revision) is not None

@@ -11,7 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from .errors import AMAError
-from .policy_files import PolicySource, hub_commit, split_revision
+from .hub import split_revision
+from .policy_files import PolicySource, hub_commit
 
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from transformers import AutoConfig
 
 from .adapter_keys import keys_problem, saved_shapes
 from .errors import AMAError, first_line, sentence
-from .policy_files import ADAPTER_WEIGHTS, PolicySource, capital, hub_commit, is_commit, policy_source, split_revision
+from .hub import is_commit, split_revision
+from .policy_files import ADAPTER_WEIGHTS, PolicySource, capital, hub_commit, policy_source
 
 
 __all__ = ["check_policy_source", "split_revision"]
@@ -126,7 +127,7 @@ def _same_weights(ours: str, revision: str | None, place: PolicySource) -> bool 
     noted = fingerprint.get("base_model") if isinstance(fingerprint, dict) else None
     if not isinstance(noted, str) or not (os.path.isdir(ours) or "@sha256:" in noted):
         return None
-    from .fingerprint import weights_identity
+    from .model_identity import weights_identity
 
     theirs, known = weights_identity(*noted.rpartition("@")[::2]), weights_identity(ours, revision)
     return None if theirs is None or known is None else theirs == known

@@ -2,28 +2,19 @@
 
 import dataclasses
 import os
-import re
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from .hub import redact
+from .secrets import is_secret, without_secrets
 
 
 if TYPE_CHECKING:
     from .run_settings import RunSettings
 
 
-_PRIVATE = re.compile(r"(?i)(^|_)(token|secret|password|passwd|api_key|apikey|credentials?)$|secret|password|api_key")
-_NO_SECRETS = re.compile(r"(pad|eos|bos|unk|sep|cls|mask|image|stop)_token")
-# Secrets within a value: tokens of the Hub, and what addresses may carry
-_SECRETS = (
-    (re.compile(r"\bhf_\w{16,}"), "hf_…"),
-    (re.compile(r"(?<=://)[^/\s@]+@"), ""),
-    (re.compile(r"(?<=://)([^\s?#]*)[?#]\S*"), r"\1"),  # a query may sign or name anybody
-)
 # Where results go and how they are shown, which is not what made them
 _NOT_SHOWN_PREFIXES = (
     "hub_",
@@ -44,11 +35,6 @@ _NOT_SHOWN = {
     "dataset_num_proc",
     "local_rank",
 }
-
-
-def is_secret(name: str) -> bool:
-    """Whether a setting of this name holds a secret, as `hub_token` does and `pad_token` does not."""
-    return bool(_PRIVATE.search(name)) and not _NO_SECRETS.fullmatch(name)
 
 
 def recipe_yaml(settings: "RunSettings", task: str | None = None) -> str:
@@ -75,12 +61,6 @@ def recipe_yaml(settings: "RunSettings", task: str | None = None) -> str:
     return yaml.safe_dump(
         _public(recipe, settings.training_args.hub_token), sort_keys=False, allow_unicode=True, width=110
     ).strip()
-
-
-def public_name(path: str) -> str:
-    """A file's or folder's name without the way to it, or an address without what may be secret in it."""
-    text = without_secrets(str(path))
-    return text if "://" in text else Path(text).name
 
 
 def _changed(config: Any) -> dict[str, Any]:
@@ -116,11 +96,3 @@ def _public(value: Any, token: str | None = None) -> Any:
         or (os.sep in text and os.path.exists(text))
     )
     return without_secrets(Path(text).name if is_path else text, token)
-
-
-def without_secrets(text: str, token: str | None = None) -> str:
-    """`text` without `token`, other tokens of the Hub, and what addresses may carry."""
-    text = redact(text, token)
-    for pattern, replacement in _SECRETS:
-        text = pattern.sub(replacement, text)
-    return text

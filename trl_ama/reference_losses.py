@@ -12,14 +12,15 @@ from accelerate.logging import get_logger
 from datasets import Dataset, DatasetDict
 
 from .errors import AMAError
-from .fingerprint import check_fingerprint, model_identity, package_versions, pairs_identity
+from .fingerprint import check_fingerprint, package_versions
 from .loss_dataset import TaskLosses, damaged_file, read_note, read_task, tasks_in
 from .loss_shards import check_unfinished
 from .loss_sharing import ReferenceLosses
+from .model_identity import model_identity
 from .reference_columns import LOGP_COLUMNS, TOKEN_COLUMNS, has_columns
 from .run_settings import RunSettings
 from .task_loading import prompt_fits_into
-from .tasks import PAIR_ID_COLUMN, TASK_COLUMN, add_pair_ids, task_names_of, with_task_labels
+from .tasks import PAIR_ID_COLUMN, TASK_COLUMN, add_pair_ids, pairs_identity, task_names_of, with_task_labels
 
 
 logger = get_logger(__name__)

@@ -4,9 +4,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .fingerprint import read_json
 from .markdown import escape, table
 from .run_settings import RunSettings
+from .safe_files import read_json
 
 
 _FIGURES = (("accuracy", "Held-out reward accuracy", "mean_accuracy", "worst_accuracy"),

@@ -76,3 +76,12 @@ def last_checkpoint(folder: Path) -> tuple[int, Path] | None:
         (int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))
     ]
     return max(found, default=None)
+
+
+def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as `a.b.c` → value."""
+    result = {}
+    for key, entry in value.items():
+        name = f"{prefix}{key}"
+        result.update(flat(entry, f"{name}.") if isinstance(entry, dict) and entry else {name: entry})
+    return result

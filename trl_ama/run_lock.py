@@ -24,9 +24,8 @@ from accelerate.utils import broadcast_object_list
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from .errors import AMAError, first_line
-from .fingerprint import write_json
 from .run_note import public_arguments
-from .safe_files import PARTIAL, remove_partial
+from .safe_files import PARTIAL, remove_partial, write_json
 
 
 logger = get_logger(__name__)

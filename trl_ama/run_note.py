@@ -7,9 +7,9 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
-from .recipe_text import is_secret, public_name, recipe_yaml, without_secrets
-from .versions import VERSIONS
+from .recipe_text import recipe_yaml
+from .secrets import is_secret, public_name, without_secrets
+from .versions import VERSIONS, __version__
 
 
 if TYPE_CHECKING:
@@ -84,8 +84,8 @@ def leave_page(settings: "RunSettings", published: dict[str, str]) -> Path | Non
     """
     from accelerate import PartialState
 
-    from .fingerprint import write_json
     from .html_page import write_page
+    from .safe_files import write_json
 
     if not PartialState().is_main_process:
         return None

@@ -17,17 +17,16 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from .ama_config import AMAConfig
 from .columns import numpy_column
 from .errors import AMAError, nearest, sentence
-from .fingerprint import model_identity, tokenizer_identity
-from .hub import is_hub_id
+from .hub import is_commit, is_hub_id
 from .limits import LimitError, check_limits
+from .model_identity import model_identity, tokenizer_identity
 from .others_errors import told
 from .pair_images import has_images
 from .pipeline_arguments import PipelineArguments
-from .policy_files import is_commit
 from .processors import load_processor
-from .recipe_text import public_name
 from .row_account import RowAccount
 from .run_places import RunPlaces
+from .secrets import public_name
 from .task_config import TaskConfig, TaskMixtureConfig
 from .task_loading import LoadedTasks, fits_into, read_tasks
 from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN

@@ -158,3 +158,23 @@ def _hash_of(content: dict[str, Any]) -> str:
 def is_full(error: BaseException | None) -> bool:
     """Whether an error says that a disk, or a quota of one, is full."""
     return isinstance(error, OSError) and error.errno in _FULL
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON whole or not at all; it is on the disk when this returns."""
+    write_file(Path(path), (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: str | Path) -> Any | None:
+    """Read JSON; `None` if there is no such file.
+
+    Raises:
+        AMAError: If the file is there but is not JSON.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets in brackets
+        raise AMAError(f"'{path}' is damaged ({error}). Delete it, and its stage is done again.") from error

@@ -12,14 +12,16 @@ from trl import DPOTrainer
 
 from .cards import write_specialist_card
 from .errors import AMAError
-from .fingerprint import package_versions, pairs_identity, relevant_arguments
+from .fingerprint import package_versions
 from .metrics import task_metrics
 from .policies import reference_policy
 from .preference_losses import PairLogProbs, PreferenceLossConfig, pair_losses, untrained_loss
 from .prefix_trainer import SpecialistTrainer
 from .processes import from_main
+from .run_fingerprints import relevant_arguments
 from .run_settings import RunSettings
 from .scoring import score_pairs
+from .tasks import pairs_identity
 from .training_stage import TrainingStage
 
 

@@ -12,7 +12,7 @@ from trl import get_peft_config
 from .adapter_settings import check_adapter
 from .ama_config import AMAConfig
 from .errors import AMAError
-from .fingerprint import tokenizer_identity
+from .model_identity import tokenizer_identity
 from .others_errors import told
 from .pair_images import has_images
 from .pair_tokens import tokenise

@@ -7,6 +7,7 @@ from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 
 from .columns import encoded_column, with_class_labels
 from .errors import AMAError, nearest, short
+from .fingerprint import digest
 from .pair_features import unite_features
 from .pair_forms import (  # noqa: F401  (all there is to know of pairs)
     EXTRA_COLUMNS,
@@ -139,3 +140,14 @@ def concatenate_tasks(parts: dict[str, Dataset], names: list[str] | None = None)
         numbers = np.full(len(part), names.index(name))
         labelled.append(part.add_column(TASK_COLUMN, numbers, feature=label))
     return concatenate_datasets(labelled)
+
+
+_pairs_seen: dict[str, str] = {}
+
+
+def pairs_identity(dataset: Dataset) -> str:
+    """Hash of the pairs of a dataset, in order."""
+    key = dataset._fingerprint  # datasets' own name for these rows; hashing a large task once is enough
+    if key not in _pairs_seen:
+        _pairs_seen[key] = digest(*dataset[PAIR_ID_COLUMN])
+    return _pairs_seen[key]

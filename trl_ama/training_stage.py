@@ -18,9 +18,9 @@ from .checkpoints import (
     remove_checkpoints,
 )
 from .errors import AMAError, first_line
-from .fingerprint import check_fingerprint, read_json, write_json
+from .fingerprint import check_fingerprint
 from .processes import from_main
-from .safe_files import check_seal, describe_files, first_damage, sealed, sync
+from .safe_files import check_seal, describe_files, first_damage, read_json, sealed, sync, write_json
 from .tracking import begin_runs, finish_runs
 from .versions import VERSIONS, check_version
 

@@ -1,10 +1,16 @@
-"""The versions of the files that trl-ama writes and reads again: an older one is read, a newer one is refused by name."""
+"""The version of trl-ama, and those of the files that trl-ama writes and reads again: an older one is read, a newer one is refused by name."""
 
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from .errors import AMAError
 
+
+try:
+    __version__ = version("trl-ama")
+except PackageNotFoundError:  # a source tree that was not installed
+    __version__ = "0+unknown"
 
 # Raised when a file of today would be misread by the release before. A field that readers may do without raises nothing.
 # The first releases wrote no version into `stage.json`, `results.json` and the shards' `run.json`: that is version 1.
@@ -22,14 +28,14 @@ OLDEST = {"fingerprint.json": 2}  # version 1 lacks the files' hashes, without w
 
 def is_newer(name: str, content: dict[str, Any]) -> bool:
     """Whether a file of this name was written by a trl-ama that is newer than this one; others have no version."""
-    version = content.get("version", 1)
-    return type(version) is int and version > VERSIONS.get(name, version)
+    number = content.get("version", 1)
+    return type(number) is int and number > VERSIONS.get(name, number)
 
 
 def is_known(name: str, content: dict[str, Any]) -> bool:
     """Whether the content of a file, whose name is a key of `VERSIONS`, is of a version that this trl-ama reads."""
-    version = content.get("version", 1)
-    return type(version) is int and OLDEST.get(name, 1) <= version <= VERSIONS[name]
+    number = content.get("version", 1)
+    return type(number) is int and OLDEST.get(name, 1) <= number <= VERSIONS[name]
 
 
 def check_version(path: "str | Path", content: Any, fix: str) -> None:
@@ -44,6 +50,6 @@ def check_version(path: "str | Path", content: Any, fix: str) -> None:
     if not isinstance(content, dict):
         raise AMAError(f"'{path}' is damaged: it holds a {type(content).__name__} and no mapping. To mend it, {fix}.")
     if not is_known(name, content):
-        version, ours = content.get("version", 1), VERSIONS[name]
+        number, ours = content.get("version", 1), VERSIONS[name]
         update = "Update trl-ama, or" if is_newer(name, content) else "To mend it,"
-        raise AMAError(f"'{path}' is of version {version!r:.40}, this trl-ama reads version {ours}. {update} {fix}.")
+        raise AMAError(f"'{path}' is of version {number!r:.40}, this trl-ama reads version {ours}. {update} {fix}.")

@@ -244,7 +244,7 @@ class Commands(_Generated):
     required_arguments = 0
 
     def run(self) -> list[nodes.Node]:
-        from trl_ama.cli import COMMANDS
+        from trl_ama.scripts import COMMANDS
 
         found: list[nodes.Node] = []
         for name, text in COMMANDS.items():

@@ -93,8 +93,8 @@ def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str 
     from trl import ModelConfig
 
     from trl_ama.ama_config import AMAConfig
-    from trl_ama.cli import COMMANDS
     from trl_ama.pipeline_arguments import PipelineArguments
+    from trl_ama.scripts import COMMANDS
     from trl_ama.scripts.common import no_device_parser
     from trl_ama.task_config import TaskMixtureConfig
 

@@ -46,7 +46,7 @@ def run_without_recipe(argv: list[str]) -> int:
 
 def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None):
     """Return the parser of `trl ama-report`."""
-    from trl_ama.cli import COMMANDS
+    from trl_ama.scripts import COMMANDS
 
     text = COMMANDS["ama-report"]
     if subparsers is not None:

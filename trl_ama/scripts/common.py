@@ -37,8 +37,8 @@ def make_parser(
     from trl import ModelConfig, TrlParser
 
     from trl_ama.ama_config import AMAConfig
-    from trl_ama.cli import COMMANDS
     from trl_ama.pipeline_arguments import PipelineArguments
+    from trl_ama.scripts import COMMANDS
     from trl_ama.task_config import TaskMixtureConfig
 
     dataclass_types = (PipelineArguments, AMAConfig, ModelConfig, TaskMixtureConfig)
