@@ -17,10 +17,10 @@ from trl import DPOTrainer
 from . import interruption
 from .errors import AMAError
 from .loss_shards import LossShards
+from .packed_forward import causal_lm, packed_forward
 from .pair_images import has_images
 from .policies import Policy, reference_policy, trained_policy_and_reference
 from .preference_losses import sequence_logps
-from .prefix_sharing import causal_lm, packed_forward
 from .prefix_support import PrefixSharing
 from .prefix_trainer import PrefixSharingTrainer
 from .processes import from_main, is_sharded, whole_models
