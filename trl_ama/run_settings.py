@@ -21,6 +21,7 @@ from .hub import is_commit, is_hub_id
 from .limits import LimitError, check_limits
 from .model_identity import model_identity, tokenizer_identity
 from .others_errors import told
+from .pair_forms import EXTRA_COLUMNS, PAIR_COLUMNS
 from .pair_images import has_images
 from .pipeline_arguments import PipelineArguments
 from .processors import load_processor
@@ -29,7 +30,7 @@ from .run_places import RunPlaces
 from .secrets import public_name
 from .task_config import TaskConfig, TaskMixtureConfig
 from .task_loading import LoadedTasks, fits_into, read_tasks
-from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, PAIR_ID_COLUMN, TASK_COLUMN
+from .tasks import PAIR_ID_COLUMN, TASK_COLUMN
 from .template_date import fix_date, restore_template
 from .value_types import check_value
 
