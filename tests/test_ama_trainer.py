@@ -6,10 +6,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, make_dataset, make_model
 from datasets import ClassLabel
 from peft import LoraConfig, PeftModel
-from test_invariants import lora, losses_of, weights_of, with_reference_columns
+from tiny_models import lora, make_model
+from tiny_pairs import make_dataset, with_reference_columns
+from tiny_runs import QUICK, losses_of, weights_of
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 

@@ -1,20 +1,20 @@
-"""The short form of the chaos suite, see tests/chaos.py: two kills in every stage, and a look at whether it would notice."""
+"""The short form of the chaos suite, see tests/support/chaos.py: two kills in every stage, and a look at whether it would notice."""
 
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from chaos import differences
+from places import SUPPORT
 
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="every process of the suite is a fork")
 
 
 def test_two_kills_in_every_stage_change_nothing(tmp_path):
-    script = Path(__file__).with_name("chaos.py")
+    script = SUPPORT / "chaos.py"
     command = [sys.executable, script, "--kills", "2", "--variants", "plain", "--output", tmp_path]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -19,12 +19,12 @@ from adapter_kinds import (
     make_adapter,
     make_moe,
 )
-from conftest import make_model
 from huggingface_hub import ModelCard
 from peft import LoraConfig, OSFConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
+from tiny_models import make_model
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
 
 from trl_ama import AMAError, merged_weights

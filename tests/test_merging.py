@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
 from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_policy_sources import LINEAR, edit, files_of, save_adapter
+from saved_adapters import LINEAR, edit, files_of, save_adapter
+from saved_adapters import merge_refused as refused
+from tiny_models import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from trl_ama import AMAError, cli, merged_weights
+from trl_ama import cli, merged_weights
 from trl_ama.fingerprint import write_json
 from trl_ama.merging import merge_adapter, training_from
 
@@ -27,13 +28,6 @@ def log_probs(model):
     model.eval()
     with torch.no_grad():
         return model(input_ids=torch.arange(3, 23)[None]).logits.float().log_softmax(-1)
-
-
-def refused(adapter, output, text, **kwargs):
-    with pytest.raises(AMAError, match=text) as caught:
-        merge_adapter(str(adapter), output, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def only(folder, *names):

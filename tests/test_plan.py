@@ -12,8 +12,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_rows
 from peft import LoraConfig, get_peft_model
+from places import DOCS
+from tiny_models import make_model
+from tiny_pairs import make_rows
 from transformers import BitsAndBytesConfig, LlamaConfig, MambaConfig, MistralConfig, Qwen3Config
 
 from trl_ama import cli, memory_plan, optimizer_memory
@@ -460,7 +462,7 @@ def test_the_page_is_true(recipe, tmp_path, monkeypatch):
     """Its command runs (with this recipe), and the cards are those of the code."""
     from trl_ama.plan_report import CARDS
 
-    page = (Path(__file__).parents[1] / "docs" / "plan.md").read_text()
+    page = (DOCS / "plan.md").read_text()
     words = re.search(r"^```bash\ntrl (ama-plan .*)\n```", page, re.MULTILINE)[1].split()
     words[words.index("--config") + 1] = recipe[2]
     monkeypatch.chdir(tmp_path)

@@ -24,11 +24,11 @@ LOSSES = "org/mine-reference-losses"
 @pytest.fixture(scope="module")
 def world(model_dir, tmp_path_factory):
     """The Hub after a whole run was pushed, the run's folder and its recipe."""
-    from conftest import _forget_downloads, server
+    from surroundings import forget_downloads, server
 
     folder = tmp_path_factory.mktemp("publishing")
     server.reset()
-    _forget_downloads()
+    forget_downloads()
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("HF_TOKEN", server.WRITE_TOKEN)
         commits = {"base": upload_model(server, model_dir)}
@@ -391,8 +391,8 @@ def test_without_held_out_pairs(published, tmp_path):
 
 def test_the_trainer_alone(hub, model_dir, quick_args, tokenizer):
     """As a `DPOTrainer`: in Python, without the pipeline."""
-    from conftest import make_dataset
-    from test_invariants import lora, with_reference_columns
+    from tiny_models import lora
+    from tiny_pairs import make_dataset, with_reference_columns
 
     from trl_ama import AMATrainer
 

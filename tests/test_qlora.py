@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 import trl.trainer.dpo_trainer
-from conftest import QUICK, make_model, make_rows
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
+from tiny_models import make_model
+from tiny_pairs import make_rows
+from tiny_runs import QUICK
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer, ModelConfig, TrlParser
 

@@ -5,11 +5,12 @@ import contextlib
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, make_dataset, make_model
 from datasets import Dataset
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel
-from test_invariants import lora
-from test_policy_sources import KINDS, LINEAR, WHO, logits, save_adapter
+from saved_adapters import KINDS, LINEAR, WHO, logits, save_adapter
+from tiny_models import lora, make_model
+from tiny_pairs import make_dataset
+from tiny_runs import QUICK
 from transformers import AutoModelForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 

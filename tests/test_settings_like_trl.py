@@ -6,8 +6,8 @@ import importlib.util
 
 import pytest
 import torch
-from conftest import make_model
 from corpus_settings import ADAPTERS, SETTINGS, Setting, other_adapter_kinds, trainer_of
+from tiny_models import make_model
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 

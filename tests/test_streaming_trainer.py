@@ -5,11 +5,12 @@ import logging
 import numpy as np
 import pytest
 import torch
-from conftest import make_dataset, make_rows
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from datasets.distributed import split_dataset_by_node
 from peft import LoraConfig
-from test_invariants import logged, lora, losses_of, weights_of, with_reference_columns
+from tiny_models import lora
+from tiny_pairs import make_dataset, make_rows, with_reference_columns
+from tiny_runs import logged, losses_of, weights_of
 
 from trl_ama import AMATrainer, TaskConfig
 from trl_ama.errors import AMAError

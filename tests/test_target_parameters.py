@@ -3,8 +3,9 @@
 import pytest
 import torch
 from adapter_kinds import EXPERTS, EXPERTS_KINDS, LORA, make_adapter, make_moe
-from conftest import QUICK, make_dataset
 from peft import LoraConfig, PeftModel
+from tiny_pairs import make_dataset
+from tiny_runs import QUICK
 from transformers import AutoModelForCausalLM
 
 from trl_ama import AMAConfig, AMATrainer

@@ -3,8 +3,8 @@
 import datetime
 
 import pytest
-from conftest import CHAT_TEMPLATE, make_model
 from hub_world import SIZES, parse, write_pairs, write_recipe
+from tiny_models import CHAT_TEMPLATE, make_model
 from transformers import AutoTokenizer
 
 from trl_ama import AMAError, run_pipeline

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, make_dataset, make_model, make_rows
 from datasets import Dataset, Features, IterableDataset, Json, concatenate_datasets
 from datasets.distributed import split_dataset_by_node
 from datasets.iterable_dataset import BufferShuffledExamplesIterable
-from test_invariants import lora, with_reference_columns
+from places import DOCS, path_of
+from tiny_models import lora, make_model
+from tiny_pairs import make_dataset, make_rows, with_reference_columns
+from tiny_runs import QUICK
 from transformers import Trainer
 from trl import DPOConfig, DPOTrainer
 
@@ -25,7 +27,7 @@ from trl_ama.stream_sources import _own_copy
 from trl_ama.streaming import StreamSampler
 
 
-DOC = Path(__file__).parent.parent / "docs" / "touch_points.md"
+DOC = DOCS / "touch_points.md"
 
 
 @pytest.fixture(scope="module")
@@ -1133,7 +1135,7 @@ def test_100_trainable_tokens_of_a_tied_head():
 
 def test_every_touch_point_is_documented():
     numbered = {int(number) for number in re.findall(r"^\| (\d+) \|", DOC.read_text(), flags=re.MULTILINE)}
-    tested = {int(match) for match in re.findall(r"def test_(\d+)_", Path(__file__).read_text())}
+    tested = {int(match) for match in re.findall(r"def test_(\d+)_", path_of("test_touch_points.py").read_text())}
     assert numbered == tested
 
 

@@ -8,11 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import QUICK
 from datasets import Dataset
-from test_vision_trainer import processor, trl_logps, vision_dir  # noqa: F401  (fixtures)
+from tiny_runs import QUICK
 from trl import DPOConfig, DPOTrainer, ModelConfig, TrlParser
-from vision_model import make_vision_rows
+from vision_model import make_vision_rows, processor_fixture, trl_logps, vision_dir_fixture  # noqa: F401 - fixtures
 
 from trl_ama import AMAConfig, AMAError, TaskMixtureConfig, join_reference_losses, run_pipeline
 from trl_ama.fingerprint import write_json
@@ -42,7 +41,7 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def recipe(vision_dir, data_dir, tmp_path_factory):  # noqa: F811
+def recipe(vision_dir, data_dir, tmp_path_factory):
     """Builds the four parsed argument groups, as the command line does."""
     path = tmp_path_factory.mktemp("recipe") / "config.yaml"
     write_json(
@@ -88,7 +87,7 @@ def as_dataset(rows: list[dict], task: str) -> Dataset:
     return Dataset.from_list([{**row, "task": task} for row in rows])
 
 
-def test_reference_losses_are_trls(finished, vision_dir, tmp_path):  # noqa: F811
+def test_reference_losses_are_trls(finished, vision_dir, tmp_path):
     from peft import PeftModel
     from transformers import LlavaForConditionalGeneration
 

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from conftest import CHAT_TEMPLATE, make_rows
+from tiny_models import CHAT_TEMPLATE
+from tiny_pairs import make_rows
 
 
 @dataclass(frozen=True)
@@ -248,8 +249,8 @@ def trainer_of(
     """
     import copy
 
-    from conftest import QUICK
     from datasets import Dataset
+    from tiny_runs import QUICK
 
     tokenizer = copy.deepcopy(tokenizer)
     for name, value in setting.tokenizer.items():

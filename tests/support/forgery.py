@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_rows
 from datasets import Dataset
+from tiny_pairs import make_rows
 
 from trl_ama import AMAError, load_reference_losses
 from trl_ama.loss_dataset import save_task

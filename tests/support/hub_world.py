@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from conftest import QUICK, make_rows
+from tiny_pairs import make_rows
+from tiny_runs import QUICK
 from trl import ModelConfig, TrlParser
 
 from trl_ama import AMAConfig, TaskMixtureConfig

@@ -1,12 +1,14 @@
 """A tiny Llava-like model with its processor, made in process, and preference pairs about images of one colour."""
 
 import numpy as np
-from conftest import CHAT_TEMPLATE, WORDS
+import pytest
+from tiny_models import CHAT_TEMPLATE
+from tiny_pairs import WORDS
 
 
 COLOURS = {"apple": (220, 30, 30), "river": (30, 60, 220), "grape": (120, 30, 160), "lemon": (230, 220, 40)}
 IMAGE_TOKENS = 4  # of an image of 16 by 16 pixels, in patches of 8
-# As conftest's, for content in parts
+# As tiny_models', for content in parts
 _TEMPLATE = CHAT_TEMPLATE.replace(
     "{{ message['content'] }}",
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
@@ -114,3 +116,30 @@ def make_vision_rows(task: str, count: int, seed: int = 0, parts: bool = False, 
 
 def _content(text: str, parts: bool) -> "str | list[dict]":
     return [{"type": "text", "text": text}] if parts else text
+
+
+@pytest.fixture(name="processor", scope="module")
+def processor_fixture(tokenizer):
+    return make_processor(tokenizer)
+
+
+@pytest.fixture(name="vision_dir", scope="module")
+def vision_dir_fixture(processor, tmp_path_factory):
+    """A saved tiny vision-language model with its processor."""
+    path = tmp_path_factory.mktemp("llava")
+    make_vision_model(processor).save_pretrained(path)
+    processor.save_pretrained(path)
+    return str(path)
+
+
+def trl_logps(trainer, model, rows) -> np.ndarray:
+    """What TRL's own `compute_ref_log_probs` gives for raw rows under a model, a pair at a time. # (N, 2)"""
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    model.eval()
+    found = []
+    for row in range(len(rows)):
+        batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[row]]))
+        found.append([side.item() for side in trainer.compute_ref_log_probs(model, batch)])
+    return np.array(found)
