@@ -1,10 +1,12 @@
 """What tests are given: tiny models, tokenizers, and a Hub of our own; no test needs the network."""
 
 import gc
+import os
 import re
 
 import pytest
 from places import DOCS, SUPPORT, TESTS
+from tiny_models import save
 
 
 # So that what a helper asserts says as much as in a test
@@ -54,6 +56,15 @@ def hub(monkeypatch):
 
 
 @pytest.fixture
+def restored_environment():
+    """`env:` of a config file is written to `os.environ`, for the launched script to inherit."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
 def hub_home(tmp_path):
     """A fresh `HF_HOME` for a process of its own, see `client_env`."""
     path = tmp_path / "hf_home"
@@ -70,9 +81,7 @@ def tokenizer():
 def model_dir(tokenizer, tmp_path_factory):
     """A saved tiny model with its tokenizer."""
     path = tmp_path_factory.mktemp("model")
-    make_model(len(tokenizer)).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+    return save(make_model(len(tokenizer)), tokenizer, path)
 
 
 @pytest.fixture(scope="session")
@@ -85,9 +94,7 @@ def letters():
 def letters_dir(letters, tmp_path_factory):
     """A saved tiny model with that tokenizer."""
     path = tmp_path_factory.mktemp("letters")
-    make_model(len(letters), max_position_embeddings=2048).save_pretrained(path)
-    letters.save_pretrained(path)
-    return str(path)
+    return save(make_model(len(letters), max_position_embeddings=2048), letters, path)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from saved_adapters import WHO, files_of, merge_refused, refused, save_adapter
-from tiny_models import make_model
+from tiny_models import make_model, save
 from transformers import AutoModelForCausalLM
 
 from trl_ama import AMAError, policy_files
@@ -20,9 +20,7 @@ def nothing_checked(monkeypatch):
 
 
 def make_base(folder, tokenizer, seed=0):
-    make_model(len(tokenizer), seed=seed).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save(make_model(len(tokenizer), seed=seed), tokenizer, folder)
 
 
 def trained_by_the_pipeline(folder, base, noted=None):

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from chaos import differences
+from chaos import differences, draws_of, what_it_is
 from places import SUPPORT
 
 
@@ -39,8 +39,6 @@ def test_a_difference_of_one_digit_or_draw_is_found(tmp_path):
     state |= {"best_metric": None, "total_flos": 2.0, "log_history": log}
     (folder / "trainer_state.json").write_text(json.dumps(state))
     (tmp_path / "draws-0.log").write_text("ama_s 0 0 11\nama_s 1 0 12\nama_s 1 0 12\n")
-    from chaos import draws_of, what_it_is
-
     expected, drawn = what_it_is(tmp_path / "run"), draws_of(tmp_path)
     assert differences(tmp_path / "run", expected, drawn) == []
     log[0] |= {"train_runtime": 4.0}

@@ -22,13 +22,7 @@ from trl_ama.scripts import ama, common
 SCRIPTS = {name: importlib.import_module(f"trl_ama.scripts.{name.replace('-', '_')}") for name in cli.COMMANDS}
 
 
-@pytest.fixture(autouse=True)
-def restored_environment():
-    """`env:` of a config file is written to `os.environ`, for the launched script to inherit."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+pytestmark = pytest.mark.usefixtures("restored_environment")
 
 
 @pytest.fixture

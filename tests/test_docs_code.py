@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import importlib
 import importlib.util
-import os
 import re
 import shutil
 from pathlib import Path
@@ -41,12 +40,7 @@ ELSEWHERE = {
 OTHERS = {"pip", "hf", "export"}
 
 
-@pytest.fixture(autouse=True)
-def restored_environment():
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+pytestmark = pytest.mark.usefixtures("restored_environment")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from datasets import load_dataset
 from safetensors.numpy import load_file, save_file
 from state_versions import refused, with_version
-from tiny_models import lora
+from tiny_models import lora, make_model
 from tiny_pairs import make_rows
 from trl import DPOTrainer
 from whole_runs import SIZES, data_dir_fixture, recipe_fixture  # noqa: F401 - fixtures
@@ -207,8 +207,6 @@ def test_specialists_are_the_same_from_another_folder(finished, recipe, tmp_path
     run_pipeline(*recipe(tmp_path / "run", *flags), stages=("losses",))
     stranger = tmp_path / "stranger"
     shutil.copytree(model_dir, stranger)
-    from tiny_models import make_model
-
     make_model(26, seed=9).save_pretrained(stranger)
     flags[1] = stranger
     with pytest.raises(AMAError, match="is an adapter of .*, but this run's base model is"):

@@ -17,7 +17,8 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 from saved_adapters import KINDS, LINEAR, WHO, edit, files_of, logits, refused, save_adapter
-from tiny_models import lora, make_model
+from tiny_models import SIZES as TINY_SIZES
+from tiny_models import lora, make_model, save
 from tiny_pairs import make_dataset, make_rows
 from tiny_runs import QUICK
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM
@@ -138,8 +139,7 @@ def test_the_trainer_saves_only_its_own_adapter_afterwards(trainers, model_dir, 
 def test_base_weights_that_an_adapter_brings_along_are_put_back(tmp_path, tokenizer, peft):
     """Biases and embeddings are saved, and loaded, in the base model's own place."""
     base = str(tmp_path / "base")
-    make_model(len(tokenizer), attention_bias=True, tie_word_embeddings=False).save_pretrained(base)
-    tokenizer.save_pretrained(base)
+    save(make_model(len(tokenizer), attention_bias=True, tie_word_embeddings=False), tokenizer, base)
     config = LoraConfig(r=4, bias="all", target_modules=["embed_tokens", "q_proj"])
     folder = save_adapter(tmp_path / "a", base, config)
 
@@ -165,10 +165,7 @@ def test_base_weights_that_an_adapter_brings_along_are_put_back(tmp_path, tokeni
 
 @pytest.mark.filterwarnings("ignore")
 def test_adapters_of_experts_and_of_a_quantised_base(tmp_path, tokenizer):
-    config = MixtralConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4,
-    )  # fmt: skip
+    config = MixtralConfig(vocab_size=len(tokenizer), num_local_experts=4, **TINY_SIZES)
     MixtralForCausalLM(config).save_pretrained(tmp_path / "experts")
     experts = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
     folder = save_adapter(tmp_path / "a", tmp_path / "experts", experts)

@@ -21,7 +21,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from datasets import Dataset, Features, List, Value
 from places import ROOT
-from tiny_models import make_model
+from tiny_models import make_model, save
 from tiny_pairs import write_pairs
 from trl import DPOConfig
 
@@ -236,9 +236,7 @@ def quick_python(monkeypatch):
 def model_for_4_bits(tokenizer, tmp_path_factory):
     """bitsandbytes quantises blocks of 64 weights, and on a CPU wants every row to be a whole number of them."""
     path = tmp_path_factory.mktemp("model")
-    make_model(len(tokenizer), hidden_size=64, intermediate_size=128).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+    return save(make_model(len(tokenizer), hidden_size=64, intermediate_size=128), tokenizer, path)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)

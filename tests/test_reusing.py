@@ -13,6 +13,7 @@ from huggingface_hub import DatasetCard, ModelCard
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from places import ROOT
 from surroundings import client_env
+from tiny_models import make_model, save
 from tiny_pairs import make_dataset
 from trl import DPOTrainer
 
@@ -305,10 +306,7 @@ def test_own_pairs_are_joined(losses_on_hub):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_first_batch_tells_another_base_model(losses_on_hub, quick_args, tokenizer, seed, tmp_path, caplog):
     """Seed 0 is the model that made the losses."""
-    from tiny_models import make_model
-
-    make_model(len(tokenizer), seed).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    save(make_model(len(tokenizer), seed), tokenizer, tmp_path / "model")
     trainer = AMATrainer(
         model=str(tmp_path / "model"),
         args=quick_args(AMAConfig, max_steps=1),

@@ -20,6 +20,7 @@ from tiny_pairs import make_dataset, make_rows, with_reference_columns
 from tiny_runs import QUICK
 from transformers import Trainer
 from trl import DPOConfig, DPOTrainer
+from vision_model import make_image, make_processor, make_vision_model, make_vision_rows
 
 from trl_ama import AMAConfig, AMATrainer
 from trl_ama.recorded_forward import RecordedForward
@@ -701,7 +702,6 @@ def test_86_the_output_of_a_training_is_a_named_tuple():
 def test_89_pairs_about_images_are_prepared_in_the_collator(tokenizer, tmp_path):
     from peft import LoraConfig
     from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
-    from vision_model import make_processor, make_vision_model, make_vision_rows
 
     processor = make_processor(tokenizer)
     data = Dataset.from_list([{**row, "ref_chosen_logps": -1.0} for row in make_vision_rows("name", 2)])
@@ -726,8 +726,6 @@ def test_89_pairs_about_images_are_prepared_in_the_collator(tokenizer, tmp_path)
 
 
 def test_90_hooks_that_capture_outputs_belong_to_the_model(tokenizer):
-    from vision_model import make_processor, make_vision_model
-
     model = make_vision_model(make_processor(tokenizer))
     layers = model.model.vision_tower.encoder.layers
 
@@ -744,7 +742,6 @@ def test_91_images_are_stored_as_bytes_and_paths():
     import io
 
     from datasets import Image
-    from vision_model import make_image
 
     buffer = io.BytesIO()
     make_image("apple").save(buffer, "JPEG")

@@ -21,7 +21,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from saved_adapters import logits, save_adapter
-from tiny_models import make_model
+from tiny_models import make_model, save
 from tiny_pairs import make_dataset
 from tiny_runs import QUICK
 from transformers import AutoModelForCausalLM
@@ -49,9 +49,7 @@ SIZES = {"list": 6, "sort": 6}
 def base_dir(tokenizer, tmp_path_factory):
     """A tiny model with biases, which adapters can train along."""
     path = tmp_path_factory.mktemp("base")
-    make_model(len(tokenizer), attention_bias=True).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+    return save(make_model(len(tokenizer), attention_bias=True), tokenizer, path)
 
 
 def load(path):

@@ -202,12 +202,11 @@ def free_port() -> int:
 
 def make_world(home: Path) -> None:
     """A tiny model, its tokenizer and pairs of every task."""
-    from tiny_models import make_model, make_tokenizer
+    from tiny_models import make_model, make_tokenizer, save
     from tiny_pairs import make_rows
 
     tokenizer = make_tokenizer()
-    make_model(len(tokenizer)).save_pretrained(home / "model")
-    tokenizer.save_pretrained(home / "model")
+    save(make_model(len(tokenizer)), tokenizer, home / "model")
     (home / "data").mkdir()
     for task, count in SIZES.items():
         for split, size, seed in (("train", count, 0), ("test", 5, 1)):

@@ -12,6 +12,7 @@ from typing import Any
 
 from tiny_models import CHAT_TEMPLATE
 from tiny_pairs import make_rows
+from tiny_runs import QUICK
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,6 @@ def trainer_of(
     import copy
 
     from datasets import Dataset
-    from tiny_runs import QUICK
 
     tokenizer = copy.deepcopy(tokenizer)
     for name, value in setting.tokenizer.items():

@@ -108,3 +108,13 @@ def readable(error: AMAError, *words: str) -> str:
 def numbers(folder: Path) -> dict[str, list[dict]]:
     """All that a reader gets."""
     return {split: list(rows) for split, rows in load_reference_losses(str(folder)).items()}
+
+
+@pytest.fixture(name="honest", scope="module")
+def honest_fixture(tmp_path_factory):
+    return honest_losses(tmp_path_factory.mktemp("honest"))
+
+
+@pytest.fixture(name="losses")
+def losses_fixture(honest, tmp_path):
+    return copied(honest, tmp_path)

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import surroundings  # noqa: F401 - before the libraries that read the environment
 import yaml
-from tiny_models import make_model, make_tokenizer
+from tiny_models import make_model, make_tokenizer, save
 from tiny_pairs import make_rows
 from tiny_runs import QUICK
 
@@ -158,8 +158,7 @@ class World:
         os.chdir(folder / "a" / "b" / "c")  # a junk path may be `.` or `../..`, and `datasets` looks through folders
         self.model = folder / "model"
         tokenizer = make_tokenizer()
-        make_model(len(tokenizer)).save_pretrained(self.model)
-        tokenizer.save_pretrained(self.model)
+        save(make_model(len(tokenizer)), tokenizer, self.model)
         self.tokenizer = tokenizer
         self.rows = {task: make_rows(task, 6, seed=0) for task in TASKS}
         (folder / "data").mkdir()

@@ -18,44 +18,53 @@ WHOLE_TEMPLATE = (
 )
 
 
-def make_tokenizer():
+# Of every tiny model: a step takes milliseconds
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+SPECIAL = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+
+
+def make_tokenizer(words=("<user>", "<assistant>", "list", "sort", "brief", *WORDS), chat_template=CHAT_TEMPLATE):
+    """A tokenizer of words between white space, each of which is a token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocab = {
-        token: index
-        for index, token in enumerate(
-            ["<pad>", "</s>", "<unk>", "<user>", "<assistant>", "list", "sort", "brief", *WORDS]
-        )
-    }
+    vocab = {token: index for index, token in enumerate(["<pad>", "</s>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
     )
-    fast.chat_template = CHAT_TEMPLATE
+    fast.chat_template = chat_template
     return fast
 
 
-def make_model(vocab_size: int, seed: int = 0, **config):
+def make_config(vocab_size: int, **changes):
+    """The configuration of such a model."""
+    from transformers import LlamaConfig
+
+    known = {"max_position_embeddings": 512, "initializer_range": 0.2, "tie_word_embeddings": True}
+    return LlamaConfig(vocab_size=vocab_size, **{**SIZES, **SPECIAL, **known, **changes})
+
+
+def make_model(vocab_size: int, seed: int = 0, **changes):
     """A random Llama of about 20,000 parameters."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     torch.manual_seed(seed)
-    settings = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.2,
-        "tie_word_embeddings": True,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": None,
-    }
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **{**settings, **config}))
+    return LlamaForCausalLM(make_config(vocab_size, **changes))
+
+
+def save(model, tokenizer, folder) -> str:
+    """Save a model with its tokenizer, or processor. Returns the folder."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def make_letters():

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tiny_models import CHAT_TEMPLATE
+from tiny_models import CHAT_TEMPLATE, make_config, save
 from tiny_pairs import WORDS
 
 
@@ -40,7 +40,7 @@ def make_processor(tokenizer):
 def make_vision_model(processor, seed: int = 0):
     """A random Llava with a language model of about 20,000 parameters."""
     import torch
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
@@ -54,19 +54,7 @@ def make_vision_model(processor, seed: int = 0):
         initializer_range=0.2,
         initializer_factor=3.0,
     )
-    text = LlamaConfig(
-        vocab_size=len(processor.tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
+    text = make_config(len(processor.tokenizer), tie_word_embeddings=False)
     token = processor.tokenizer.convert_tokens_to_ids("<image>")
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=token, vision_feature_layer=-1)
     config.initializer_range = 0.2
@@ -127,9 +115,7 @@ def processor_fixture(tokenizer):
 def vision_dir_fixture(processor, tmp_path_factory):
     """A saved tiny vision-language model with its processor."""
     path = tmp_path_factory.mktemp("llava")
-    make_vision_model(processor).save_pretrained(path)
-    processor.save_pretrained(path)
-    return str(path)
+    return save(make_vision_model(processor), processor, path)
 
 
 def trl_logps(trainer, model, rows) -> np.ndarray:

@@ -3,13 +3,11 @@
 import json
 
 import pytest
+from hub_world import parse
 from tiny_pairs import make_rows
-from tiny_runs import QUICK
-from trl import ModelConfig, TrlParser
+from tiny_runs import RECIPE
 
-from trl_ama import AMAConfig, TaskMixtureConfig
 from trl_ama.fingerprint import write_json
-from trl_ama.pipeline_arguments import PipelineArguments
 
 
 SIZES = {"list": 48, "sort": 12, "brief": 48}
@@ -32,29 +30,19 @@ def recipe_fixture(model_dir, data_dir, tmp_path_factory):
     write_json(
         path,
         {
-            **QUICK,
+            **RECIPE,
             "model_name_or_path": model_dir,
             "tasks": [{"task": task, "path": "org/data", "eval_split": "test"} for task in SIZES],
             "tasks_dir": str(data_dir),
-            "mixing": "ama_s",
             "compare": ["proportional"],
             "specialist_args": {"max_steps": 12},
-            "use_peft": True,
-            "lora_r": 4,
-            "lora_alpha": 8,
-            "lora_target_modules": "all-linear",
-            "learning_rate": 5e-3,
-            "per_device_eval_batch_size": 16,
             "max_steps": 6,
             "save_strategy": "steps",
             "save_steps": 4,
-            "logging_steps": 1,
-            "seed": 3,
         },
     )
 
     def build(output_dir, *flags):
-        parser = TrlParser((PipelineArguments, AMAConfig, ModelConfig, TaskMixtureConfig))
-        return parser.parse_args_and_config(["--config", str(path), "--output_dir", str(output_dir), *map(str, flags)])
+        return parse(path, "--output_dir", output_dir, *flags)
 
     return build
