@@ -16,13 +16,14 @@ import yaml
 from datasets import load_dataset
 from hub_world import parse
 from peft import PeftModel
+from places import TESTS
 from transformers import AutoModelForCausalLM
 from trl import DPOTrainer
 
 from trl_ama import cli, load_reference_losses, run_pipeline
 
 
-OLD = Path(__file__).parent / "data" / "old_run"
+OLD = TESTS / "data" / "old_run"
 SIZES = {"list": 12, "sort": 6}
 HELD_OUT, STEPS, STOPPED_AT = 4, 6, 3
 # Another CPU adds float32 numbers in another order: log-probs here are of magnitude 16, of which the last place is 2e-6. Without

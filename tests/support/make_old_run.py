@@ -1,6 +1,6 @@
 """Makes `tests/data/old_run`: runs as `trl ama` leaves them when it is stopped, for later versions to go on from.
 
-    python tests/make_old_run.py --output outputs/old_run
+    python tests/support/make_old_run.py --output outputs/old_run
 
 Run it with the version whose files are to be kept. The same run is made undisturbed, stopped while it scores reference losses,
 and stopped while it trains its second generalist, each in a process of its own. What is kept of the undisturbed one is what
@@ -61,7 +61,8 @@ RECIPE = {
 
 def make_world() -> None:
     """The recipe, its pairs, and a base model with its tokenizer, in the current folder."""
-    from conftest import make_model, make_rows
+    from tiny_models import make_model
+    from tiny_pairs import make_rows
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
