@@ -3,7 +3,8 @@
     python tests/benchmarks/startup.py
 
 The first comparison is of two bare environments, one of which has the files of the start-up hook: what a process that is
-not `trl` pays for it. With `--hook-only` it is the only one, and a Python without TRL can run it.
+not `trl` pays for it. With `--hook-only` it is the only one, and a Python without TRL can run it. What the line in the `.pth` file
+takes is also measured from within, where starting a process does not hide it.
 
 Each figure is the median of the differences within pairs, whose order is turned around every time. Processor time (user
 and system, of the child) is what counts on a machine that others use; elapsed time stands beside it. The commands run as
@@ -52,6 +53,14 @@ def bare_python(path: Path, hook: bool) -> list[str]:
     return [str(path / "bin" / "python"), "-c", "pass"]
 
 
+def line_cost(times: int) -> list[float]:
+    """Quartiles of the milliseconds in which Python reads and runs the hook's line, each time in a fresh process."""
+    code = f"import site, time; start = time.perf_counter(); site.addpackage({str(REPO)!r}, {HOOK[0]!r}, set()); "
+    command = [sys.executable, "-I", "-c", code + "print(time.perf_counter() - start)"]
+    seconds = [float(subprocess.run(command, capture_output=True, text=True).stdout) for _ in range(times)]
+    return statistics.quantiles([1e3 * value for value in seconds], n=4)
+
+
 def run(arguments: list[str], environ: dict[str, str]) -> dict[str, float]:
     """Seconds of processor and of time that a fresh process takes."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
@@ -90,7 +99,8 @@ def table(result: dict) -> str:
     """The result as Markdown."""
     lines = [
         f"{result['hook_pairs']} pairs of bare processes, {result['pairs']} of each import, {result['help_pairs']} of each help "
-        f"text; medians, in ms. Python {result['python']}, TRL {result['trl']}.",
+        f"text; medians, in ms. Python {result['python']}, TRL {result['trl']}. The hook's line takes "
+        f"{result['line'][1]:.2f} ms (quartiles {result['line'][0]:.2f} and {result['line'][2]:.2f}).",
         "",
         "| ours | against | CPU: ours | theirs | difference (quartiles) | ratio | elapsed: difference | ratio |",
         "| --- | --- " + "| ---: " * 6 + "|",
@@ -145,6 +155,7 @@ def main() -> None:
         "hook_pairs": options.hook_pairs,
         "pairs": options.pairs,
         "help_pairs": options.help_pairs,
+        "line": line_cost(max(2, options.hook_pairs // 2)),
         "comparisons": [],
     }
     options.output.mkdir(parents=True, exist_ok=True)
