@@ -7,6 +7,7 @@ import copy
 import inspect
 import json
 import re
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,8 @@ def test_2_trl_command_list():
     from trl.cli.accelerate_launcher import launch_training_script
     from trl.cli.commands.base import Command
 
+    (program,) = entry_points(group="console_scripts", name="trl")
+    assert program.value == "trl.cli:main"
     assert all(isinstance(command, Command) for command in commands.get_commands())
     assert resolve_accelerate_config_argument(["--accelerate_config", "single_gpu"])[0] == "--config_file"
     assert list(inspect.signature(launch_training_script).parameters)[:3] == [
