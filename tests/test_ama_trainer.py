@@ -1,3 +1,5 @@
+"""What `AMATrainer` draws, weighs, logs, saves and learns."""
+
 import inspect
 import json
 import subprocess

@@ -1,138 +1,29 @@
-"""QLoRA end to end on a tiny model: one quantised base a stage, the same numbers in every stage, and what is refused."""
-
-import gc
-import importlib.util
-import json
+"""QLoRA end to end on a tiny model: one quantised base a stage, and the same numbers in every stage."""
 
 import numpy as np
 import pytest
 import torch
-import trl.trainer.dpo_trainer
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import AutoPeftModelForCausalLM, get_peft_model_state_dict
 from peft.utils import set_peft_model_state_dict
+from qlora_runs import LAYERS, NF4, SIZES, alive, base_fixture, finished_fixture, gradient, recipe_fixture  # noqa: F401 - fixtures
 from safetensors.torch import load_file
-from tiny_models import make_model, save
-from tiny_pairs import make_rows
-from tiny_runs import QUICK
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from trl import DPOConfig, DPOTrainer, ModelConfig, TrlParser
+from transformers import BitsAndBytesConfig
+from trl import DPOTrainer
 
-from trl_ama import AMAConfig, AMAError, AMATrainer, TaskMixtureConfig, cli, run_pipeline
+from trl_ama import AMATrainer
 from trl_ama.generalists import generalist_stage
 from trl_ama.loss_loading import load_reference_losses
-from trl_ama.merging import merge_adapter
-from trl_ama.pipeline_arguments import PipelineArguments
 from trl_ama.policies import reference_policy, trained_policy_and_reference
 from trl_ama.prefix_trainer import SpecialistTrainer
-from trl_ama.quantized import check_optimizer, dequantized_weight, keep_weights, quantized_layers
+from trl_ama.quantized import keep_weights, quantized_layers
 from trl_ama.reference_losses import joined_data
-from trl_ama.run_settings import RunSettings
-from trl_ama.run_start import check_recipe
-from trl_ama.safe_files import read_json, write_json
+from trl_ama.safe_files import read_json
 from trl_ama.scoring import ScoringTrainer
 
 
-pytest.importorskip("bitsandbytes")
-from bitsandbytes.functional import has_avx512bf16  # noqa: E402
-
-
-NF4 = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="nf4",
-    bnb_4bit_use_double_quant=True,
-    bnb_4bit_compute_dtype=torch.bfloat16,
-)
-SIZES = {"list": 64, "brief": 64}
-LAYERS = 14  # of the tiny model that are quantised: seven in each of two
 # Mean difference, nats a token, between two ways to compute the same 4-bit model in bf16 (packed or padded, in other batches).
 # Measured: 0.006 to 0.009, and 0.03 at most; other weights (the 16-bit base) are 0.5 away
 TOKEN = 0.015
-
-
-@pytest.fixture(scope="module")
-def base(tokenizer, tmp_path_factory):
-    """bitsandbytes quantises blocks of 64 weights, and on a CPU wants every row to be a whole number of them."""
-    path = tmp_path_factory.mktemp("base")
-    return save(
-        make_model(len(tokenizer), hidden_size=64, intermediate_size=128, num_key_value_heads=4), tokenizer, path
-    )
-
-
-@pytest.fixture(scope="module")
-def recipe(base, tmp_path_factory):
-    """Flags of a recipe on disk, and the parsed arguments."""
-    folder = tmp_path_factory.mktemp("recipe")
-    for task, count in SIZES.items():
-        for split, size, seed in (("train", count, 0), ("test", 20, 1)):
-            lines = [json.dumps(row) + "\n" for row in make_rows(task, size, seed)]
-            (folder / f"{task}_{split}.jsonl").write_text("".join(lines))
-    settings = {
-        **QUICK,
-        "model_name_or_path": base,
-        "tasks": [{"task": task, "path": "org/data", "eval_split": "test"} for task in SIZES],
-        "tasks_dir": str(folder),
-        "mixing": "ama_s",
-        "use_peft": True,
-        "lora_r": 4,
-        "lora_alpha": 8,
-        "lora_dropout": 0.0,
-        "lora_target_modules": "all-linear",
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "use_bnb_nested_quant": True,
-        "dtype": "bfloat16",
-        "bf16": True,
-        "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "optim": "paged_adamw_8bit",
-        "learning_rate": 5e-3,
-        "lr_scheduler_type": "constant",
-        "max_steps": 6,
-        "specialist_args": {"max_steps": 24},
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "logging_steps": 1,
-        "seed": 3,
-    }
-    write_json(folder / "config.yaml", settings)
-
-    def parse(output_dir, *flags):
-        parser = TrlParser((PipelineArguments, AMAConfig, ModelConfig, TaskMixtureConfig))
-        argv = ["--config", str(folder / "config.yaml"), "--output_dir", str(output_dir), *map(str, flags)]
-        return parser.parse_args_and_config(argv)
-
-    parse.config = str(folder / "config.yaml")
-    return parse
-
-
-class Loads:
-    """Every base that DPOTrainer loads, and how many quantised weights were alive just before."""
-
-    def __init__(self, load):
-        self.load, self.before = load, []
-
-    def __call__(self, *args, **kwargs):
-        self.before.append(alive())
-        return self.load(*args, **kwargs)
-
-
-def alive() -> int:
-    """Quantised weights in memory, by their storage."""
-    gc.collect()
-    found = [one for one in gc.get_objects() if type(one).__name__ == "Params4bit" and one.device.type != "meta"]
-    return len({one.data_ptr() for one in found})
-
-
-@pytest.fixture(scope="module")
-def finished(recipe, tmp_path_factory):
-    """A finished run, its settings and the loads of each stage."""
-    output_dir, loads = tmp_path_factory.mktemp("run"), {}
-    with pytest.MonkeyPatch.context() as patch:
-        for stage in ("specialists", "losses", "train", "eval"):
-            loads[stage] = Loads(trl.trainer.utils.create_model_from_path)
-            patch.setattr(trl.trainer.dpo_trainer, "create_model_from_path", loads[stage])
-            results = run_pipeline(*recipe(output_dir), stages=(stage,))
-    return RunSettings(*recipe(output_dir)), results, {stage: load.before for stage, load in loads.items()}
 
 
 # ---- One base ----
@@ -310,51 +201,6 @@ def test_checkpointing_lets_gradients_through_to_the_first_layer(finished):
     assert first.grad.abs().max() > 0
 
 
-# ---- bitsandbytes' packing on a CPU ----
-
-
-def gradient(model):
-    model.train()
-    model.zero_grad()
-    ids = torch.arange(5, 25)[None]
-    model(ids, labels=ids).loss.backward()
-    return torch.cat([one.grad.float().flatten() for one in model.parameters() if one.grad is not None])
-
-
-def adapted(base):
-    torch.manual_seed(0)
-    config = LoraConfig(r=4, target_modules="all-linear")
-    return get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base, quantization_config=NF4, dtype=torch.bfloat16), config
-    )
-
-
-@pytest.mark.parametrize("kept", [True, False])
-def test_evaluation_leaves_the_weights_as_they_were_trained(base, kept):
-    """Without us bitsandbytes packs them, and no gradient passes any more; this fails when it has mended that."""
-    if not kept and not has_avx512bf16():
-        pytest.skip("bitsandbytes packs only where the CPU knows AVX512-BF16")
-    model = adapted(base)
-    if kept:
-        keep_weights(model)
-    before = gradient(model)
-    weights = [dequantized_weight(layer).clone() for _, layer in quantized_layers(model)]
-    model.eval()
-    with torch.no_grad():
-        model(torch.arange(5, 25)[None])
-    after = gradient(model)
-    same = [
-        torch.equal(dequantized_weight(layer), one)
-        for (_, layer), one in zip(quantized_layers(model), weights, strict=True)
-    ]
-    if kept:
-        assert torch.equal(before, after) and all(same)
-        return
-    assert after.norm() < 0.5 * before.norm() and not any(same)
-    with pytest.raises(AMAError, match="packed its weights.*Load it again"):
-        keep_weights(model)
-
-
 def test_every_trainer_of_ours_keeps_the_weights(finished):
     settings, _, _ = finished
     for trainer in (scoring_trainer(settings), generalist_trainer(settings)):
@@ -414,170 +260,3 @@ def test_fingerprints_name_the_quantisation(finished):
     settings, _, _ = finished
     assert "nf4" in load_reference_losses(str(settings.losses_dir)).fingerprints["list"]["quantization"]
     assert generalist_stage(settings, "ama_s").fingerprint["load_in_4bit"] is True
-
-
-# ---- Merging ----
-
-
-def log_probs(model):
-    ids = torch.arange(3, 26)[None]
-    model.eval()
-    with torch.no_grad():
-        return model(ids).logits.float().log_softmax(-1)
-
-
-@pytest.fixture(scope="module")
-def merged(finished, recipe, tmp_path_factory):
-    """The generalist merged by the command, into what it was trained on and into the base as it is saved."""
-    settings, _, _ = finished
-    folders = {}
-    for into in ("dequantized", "base"):
-        folders[into] = tmp_path_factory.mktemp("merged") / into
-        argv = ["--config", recipe.config, "--output_dir", str(settings.output_dir), "--output", str(folders[into])]
-        assert cli.main(["ama-merge", *argv, *(() if into == "dequantized" else ("--into", into))]) == 0
-    return folders
-
-
-def test_a_merge_is_a_whole_checkpoint(merged, base):
-    folder = merged["dequantized"]
-    names = {path.name for path in folder.iterdir()}
-    assert names >= {
-        "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "README.md",
-        "ama_merge.json",
-    }  # fmt: skip
-    assert not [name for name in names if "adapter" in name or name.startswith(".")]
-    config = json.loads((folder / "config.json").read_text())
-    assert "quantization_config" not in config
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    assert model.dtype == torch.float32 and not list(quantized_layers(model))  # the base checkpoint's
-    card = (folder / "README.md").read_text()
-    assert "NF4 with double quantisation" in card and "the dequantised base" in card and base not in card
-    assert "the base as it is saved" in (merged["base"] / "README.md").read_text()
-    assert "not exactly the model that was trained" in (merged["base"] / "README.md").read_text()
-
-
-def test_the_dequantised_merge_holds_the_weights_of_the_training(finished, merged, base):
-    settings, _, _ = finished
-    quantized = AutoModelForCausalLM.from_pretrained(base, quantization_config=NF4, dtype=torch.bfloat16)
-    adapter = load_file(settings.generalist_dir("ama_s") / "adapter_model.safetensors")
-    model = AutoModelForCausalLM.from_pretrained(merged["dequantized"])
-    layers = dict(quantized_layers(quantized))
-    assert len(layers) == LAYERS
-    for name, layer in layers.items():
-        a, b = (adapter[f"base_model.model.{name}.lora_{side}.weight"].float() for side in "AB")
-        expected = dequantized_weight(layer).float() + 8 / 4 * b @ a
-        torch.testing.assert_close(model.get_submodule(name).weight, expected, rtol=0, atol=1e-6)
-    for name, value in quantized.named_parameters():
-        if "norm" in name or "embed" in name:
-            assert torch.equal(model.get_parameter(name), value.float())
-
-
-def test_what_each_merge_loses(finished, merged, base, tmp_path):
-    """The dequantised merge is the trained model; the 16-bit base is another one; 4 bits round the adapter away."""
-    settings, _, _ = finished
-    folder = settings.generalist_dir("ama_s")
-    trained = AutoPeftModelForCausalLM.from_pretrained(folder, quantization_config=NF4, dtype=torch.bfloat16)
-    keep_weights(trained)
-    expected = log_probs(trained)
-    with trained.disable_adapter():
-        effect = (log_probs(trained) - expected).abs().mean()
-    distance = {}
-    for into, path in merged.items():
-        distance[into] = (log_probs(AutoModelForCausalLM.from_pretrained(path)) - expected).abs().mean()
-    four = AutoPeftModelForCausalLM.from_pretrained(folder, quantization_config=NF4, dtype=torch.bfloat16)
-    with pytest.warns(UserWarning, match="rounding errors"):
-        four = four.merge_and_unload()
-    distance["4 bits"] = (log_probs(four) - expected).abs().mean()
-    merge_adapter(str(folder), tmp_path / "half", save_dtype="bfloat16")
-    half = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
-    assert half.dtype == torch.bfloat16
-    distance["dequantised, bf16"] = (log_probs(half) - expected).abs().mean()
-    print({"adapter's effect": float(effect), **{name: float(value) for name, value in distance.items()}})
-    assert distance["dequantized"] < 0.25 * min(distance["base"], distance["4 bits"])
-    assert distance["dequantised, bf16"] < 0.5 * min(distance["base"], distance["4 bits"])
-
-
-# ---- Refused before anything is trained ----
-
-
-@pytest.fixture
-def nothing_trained(monkeypatch):
-    monkeypatch.setattr(DPOTrainer, "__init__", lambda *args, **kwargs: pytest.fail("a model was loaded"))
-
-
-def without(monkeypatch, package):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest)
-    )
-
-
-@pytest.mark.parametrize(
-    ("flags", "text"),
-    [
-        (["--use_peft", "false"], "load_in_4bit is set without use_peft.*use_peft: true"),
-        (["--dtype", "auto"], "quantisation do not go together.*set dtype to bfloat16"),
-        (["--load_in_8bit", "true"], "both load in 8 bit and 4 bit|go together|8 ?bit"),
-    ],
-)
-def test_settings_that_cannot_work(recipe, tmp_path, nothing_trained, flags, text):
-    with pytest.raises((AMAError, ValueError), match=text) as caught:
-        run_pipeline(*recipe(tmp_path, *flags))
-    assert "\n" not in str(caught.value).strip()
-
-
-def test_bitsandbytes_is_missing(recipe, tmp_path, monkeypatch, nothing_trained):
-    arguments = recipe(tmp_path)
-    without(monkeypatch, "bitsandbytes")
-    with pytest.raises(AMAError, match=r"load_in_4bit needs bitsandbytes.*trl-ama\[quantization\]"):
-        run_pipeline(*arguments)
-    arguments = recipe(tmp_path, "--load_in_4bit", "false")
-    with pytest.raises(AMAError, match="optim is 'paged_adamw_8bit', which needs bitsandbytes.*adamw_torch"):
-        run_pipeline(*arguments)
-
-
-def test_a_specialists_own_optimizer_is_tried_too(recipe, tmp_path, monkeypatch, nothing_trained):
-    arguments = recipe(
-        tmp_path, "--optim", "adamw_torch", "--load_in_4bit", "false", "--specialist_args", "{optim: lion_8bit}"
-    )
-    without(monkeypatch, "bitsandbytes")
-    with pytest.raises(AMAError, match="optim is 'lion_8bit'"):
-        run_pipeline(*arguments)
-
-
-def test_an_optimizer_that_does_not_run_here(recipe, tmp_path, monkeypatch, nothing_trained):
-    import bitsandbytes
-
-    def step(*args, **kwargs):
-        raise NotImplementedError("no kernel\nfor this device")
-
-    monkeypatch.setattr(bitsandbytes.optim.AdamW, "step", step)
-    with pytest.raises(
-        AMAError, match=r"'paged_adamw_8bit', which does not run on this machine's cpu \(NotImp.*no kernel\)"
-    ):
-        check_recipe(RunSettings(*recipe(tmp_path)))
-
-
-OPTIMIZERS = [
-    "adamw_8bit",
-    "paged_adamw_32bit",
-    "paged_adamw_8bit",
-    "lion_8bit",
-    "paged_lion_8bit",
-    "ademamix_8bit",
-    "rmsprop_bnb_8bit",
-]
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizers_of_bitsandbytes_run_on_a_cpu_and_a_warning_says_what_for(tmp_path, monkeypatch, name):
-    said = []
-    monkeypatch.setattr("trl_ama.quantized.logger.warning", said.append)
-    check_optimizer(DPOConfig(str(tmp_path), use_cpu=True, bf16=False, optim=name))
-    assert len(said) == 1 and name in said[0] and "adamw_torch" in said[0]
-
-
-def test_other_optimizers_are_not_tried(tmp_path, monkeypatch):
-    monkeypatch.setattr("trl_ama.quantized.Trainer", None)
-    for name in ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd"):
-        check_optimizer(DPOConfig(str(tmp_path), use_cpu=True, bf16=False, optim=name))

@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 from tiny_runs import QUICK
 from vision_model import (  # noqa: F401 - fixtures
-    make_processor,
-    make_vision_model,
     make_vision_rows,
     processor_fixture,
     trl_logps,
