@@ -19,11 +19,12 @@ from .errors import AMAError, first_line
 from .exact_resume import ExactResume
 from .finite_steps import FiniteStepTrainer
 from .own_adapter import OwnBase
+from .pair_images import has_images
 from .pair_rows import first_failure
 from .policy_objects import check_is_model, check_policy
 from .preference_losses import PreferenceLossConfig, pair_losses
 from .prefix_support import PrefixSharing
-from .processes import from_main
+from .processes import from_main, is_sharded, whole_models
 from .quantized import keep_weights
 from .recorded_forward import RecordedForward
 from .uneven_batches import COUNTED, mark_repeats
@@ -204,6 +205,25 @@ class SpecialistTrainer(ExactResume, PrefixSharingTrainer):
             return result
         losses = pair_losses(forward.log_probs(inputs, self.ld_alpha), PreferenceLossConfig.from_args(self.args))
         return self.loss_without_repeats(losses, counted, forward.outputs)
+
+
+class ScoringTrainer(PrefixSharingTrainer):
+    """A `DPOTrainer` that only scores: everything but training (loading, tokenisation, device, precision) is TRL's.
+
+    Its whole difference: no second model is loaded, nothing is computed for the reference, and every process has the whole
+    model, so that each scores pairs of its own.
+    """
+
+    def __init__(self, *args, **kwargs):
+        with whole_models():
+            super().__init__(*args, **kwargs)
+        if has_images(self.train_dataset):
+            self.ref_model = None  # of pairs with images DPOTrainer cannot be told not to load one
+        if is_sharded(self.accelerator):  # where the Trainer leaves it to be placed when it is shared out
+            self.model.to(self.accelerator.device)
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        return dataset
 
 
 def _temporary_folder(parent: str) -> str:

@@ -11,7 +11,8 @@ from .errors import AMAError
 from .held_out import columns_of
 from .preference_losses import PairLogProbs
 from .processes import is_sharded, sum_of_all
-from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS, add_logp_columns
+from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
+from .scoring import add_logp_columns
 from .task_evaluation import TaskEvaluationTrainer
 from .tasks import TASK_COLUMN
 
