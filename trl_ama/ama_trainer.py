@@ -25,7 +25,7 @@ from .broken_pairs import broken_by_themselves
 from .errors import AMAError
 from .held_out import check_eval_dataset, eval_parts
 from .mixing import MixingStrategy
-from .mixture import Mixture
+from .mixture import Mixture, strategy_for
 from .pair_images import has_images
 from .policy_objects import check_is_model, check_specialist_objects
 from .policy_sources import check_policy_source
@@ -44,7 +44,6 @@ from .trainer_checks import (
     check_token_counts,
     check_train_dataset,
     descends_trl_loss,
-    strategy_for,
 )
 from .training_pairs import default_arguments, training_pairs
 from .uneven_batches import COUNTED
@@ -151,7 +150,7 @@ peft_config:
         self.has_reference_losses = has_specialist or specialists is not None
         self._loss_config = PreferenceLossConfig.of_pairs(args)
         self._pairs_have_losses = bool(self._loss_config.loss_type)
-        strategy = strategy_for(args, pairs.source, self.task_names)
+        strategy = strategy_for(pairs.source, self.task_names, **args.mixing_options)
         check_arguments(args, strategy, self.has_reference_losses)
         check_best_metric(args, strategy, eval_dataset, has_specialist, specialists is not None)
         if pairs.streams is not None:
@@ -191,7 +190,9 @@ peft_config:
             unknown |= {"probability", "weight"}
         for role, part in parts.items():
             check_token_counts(part, role, args.max_length, args.truncation_mode)
-        strategy = strategy_for(args, self.train_dataset, self.task_names)  # over the pairs that are left
+        strategy = strategy_for(
+            self.train_dataset, self.task_names, **args.mixing_options
+        )  # over the pairs that are left
         self._has_excess = self.has_reference_losses or strategy.objective == "excess"
         self.mixture = Mixture(
             strategy, self.task_names, untrained_loss(self._loss_config), self._has_excess, unknown=unknown
