@@ -199,7 +199,7 @@ def adapter():
 
 def recording(base):
     """A trainer class that notes which pairs of each optimizer step counted in this process, by their reference log-probs."""
-    from trl_ama.uneven_batches import COUNTED
+    from trl_ama.pair_batches import COUNTED
 
     class Recording(base):
         def compute_loss(self, model, inputs, *args, **kwargs):

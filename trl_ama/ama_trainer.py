@@ -21,11 +21,11 @@ from transformers import (
 from trl.trainer.utils import get_config_model_id
 
 from .ama_config import AMAConfig
-from .broken_pairs import broken_by_themselves
 from .errors import AMAError
 from .held_out import check_eval_dataset, eval_parts
 from .mixing import MixingStrategy
 from .mixture import Mixture, strategy_for
+from .pair_batches import COUNTED, broken_by_themselves
 from .pair_images import has_images
 from .policy_objects import check_is_model, check_specialist_objects
 from .policy_sources import check_policy_source
@@ -46,7 +46,6 @@ from .trainer_checks import (
     descends_trl_loss,
 )
 from .training_pairs import default_arguments, training_pairs
-from .uneven_batches import COUNTED
 
 
 logger = get_logger(__name__)

@@ -19,6 +19,7 @@ from .errors import AMAError, first_line
 from .exact_resume import ExactResume
 from .finite_steps import FiniteStepTrainer
 from .own_adapter import OwnBase
+from .pair_batches import COUNTED, RecordedForward, mark_repeats
 from .pair_images import has_images
 from .pair_rows import first_failure
 from .policy_objects import check_is_model, check_policy
@@ -26,8 +27,6 @@ from .preference_losses import PreferenceLossConfig, pair_losses
 from .prefix_support import PrefixSharing
 from .processes import from_main, is_sharded, whole_models
 from .quantized import keep_weights
-from .recorded_forward import RecordedForward
-from .uneven_batches import COUNTED, mark_repeats
 
 
 _TEMPORARY = "_reference_logps-"
