@@ -330,10 +330,10 @@ def scoring(world, name):
     import torch
 
     from trl_ama import scoring
-    from trl_ama.prefix_trainer import PrefixSharingTrainer
+    from trl_ama.prefix_trainer import PairTrainer
     from trl_ama.scoring import score_pairs
 
-    class NotWhole(PrefixSharingTrainer):
+    class NotWhole(PairTrainer):
         def _precompute_ref_logps(self, dataset, name, batch_size):
             return dataset
 

@@ -74,9 +74,7 @@ def mark_repeats(batches: list[dict[str, Any]], accelerator: Accelerator, epoch_
 
 
 @torch.no_grad()
-def broken_by_themselves(
-    trainer: DPOTrainer, model: torch.nn.Module, batches: list[dict[str, Any]]
-) -> dict[str, int]:
+def broken_on_plain_path(trainer: DPOTrainer, model: torch.nn.Module, batches: list[dict[str, Any]]) -> dict[str, int]:
     """The pairs of an optimizer step that have no finite loss by themselves, on the plain path, by task: in a packed row, a NaN
     reaches its neighbours. Every process has to call this.
 
