@@ -29,8 +29,8 @@ from trl_ama.adapter_keys import keys_problem, saved_shapes
 from trl_ama.model_identity import model_identity
 from trl_ama.policies import trained_policy
 from trl_ama.policy_sources import check_policy_source, split_revision
+from trl_ama.prefix_trainer import ScoringTrainer
 from trl_ama.safe_files import read_json
-from trl_ama.scoring import ScoringTrainer
 
 
 WHO = "the specialist of task 'list'"

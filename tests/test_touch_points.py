@@ -20,7 +20,7 @@ from transformers import Trainer
 from trl import DPOConfig, DPOTrainer
 
 from trl_ama import AMAConfig, AMATrainer
-from trl_ama.recorded_forward import RecordedForward
+from trl_ama.pair_batches import RecordedForward
 from trl_ama.stream_sources import _own_copy
 from trl_ama.streaming import StreamSampler
 

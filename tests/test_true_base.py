@@ -31,8 +31,8 @@ from trl_ama.own_adapter import OwnBase
 from trl_ama.pipeline_arguments import PipelineArguments
 from trl_ama.policies import trained_policy, trained_policy_and_reference
 from trl_ama.policy_objects import check_policy
+from trl_ama.prefix_trainer import ScoringTrainer
 from trl_ama.run_settings import RunSettings
-from trl_ama.scoring import ScoringTrainer
 from trl_ama.task_config import TaskMixtureConfig
 
 

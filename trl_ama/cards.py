@@ -19,6 +19,17 @@ if TYPE_CHECKING:
     from .run_settings import RunSettings
 
 
+# BibTeX of the paper
+# docstyle-ignore
+CITATION = """\
+@inproceedings{corrado2025automixalign,
+    title        = {{AutoMixAlign: Adaptive Data Mixing for Multi-Task Preference Optimization in LLMs}},
+    author       = {Nicholas E. Corrado and Julian Katz-Samuels and Adithya Devraj and Hyokun Yun and Chao Zhang and Yi Xu and Yi Pan and Bing Yin and Trishul Chilimbi},
+    year         = 2025,
+    booktitle    = {Proceedings of the 63rd Annual Meeting of the Association for Computational Linguistics (ACL)},
+    eprint       = {2506.00569},
+}"""
+
 _TEMPLATES = importlib.resources.files("trl_ama") / "templates"
 
 
@@ -48,13 +59,6 @@ def versions_line() -> str:
     """The packages that made something."""
     packages = ("trl", "transformers", "peft", "torch", "datasets")
     return f"trl-ama {__version__}, " + ", ".join(f"{package} {version(package)}" for package in packages)
-
-
-def citation() -> str:
-    """BibTeX of the paper."""
-    from .ama_trainer import AMATrainer
-
-    return AMATrainer._paper["citation"]
 
 
 def write_specialist_card(
@@ -99,7 +103,7 @@ def write_specialist_card(
                            sort_keys=False, allow_unicode=True), "yaml"
         ),
         use_python=load_snippet(place, uses_peft, settings.quantization_config(), settings.takes_images),
-        citation=citation().strip(),
+        citation=CITATION,
         versions=versions_line(),
     )  # fmt: skip
     card.save(folder / "README.md")

@@ -13,10 +13,11 @@ from .model_identity import model_identity
 from .pair_scores import save_margins
 from .policies import trained_policy
 from .preference_losses import PairLogProbs, PreferenceLossConfig, excess_losses, pair_losses
+from .prefix_trainer import ScoringTrainer
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
 from .reference_losses import joined_data, reference_losses_of
 from .run_settings import RunSettings
-from .scoring import ScoringTrainer, score_pairs
+from .scoring import score_pairs
 from .tasks import TASK_COLUMN, pairs_identity
 
 

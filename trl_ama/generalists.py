@@ -42,7 +42,7 @@ class GeneralistTrainer(AMATrainer):
         self.hub_model_id = self.args.hub_model_id
         self.push_in_progress = None
 
-    def _report_foreign_reference(self, message):
+    def report_foreign_reference(self, message):
         raise AMAError(message)
 
 

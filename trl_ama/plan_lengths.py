@@ -160,7 +160,7 @@ def largest_batch(parts: list[Lengths], size: int, packed: bool = True) -> list[
 
 
 def scoring_batch(parts: list[Lengths], size: int, packed: bool) -> list[Pair]:
-    """The first and largest batch of a sweep; see `_Sweep.batches` in scoring.py: longest first, as many pairs as hold no more
+    """The first and largest batch of a sweep; see `Sweep.batches` in sweep.py: longest first, as many pairs as hold no more
     tokens, packed, than the `size` longest have, padded."""
     longest = max(int(part.longest.max()) for part in parts)
     budget = 2 * size * longest

@@ -4,13 +4,9 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, Value
-from trl import DPOTrainer
 
 from .columns import numpy_column
 from .errors import AMAError
-from .policies import trained_policy
-from .scoring import score_pairs, score_reference_and_specialist
-from .tasks import TASK_COLUMN
 
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
@@ -51,42 +47,3 @@ def has_columns(dataset: Dataset | Any, columns: tuple[str, ...], role: str) -> 
                 "pairs."
             )
     return True
-
-
-def add_logp_columns(
-    trainer: DPOTrainer, dataset: Dataset, task_names: list[str], specialists: dict, split: str
-) -> Dataset:
-    """Add the columns of `LOGP_COLUMNS` that are missing, each pair scored by the reference and its task's specialist.
-
-    Args:
-        trainer (`DPOTrainer`): Holds the base model.
-        dataset (`Dataset`): Prepared pairs with `task` numbers. # N rows
-        task_names (`list[str]`): Names of those numbers.
-        specialists (`dict`): Task name to adapter path, Hub id or model.
-        split (`str`): For the progress bars.
-    """
-    given = REFERENCE_COLUMNS[0] in dataset.column_names
-    missing = SPECIALIST_COLUMNS if given else LOGP_COLUMNS
-    columns = {column: np.zeros(len(dataset), dtype=np.float32) for column in missing}
-    tasks = numpy_column(dataset, TASK_COLUMN)
-    for index, task in enumerate(task_names):
-        rows = np.flatnonzero(tasks == index)
-        if len(rows) == 0:
-            continue
-        who, pairs, text = (
-            f"the specialist of task '{task}'",
-            dataset.select(rows),
-            f"Reference losses, {task}, {split}",
-        )
-        if given:
-            with trained_policy(trainer, who, specialists[task]) as model:
-                scores = {
-                    f"specialist_{key}": values for key, values in score_pairs(trainer, model, pairs, text).items()
-                }
-        else:
-            scores = score_reference_and_specialist(trainer, who, specialists[task], pairs, text)
-        for column, values in columns.items():
-            values[rows] = scores[column]
-    for column, values in columns.items():
-        dataset = dataset.add_column(column, values)
-    return dataset

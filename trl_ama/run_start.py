@@ -9,6 +9,7 @@ from transformers.trainer_utils import IntervalStrategy
 from .errors import AMAError
 from .generalists import generalist_stage
 from .image_checks import check_images
+from .mixture import strategy_for
 from .policy_sources import check_policy_source
 from .preference_losses import check_loss_types
 from .quantized import check_optimizer, check_quantization
@@ -18,7 +19,7 @@ from .run_settings import RunSettings
 from .specialists import require_specialists, specialist_stage
 from .task_loading import prompt_fits_into
 from .template_date import asks_for_the_day
-from .trainer_checks import check_arguments, strategy_for
+from .trainer_checks import check_arguments
 
 
 STAGES = ("specialists", "losses", "train", "eval")
@@ -42,7 +43,8 @@ def check_recipe(settings: RunSettings, stages: Sequence[str] = STAGES) -> None:
     mixes = len(settings.task_names) > 1 or bool({"train", "eval"} & set(stages))
     for strategy in settings.strategies if mixes else ():
         args = settings.with_arguments(mixing=strategy)
-        check_arguments(args, strategy_for(args, settings.data["train"], settings.task_names), True)
+        built = strategy_for(settings.data["train"], settings.task_names, **args.mixing_options)
+        check_arguments(args, built, True)
     for task in settings.task_args.tasks:
         args = settings.specialist_arguments(task)
         check_loss_types(args.loss_type, args.label_smoothing)

@@ -29,7 +29,8 @@ from real_pairs import TASKS, read_rows  # noqa: E402
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from trl_ama import AMAConfig  # noqa: E402
-from trl_ama.scoring import ScoringTrainer, score_pairs  # noqa: E402
+from trl_ama.prefix_trainer import ScoringTrainer  # noqa: E402
+from trl_ama.scoring import score_pairs  # noqa: E402
 
 
 KEYS = ("prompt", "chosen", "rejected")
