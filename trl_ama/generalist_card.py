@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 from trl.trainer.utils import generate_model_card
@@ -12,19 +12,19 @@ from .markdown import escape, fence, table
 from .model_identity import model_identity
 from .recipe_text import recipe_yaml
 from .report import result_table
+from .run_inputs import RunInputs
+from .run_names import PLOT, STAGE_FILE
+from .run_recipe import Recipe
+from .run_settings import RunSettings
 from .safe_files import read_json
 from .trainer_card import NAME, PAPER, TAGS, hyper_parameters, save_card, template_for_trl
 
 
-if TYPE_CHECKING:
-    from .run_settings import RunSettings
-
-
-_PLOT = "![Sampling probability and excess loss of each task](mixture.png)"
+_SHOWN = f"![Sampling probability and excess loss of each task]({PLOT})"
 
 
 def write_card(
-    settings: "RunSettings", results: dict[str, Any] | None, plot: Path | None, published: dict[str, str]
+    settings: RunSettings, results: dict[str, Any] | None, plot: Path | None, published: dict[str, str]
 ) -> Path:
     """Write what the run knows into the card of the recipe's own generalist, with the plot beside it.
 
@@ -35,34 +35,33 @@ def write_card(
         published (`dict[str, str]`): Hub ids: of the specialists by task, of this model under `""`, and of the reference
             losses under `"/losses"`.
     """
-    strategy = settings.training_args.mixing
-    folder = settings.generalist_dir(strategy)
+    recipe, inputs = settings.recipe, settings.inputs
+    strategy = recipe.training_args.mixing
+    folder = settings.folder.generalist(strategy)
     path = folder / "README.md"
-    card = ModelCard.load(path) if path.is_file() else _draft(settings)
+    card = ModelCard.load(path) if path.is_file() else _draft(recipe, inputs, folder.name)
     has_plot = plot is not None and plot.is_file()
     if has_plot:
-        shutil.copyfile(plot, folder / "mixture.png")
+        shutil.copyfile(plot, folder / PLOT)
     place = published.get("")
     sections = {
         "results": result_table(results, this=strategy) if results else "There were no held-out pairs.",
-        "mixture": _PLOT if has_plot else "There is no plot.",
-        "training": _training(settings, strategy, published),
-        "loading": load_snippet(
-            place, bool(settings.model_args.use_peft), settings.quantization_config(), settings.takes_images
-        ),
+        "mixture": _SHOWN if has_plot else "There is no plot.",
+        "training": _training(settings, published),
+        "loading": load_snippet(place, recipe.uses_peft, recipe.quantization_config(), inputs.takes_images),
     }
     data = card.data
-    sources = [settings.data_source(task) for task in settings.task_names] + _losses_places(settings, published)
+    sources = [inputs.data_source(task) for task in recipe.task_names] + _losses_places(inputs, published)
     data.datasets = list(dict.fromkeys(name for name in map(hub_name, sources) if name)) or None
-    name = hub_name(place) or data.model_name or f"{settings.output_dir.name}-{strategy}"
+    name = hub_name(place) or data.model_name or f"{settings.folder.path.name}-{strategy}"
     data.model_name = " ".join(name.split("/")[-1].split())
     if results:
         figures = results["policies"][strategy]
         data.eval_results = [
             entry
-            for task in settings.task_names
+            for task in recipe.task_names
             if task in figures["by_task"]
-            for entry in eval_results(task, settings.data_source(task), figures["by_task"][task])
+            for entry in eval_results(task, inputs.data_source(task), figures["by_task"][task])
         ] + _worst(figures["summary"])
     save_card(path, card, sections)
     return path
@@ -85,12 +84,12 @@ def _worst(summary: dict[str, float]) -> list[EvalResult]:
     ]
 
 
-def _draft(settings: "RunSettings") -> ModelCard:
+def _draft(recipe: Recipe, inputs: RunInputs, name: str) -> ModelCard:
     """The card of a generalist whose own was deleted."""
     return generate_model_card(
-        base_model=hub_name(settings.base_identity),
-        model_name=settings.generalist_dir(settings.training_args.mixing).name,
-        hub_model_id=settings.training_args.hub_model_id,
+        base_model=hub_name(inputs.base_identity),
+        model_name=name,
+        hub_model_id=recipe.training_args.hub_model_id,
         dataset_name=None,
         tags=sorted(TAGS),
         wandb_url=None,
@@ -103,41 +102,43 @@ def _draft(settings: "RunSettings") -> ModelCard:
     )
 
 
-def _training(settings: "RunSettings", strategy: str, published: dict[str, str]) -> str:
+def _training(settings: RunSettings, published: dict[str, str]) -> str:
+    recipe, inputs = settings.recipe, settings.inputs
     rows = [["task", "data", "specialist"]]
-    for task in settings.task_names:
+    for task in recipe.task_names:
         rows.append(
             [
                 escape(task),
-                identity_link(settings.data_source(task), "dataset"),
-                _specialist(settings, task, published),
+                identity_link(inputs.data_source(task), "dataset"),
+                _specialist(recipe, inputs, task, published),
             ]
         )
-    losses = [identity_link(place, "dataset") for place in _losses_places(settings, published)]
-    steps = (read_json(settings.generalist_dir(strategy) / "stage.json") or {}).get("result") or {}
+    losses = [identity_link(place, "dataset") for place in _losses_places(inputs, published)]
+    steps = (read_json(settings.folder.generalist(recipe.training_args.mixing) / STAGE_FILE) or {}).get("result") or {}
     lines = [
-        f"- Base model: {identity_link(settings.base_identity)}",
+        f"- Base model: {identity_link(inputs.base_identity)}",
         f"- Reference losses: {', '.join(losses) or 'computed by this run, not published'}",
         f"- Optimizer steps: {steps.get('steps', '–')}",
         f"- Made with {versions_line()}",
     ]
-    parts = [table(rows, numbers=0), "\n".join(lines), hyper_parameters(settings.training_args)]
-    recipe = fence(recipe_yaml(settings), "yaml")
-    return "\n\n".join([*parts, "The recipe, as far as it differs from the defaults:", recipe])
+    parts = [table(rows, numbers=0), "\n".join(lines), hyper_parameters(recipe.training_args)]
+    return "\n\n".join(
+        [*parts, "The recipe, as far as it differs from the defaults:", fence(recipe_yaml(recipe), "yaml")]
+    )
 
 
-def _losses_places(settings: "RunSettings", published: dict[str, str]) -> list[str]:
+def _losses_places(inputs: RunInputs, published: dict[str, str]) -> list[str]:
     """Where the reference losses are: ready ones, and those that this run publishes."""
-    ready = [settings.shared_losses.public_source] if settings.shared_losses is not None else []
+    ready = [inputs.shared_losses.public_source] if inputs.shared_losses is not None else []
     return [*ready, *([published["/losses"]] if "/losses" in published else [])]
 
 
-def _specialist(settings: "RunSettings", task: str, published: dict[str, str]) -> str:
+def _specialist(recipe: Recipe, inputs: RunInputs, task: str, published: dict[str, str]) -> str:
     if task in published:
         return identity_link(published[task])
-    if task in settings.external_specialists:
-        return identity_link(model_identity(settings.external_specialists[task]))
-    if task in settings.shared_tasks:
-        losses = settings.shared_losses
+    if task in recipe.external_specialists:
+        return identity_link(model_identity(recipe.external_specialists[task]))
+    if task in inputs.shared_tasks:
+        losses = inputs.shared_losses
         return identity_link(losses.specialist_repos.get(task) or losses.fingerprints[task].get("specialist"))
     return "trained by this run, not published"

@@ -17,6 +17,7 @@ from .errors import AMAError
 from .html_charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, chart, look, value_range
 from .html_report import FIGURES, collect
 from .html_tables import comparison, result_tables
+from .run_names import RunFolder
 from .safe_files import remove_abandoned, write_file
 from .versions import __version__
 
@@ -46,7 +47,7 @@ def write_page(folder: str | Path, path: str | Path | None = None) -> Path:
     Raises:
         AMAError: If the folder holds nothing of a run, or the page cannot be written.
     """
-    path = Path(path) if path is not None else Path(folder) / "report" / "index.html"
+    path = Path(path) if path is not None else RunFolder(folder).page
     return save_page(path, render_run(collect(folder)))
 
 

@@ -12,14 +12,12 @@ from .columns import numpy_column
 from .errors import AMAError
 from .mixing import MixingStrategy, StepStatistics, build_strategy
 from .mixing.monitor import MixtureMonitor
+from .run_names import STATE_FILE
 from .sampler import BlockSampler, TaskMixtureSampler, count_tasks
 from .step_recorder import StepRecorder
 from .streaming import StreamSampler, TaskStreams
 from .tasks import TASK_COLUMN
 from .versions import VERSIONS, check_version
-
-
-_STATE_FILE = "trainer_state.json"  # of a checkpoint, which holds the state
 
 
 def strategy_for(
@@ -121,7 +119,7 @@ class Mixture:
                 "The checkpoint has no mixing state: it was not written by AMATrainer. Start without "
                 "resume_from_checkpoint."
             )
-        check_version(_STATE_FILE, state, "resume with the trl-ama that wrote it, or start a new output_dir")
+        check_version(STATE_FILE, state, "resume with the trl-ama that wrote it, or start a new output_dir")
         if state.get("task_names") != self._task_names:
             raise AMAError(
                 f"The checkpoint's mixing state has task_names={state.get('task_names')!r}, this run has "
@@ -141,7 +139,7 @@ class Mixture:
     def state_dict(self) -> dict[str, Any]:
         """Strategy and sampler, as JSON types."""
         return {
-            "version": VERSIONS[_STATE_FILE],
+            "version": VERSIONS[STATE_FILE],
             "task_names": self._task_names,
             "strategy": self.strategy.state_dict(),
             "sampler": None if self.sampler is None else self.sampler.state_dict(),
