@@ -102,7 +102,7 @@ def one_reading(finished, monkeypatch):
     """What takes longer than the pushes is done once for many commands: data and losses are read, the plot is drawn."""
     settings = RunSettings(*finished.parse(push_to_hub=True))
     monkeypatch.setattr("trl_ama.pipeline.RunSettings", lambda *args: settings)
-    monkeypatch.setattr("trl_ama.reference_losses.read_task", functools.cache(read_task))
+    monkeypatch.setattr("trl_ama.run_losses.read_task", functools.cache(read_task))
     monkeypatch.setattr("trl_ama.pipeline.plot_mixture", lambda *args: None)
 
 

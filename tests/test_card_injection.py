@@ -16,8 +16,8 @@ from trl_ama import load_reference_losses, run_pipeline
 from trl_ama.markdown import code, escape, fence, fill, table
 from trl_ama.pipeline import RunSettings
 from trl_ama.recipe_text import recipe_yaml
-from trl_ama.reference_losses import joined_data
 from trl_ama.report import plot_mixture
+from trl_ama.run_losses import joined_data
 
 
 NASTY = "a|b<script>`{{7*7}}`![x](http:evil)\n---\n# [y](z) $x$ _name"  # a file name can be all of this

@@ -15,7 +15,7 @@ from test_invariants import lora
 from trl_ama import AMAError, AMATrainer, load_reference_losses, run_pipeline
 from trl_ama.loss_dataset import read_note
 from trl_ama.reference_columns import LOGP_COLUMNS
-from trl_ama.reference_losses import joined_data, reference_fingerprint
+from trl_ama.run_losses import joined_data, reference_fingerprint
 from trl_ama.run_settings import RunSettings
 
 

@@ -19,8 +19,8 @@ from trl_ama.loss_dataset import read_note
 from trl_ama.loss_loading import load_reference_losses
 from trl_ama.pipeline_arguments import PipelineArguments
 from trl_ama.reference_columns import LOGP_COLUMNS
-from trl_ama.reference_losses import joined_data
 from trl_ama.report import result_table
+from trl_ama.run_losses import joined_data
 from trl_ama.run_settings import RunSettings
 from trl_ama.run_start import check_recipe
 from trl_ama.safe_files import describe_files, read_json, sealed, write_json

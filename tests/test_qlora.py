@@ -23,7 +23,7 @@ from trl_ama.pipeline_arguments import PipelineArguments
 from trl_ama.policies import reference_policy, trained_policy_and_reference
 from trl_ama.prefix_trainer import ScoringTrainer, SpecialistTrainer
 from trl_ama.quantized import check_optimizer, dequantized_weight, keep_weights, quantized_layers
-from trl_ama.reference_losses import joined_data
+from trl_ama.run_losses import joined_data
 from trl_ama.run_settings import RunSettings
 from trl_ama.run_start import check_recipe
 from trl_ama.safe_files import read_json, write_json

@@ -14,7 +14,7 @@ from .policies import trained_policy
 from .preference_losses import PairLogProbs, PreferenceLossConfig, excess_losses, pair_losses
 from .prefix_trainer import ScoringTrainer
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
-from .reference_losses import joined_data
+from .run_losses import joined_data
 from .run_settings import RunSettings
 from .scoring import score_pairs
 from .tasks import TASK_COLUMN

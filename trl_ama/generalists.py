@@ -7,8 +7,8 @@ from transformers import set_seed
 from .ama_trainer import AMATrainer
 from .errors import AMAError
 from .processes import from_main
-from .reference_losses import joined_data, reference_losses_of
 from .run_fingerprints import generalist_fingerprint
+from .run_losses import joined_data, reference_losses_of
 from .run_settings import RunSettings
 from .training_stage import TrainingStage
 

@@ -16,8 +16,8 @@ from .loss_sharing import ReferenceLosses
 from .prefix_trainer import ScoringTrainer
 from .processes import from_main
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS, TOKEN_COLUMNS
-from .reference_losses import reference_losses_done, reference_losses_of
 from .run_fingerprints import reference_fingerprint
+from .run_losses import reference_losses_done, reference_losses_of
 from .run_settings import RunSettings
 from .scored_rows import count_tokens, scored_columns, unit_of
 from .scoring import score_reference_and_specialist

@@ -24,11 +24,11 @@ from .loss_scoring import compute_reference_losses
 from .pipeline_arguments import PipelineArguments
 from .processes import from_main, main_first
 from .publishing import Publisher
-from .reference_losses import reference_losses_of
 from .report import plot_mixture, result_table
 from .run_fingerprints import evaluation_fingerprint
 from .run_inputs import RunInputs
 from .run_lock import folder_held
+from .run_losses import reference_losses_of
 from .run_names import RunFolder
 from .run_note import leave_page
 from .run_recipe import Recipe

@@ -15,8 +15,8 @@ from .errors import AMAError
 from .hub import HUB_ERRORS, HubTarget, check_login, full_id, persistently, prepare, say
 from .loss_sharing import DEFAULT_CONFIG, ReferenceLosses
 from .processes import from_main
-from .reference_losses import reference_losses_of
 from .run_inputs import RunInputs
+from .run_losses import reference_losses_of
 from .run_names import STATE_FILE
 from .run_recipe import Recipe
 from .run_settings import RunSettings

@@ -111,7 +111,7 @@ def run_compare(options: argparse.Namespace) -> dict:
     from trl import DPOTrainer
 
     from trl_ama.quantized import keep_weights
-    from trl_ama.reference_losses import joined_data
+    from trl_ama.run_losses import joined_data
     from trl_ama.run_settings import RunSettings
 
     settings = RunSettings(*parse(options))
