@@ -138,7 +138,7 @@ def test_what_is_counted_on_a_real_model_is_what_is_planned():
     from trl.trainer.utils import add_fused_lm_head
 
     from trl_ama.memory_trace import LiveBytes, packed_row, trace_pass
-    from trl_ama.prefix_sharing import packed_forward
+    from trl_ama.packed_forward import packed_forward
 
     settings = MemorySettings(peft_config=LORA, device="cpu")
     planned = trace_pass(empty_model(TINY, settings), settings, PAIRS, packed=True, trains=True)

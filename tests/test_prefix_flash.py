@@ -18,7 +18,8 @@ from prefix_cases import (
 )
 
 from trl_ama import AMAError
-from trl_ama.prefix_sharing import _varlen, pack_pairs
+from trl_ama.packed_forward import _varlen
+from trl_ama.prefix_sharing import pack_pairs
 
 
 SOFTCAPPED = {**HEADS_OF_8, "sliding_window": 6, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0}

@@ -6,8 +6,9 @@ from conftest import make_rows
 from datasets import ClassLabel, Dataset
 
 from trl_ama import AMAError, TaskMixtureConfig, load_tasks
+from trl_ama.pair_forms import pair_id
 from trl_ama.task_loading import fits_into, read_tasks
-from trl_ama.tasks import add_pair_ids, concatenate_tasks, pair_id, task_names_of, with_task_labels
+from trl_ama.tasks import add_pair_ids, concatenate_tasks, task_names_of, with_task_labels
 
 
 @pytest.fixture

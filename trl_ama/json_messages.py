@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, Json, List, Value
 
 from .errors import AMAError, short
-from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS
+from .pair_forms import EXTRA_COLUMNS, PAIR_COLUMNS
 
 
 _ANSWERS = ("chosen", "rejected")

@@ -31,11 +31,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from . import prefix_sharing
 from .empty_models import fill_with_fakes
 from .errors import first_line
+from .packed_forward import PairAttention, as_on_a_gpu, install, packed_forward
 from .plan_empty import MemorySettings, base_model
-from .prefix_sharing import PAIRS_KEY, CannotShare, PackedPairs, PairAttention, packed_forward
+from .prefix_sharing import PAIRS_KEY, CannotShare, PackedPairs
 
 
 class CannotTrace(ValueError):
@@ -128,7 +128,7 @@ def _flash_attention(module, query, key, value, attention_mask, **kwargs):
 @contextlib.contextmanager
 def _device(settings: MemorySettings, name: str) -> Iterator[None]:
     """While open, the program takes the ways that it takes on the device; a CPU's are its own."""
-    prefix_sharing.install()
+    install()
     if settings.device == "cpu":
         yield
         return
@@ -138,8 +138,7 @@ def _device(settings: MemorySettings, name: str) -> Iterator[None]:
             ALL_ATTENTION_FUNCTIONS.register(name, PairAttention("flash_attention_2", _flash_attention))
         attention = "scaled_dot_product_attention"
         stack.enter_context(patch.object(torch.nn.functional, attention, _gpu_attention))
-        stack.enter_context(patch.object(prefix_sharing, "on_cpu", lambda states: False))
-        stack.enter_context(patch.object(prefix_sharing, "frozen_head", lambda metrics: contextlib.nullcontext()))
+        stack.enter_context(as_on_a_gpu())
         stack.enter_context(patch.object(trl_head, "_forward_tile", lambda *args, **kwargs: None))
         stack.enter_context(patch.object(trl_head, "_backward_tile", lambda *args, **kwargs: None))
         stack.enter_context(patch.object(trl_head, "_addmm_fp32", lambda total, left, right: total.zero_()))

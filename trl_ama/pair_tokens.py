@@ -14,9 +14,9 @@ from .ama_config import AMAConfig
 from .columns import list_lengths
 from .errors import AMAError, first_line
 from .image_tokens import check_takes_images, image_pair_ids
+from .pair_forms import EXTRA_COLUMNS, PAIR_COLUMNS
 from .pair_images import has_images
 from .pair_rows import first_failure
-from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS
 
 
 PAIR_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")

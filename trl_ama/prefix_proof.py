@@ -17,7 +17,8 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .prefix_sharing import CannotShare, PackedPairs, pack_pairs, packed_forward, unwrapped
+from .packed_forward import packed_forward, unwrapped
+from .prefix_sharing import CannotShare, PackedPairs, pack_pairs
 from .prefix_trial import EXACT, FAILURES, ROUNDED, SWAPPED, swapped_branches
 
 

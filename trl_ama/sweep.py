@@ -10,10 +10,10 @@ from datasets import Dataset
 from trl import DPOTrainer
 
 from .errors import AMAError
+from .packed_forward import causal_lm, packed_forward
 from .pair_images import has_images
 from .policies import Policy
 from .preference_losses import sequence_logps
-from .prefix_sharing import causal_lm, packed_forward
 from .prefix_support import PrefixSharing
 from .prefix_trainer import ScoringTrainer
 from .processes import is_sharded

@@ -8,9 +8,9 @@ from datasets import Dataset, Value
 
 from .errors import AMAError, nearest
 from .json_messages import read_json_messages, refuse_json_text
+from .pair_forms import EXTRA_COLUMNS, PAIR_COLUMNS
 from .row_account import RowAccount
 from .task_config import TaskConfig
-from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS
 from .transcripts import read_transcripts
 
 

@@ -19,13 +19,13 @@ from .json_messages import refuse_json_text
 from .local_files import check_text, exact_source, files_of
 from .no_tasks import no_tasks
 from .pair_features import unite_features, with_prompts
-from .pair_forms import says_something
+from .pair_forms import EXTRA_COLUMNS, PAIR_COLUMNS, says_something
 from .pair_images import check_places, image_folders, is_about_images, read_images
 from .pair_rows import check_rows
 from .row_account import EMPTY, HELD_OUT, LIMITS, TRUNCATED, RowAccount
 from .task_config import TaskConfig, TaskMixtureConfig, check_task_names
 from .task_formats import own_format, warn_of_unread
-from .tasks import EXTRA_COLUMNS, PAIR_COLUMNS, add_pair_ids, concatenate_tasks
+from .tasks import add_pair_ids, concatenate_tasks
 from .template_kwargs import with_template_kwargs
 
 

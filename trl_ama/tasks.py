@@ -9,11 +9,9 @@ from .columns import encoded_column, with_class_labels
 from .errors import AMAError, nearest, short
 from .fingerprint import digest
 from .pair_features import unite_features
-from .pair_forms import (  # noqa: F401  (all there is to know of pairs)
-    EXTRA_COLUMNS,
+from .pair_forms import (
     PAIR_COLUMNS,
     TEMPLATE_COLUMNS,
-    pair_id,
     pair_id_of,
 )
 from .pair_images import has_images, seen_images
