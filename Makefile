@@ -75,7 +75,7 @@ bench: venv  ## measure speed, memory and start-up against TRL; tables and JSON 
 	done
 
 chaos: venv  ## kill runs 25 times in every stage, resume them and compare; table and JSON in $(CHAOS_DIR)
-	$(OFFLINE) $(BIN)/python tests/chaos.py --output $(CHAOS_DIR) $(CHAOS_ARGS)
+	$(OFFLINE) $(BIN)/python tests/support/chaos.py --output $(CHAOS_DIR) $(CHAOS_ARGS)
 
 clean:  ## remove the environment, caches and build products
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from conftest import make_dataset
 from datasets import ClassLabel, Dataset, IterableDataset
-from test_invariants import lora, with_reference_columns
+from tiny_models import lora, make_model
+from tiny_pairs import make_dataset, with_reference_columns
 from trl import DPOConfig, DPOTrainer
 
 from trl_ama import AMAConfig, AMAError, AMATrainer, TaskConfig, TaskMixtureConfig, load_tasks
@@ -123,8 +123,6 @@ def test_specialists_are_checked_before_a_pair_is_scored(refuse, tmp_path, monke
 
 
 def test_a_full_specialist_with_another_vocabulary(refuse, tmp_path):
-    from conftest import make_model
-
     make_model(77).save_pretrained(tmp_path / "other")
     text = refuse(specialists=dict.fromkeys(SIZES, str(tmp_path / "other")))
     assert "vocabulary of 77 tokens" in text
@@ -148,8 +146,6 @@ def test_some_of_the_columns(refuse):
 
 
 def test_columns_and_a_reference_model(refuse, tokenizer):
-    from conftest import make_model
-
     text = refuse(with_reference_columns(make_dataset(SIZES)), ref_model=make_model(len(tokenizer)))
     assert "`ref_model` was passed too" in text
 

@@ -5,23 +5,15 @@ import shutil
 import threading
 
 import pytest
-import test_bad_network
-from conftest import _forget_downloads as forget_downloads
 from hub_server import FAULT_KINDS
 from huggingface_hub import close_session, get_session
-from test_bad_network import REPOSITORIES, Run
+from pushed_runs import REPOSITORIES, Run, finished_fixture, nothing_computed_fixture, waits_fixture  # noqa: F401 - fixtures
+from surroundings import forget_downloads
 
 from trl_ama import AMAError
 from trl_ama.generalists import train_generalist
 from trl_ama.hub import time_limit
 from trl_ama.loss_loading import load_reference_losses
-
-
-finished, waits, nothing_computed = (
-    test_bad_network.finished,
-    test_bad_network.waits,
-    test_bad_network.nothing_computed,
-)
 
 
 @pytest.fixture

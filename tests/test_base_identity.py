@@ -5,9 +5,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_model
-from test_merging import refused as merge_refused
-from test_policy_sources import WHO, files_of, refused, save_adapter
+from saved_adapters import WHO, files_of, merge_refused, refused, save_adapter
+from tiny_models import make_model, save
 from transformers import AutoModelForCausalLM
 
 from trl_ama import AMAError, policy_files
@@ -22,9 +21,7 @@ def nothing_checked(monkeypatch):
 
 
 def make_base(folder, tokenizer, seed=0):
-    make_model(len(tokenizer), seed=seed).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save(make_model(len(tokenizer), seed=seed), tokenizer, folder)
 
 
 def trained_by_the_pipeline(folder, base, noted=None):

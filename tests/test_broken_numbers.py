@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_dataset, make_model, make_rows
 from datasets import Dataset, concatenate_datasets
-from test_invariants import logged, lora, losses_of, weights_of, with_reference_columns
+from tiny_models import lora, make_model
+from tiny_pairs import make_dataset, make_rows, with_reference_columns
+from tiny_runs import logged, losses_of, weights_of
 from transformers import TrainerCallback
 
 from trl_ama import AMAError, AMATrainer

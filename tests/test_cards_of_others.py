@@ -1,9 +1,9 @@
 """Cards and notes that somebody else wrote, read back when reference losses are pushed."""
 
 import pytest
+from card_checks import MARKER, NASTY, TEXT, check_body, front_matter
 from forgery import copied, edit_note, honest_losses, readable
 from huggingface_hub import DatasetCard, HfApi
-from test_card_injection import MARKER, NASTY, TEXT, check_body, front_matter
 
 from trl_ama import AMAError, load_reference_losses
 

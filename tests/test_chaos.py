@@ -1,20 +1,20 @@
-"""The short form of the chaos suite, see tests/chaos.py: two kills in every stage, and a look at whether it would notice."""
+"""The short form of the chaos suite, see tests/support/chaos.py: two kills in every stage, and a look at whether it would notice."""
 
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from chaos import differences
+from chaos import differences, draws_of, what_it_is
+from places import SUPPORT
 
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="every process of the suite is a fork")
 
 
 def test_two_kills_in_every_stage_change_nothing(tmp_path):
-    script = Path(__file__).with_name("chaos.py")
+    script = SUPPORT / "chaos.py"
     command = [sys.executable, script, "--kills", "2", "--variants", "plain", "--output", tmp_path]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -39,8 +39,6 @@ def test_a_difference_of_one_digit_or_draw_is_found(tmp_path):
     state |= {"best_metric": None, "total_flos": 2.0, "log_history": log}
     (folder / "trainer_state.json").write_text(json.dumps(state))
     (tmp_path / "draws-0.log").write_text("ama_s 0 0 11\nama_s 1 0 12\nama_s 1 0 12\n")
-    from chaos import draws_of, what_it_is
-
     expected, drawn = what_it_is(tmp_path / "run"), draws_of(tmp_path)
     assert differences(tmp_path / "run", expected, drawn) == []
     log[0] |= {"train_runtime": 4.0}

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_dataset
-from hub_world import SIZES as WORLD_SIZES
-from hub_world import parse, write_pairs, write_recipe
-from test_invariants import lora, losses_of, weights_of, with_reference_columns
+from hub_world import parse
+from resumed_runs import SIZES, assert_same, copy_fixture, finished_fixture, recipe_fixture, training_fixture  # noqa: F401 - fixtures
+from tiny_pairs import make_dataset, with_reference_columns
+from tiny_runs import losses_of
 
-from trl_ama import AMAError, AMATrainer, exact_resume, run_pipeline
+from trl_ama import AMAError, exact_resume, run_pipeline
 from trl_ama.checkpoints import (
     MANIFEST,
     begin_checkpoint,
@@ -24,9 +24,6 @@ from trl_ama.checkpoints import (
 )
 from trl_ama.safe_files import read_json, sealed, write_json
 from trl_ama.training_stage import read_stage, result_in
-
-
-SIZES = {"list": 20, "sort": 6, "brief": 14}
 
 
 def flip(path: Path, position: float = 0.5) -> None:
@@ -120,43 +117,6 @@ def test_a_checkpoint_of_a_newer_version_is_refused_by_name(folder):
 
 
 # ---- Trainings ----
-
-
-@pytest.fixture
-def training(model_dir, quick_args, tmp_path):
-    """Builds a trainer of 7 steps, across epochs of 5, that logs and saves at different steps."""
-    dataset = with_reference_columns(make_dataset(SIZES))
-
-    def build(folder, rows=dataset, **overrides):
-        settings = {
-            "mixing": "ama_s",
-            "mixing_lr": 0.5,
-            "max_steps": 7,
-            "save_strategy": "steps",
-            "save_steps": 2,
-            "logging_steps": 3,
-            "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 2,
-        }
-        args = quick_args(output_dir=str(tmp_path / folder), **{**settings, **overrides})
-        held_out = rows.select(range(0, 40, 4))
-        return AMATrainer(model_dir, args=args, train_dataset=rows, eval_dataset=held_out, peft_config=lora())
-
-    return build
-
-
-def log_of(trainer) -> list[dict]:
-    times = ("_runtime", "_per_second", "step_time")
-    return [
-        {key: value for key, value in entry.items() if not key.endswith(times)} for entry in trainer.state.log_history
-    ]
-
-
-def assert_same(resumed, whole):
-    assert log_of(resumed) == log_of(whole)
-    assert resumed.mixture.state_dict() == whole.mixture.state_dict()
-    for name, value in weights_of(whole).items():
-        assert torch.equal(value, weights_of(resumed)[name]), name
 
 
 @pytest.mark.parametrize(
@@ -308,33 +268,6 @@ def test_a_full_disk_leaves_the_checkpoint_before(training, tmp_path, monkeypatc
 
 
 # ---- The pipeline's stages ----
-
-
-@pytest.fixture(scope="module")
-def recipe(model_dir, tmp_path_factory):
-    home = tmp_path_factory.mktemp("recipe")
-    write_pairs(home)
-    return write_recipe(
-        home / "config.yaml",
-        model_name_or_path=model_dir,
-        tasks=[{"task": task, "path": "org/data", "eval_split": "test"} for task in WORLD_SIZES],
-        tasks_dir=str(home),
-        save_strategy="steps",
-        save_steps=2,
-        specialist_args={"max_steps": 4},
-    )
-
-
-@pytest.fixture(scope="module")
-def finished(recipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    return folder, run_pipeline(*parse(recipe, "--output_dir", folder))
-
-
-@pytest.fixture
-def copy(finished, tmp_path):
-    shutil.copytree(finished[0], tmp_path / "run")
-    return tmp_path / "run"
 
 
 @pytest.mark.parametrize(

@@ -12,23 +12,17 @@ import types
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from trl_ama import cli, interruption
 from trl_ama.errors import AMAError
 from trl_ama.scripts import ama, common
 
 
-REPO = Path(__file__).resolve().parents[1]
 SCRIPTS = {name: importlib.import_module(f"trl_ama.scripts.{name.replace('-', '_')}") for name in cli.COMMANDS}
 
 
-@pytest.fixture(autouse=True)
-def restored_environment():
-    """`env:` of a config file is written to `os.environ`, for the launched script to inherit."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+pytestmark = pytest.mark.usefixtures("restored_environment")
 
 
 @pytest.fixture
@@ -269,8 +263,8 @@ def test_a_launched_script_reports_its_error_in_one_line(config, tmp_path):
     argv = [*config("env:\n  TRL_AMA_TEST: seven\nnum_processes: 1\n"), "--seed", "11"]
     result = subprocess.run(
         [sys.executable, "-m", "trl_ama", "ama", *argv],
-        cwd=REPO,
-        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{REPO}"},
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -317,7 +311,7 @@ def launch(tmp_path):
         started.append(
             subprocess.Popen(
                 [sys.executable, "-c", code, *flags, how],
-                env=os.environ | {"PYTHONPATH": str(REPO), "TMPDIR": str(tmp_path), **environ},
+                env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path), **environ},
                 stderr=subprocess.PIPE,
                 text=True,
             )

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from conftest import QUICK, quick_args  # noqa: F401 - a fixture
+from checked_pairs import CLEAN, POOL, levels, message, pair, recipe_fixture, with_list  # noqa: F401 - fixtures
 from datasets import Dataset
-from test_data_check import CLEAN, POOL, levels, message, pair, recipe, with_list  # noqa: F401 - a fixture
-from test_transcripts import START, both
+from row_forms import START, both
+from tiny_runs import QUICK
 from trl import DPOTrainer, ModelConfig
 
 from trl_ama import AMAConfig, TaskMixtureConfig
@@ -45,7 +45,7 @@ def trained_on_nothing(trainer) -> int:
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
-def test_answers_that_the_template_makes_the_same(recipe, model_dir, quick_args, share):  # noqa: F811
+def test_answers_that_the_template_makes_the_same(recipe, model_dir, quick_args, share):
     rows = [thinking(row) if number < 40 * share else row for number, row in enumerate(CLEAN["list"][0][:40])]
     settings = recipe(with_list(rows))
     settings.tokenizer.chat_template = WITHOUT_THOUGHTS
@@ -66,7 +66,7 @@ def test_answers_that_the_template_makes_the_same(recipe, model_dir, quick_args,
 
 
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
-def test_answers_that_are_the_same_where_they_are_cut(recipe, model_dir, quick_args, mode):  # noqa: F811
+def test_answers_that_are_the_same_where_they_are_cut(recipe, model_dir, quick_args, mode):
     """By kind, on pairs that differ in the part that is kept, in the part that is cut, and nowhere."""
     rows = [
         *(pair(f"list {number}", "apple " * 20 + "bread", "apple " * 20 + "cloud") for number in range(8)),
@@ -87,18 +87,18 @@ def test_answers_that_are_the_same_where_they_are_cut(recipe, model_dir, quick_a
     assert f"(3 by their text, {cut} up to where max_length cuts them), so no pair sends a gradient" in problem.found
 
 
-def test_blank_ends_make_no_other_tokens(recipe):  # noqa: F811
+def test_blank_ends_make_no_other_tokens(recipe):
     rows = [{**row, "rejected": message("assistant", row["chosen"][0]["content"] + " ")} for row in CLEAN["list"][0]]
     figures = check_data(recipe(with_list(rows))).tasks[0]
     assert figures.splits["train"]["left"]["same_tokens"] == 60 and levels(figures)["no_gradient"] == "fatal"
 
 
-def test_held_out_pairs_that_measure_nothing(recipe):  # noqa: F811
+def test_held_out_pairs_that_measure_nothing(recipe):
     figures = check_data(recipe(with_list(CLEAN["list"][0], [pair("list", "apple", "apple")] * 3))).tasks[0]
     assert levels(figures)["no_gradient"] == "look" and figures.verdict == "look at this"
 
 
-def test_words_that_the_tokenizer_does_not_know(recipe):  # noqa: F811
+def test_words_that_the_tokenizer_does_not_know(recipe):
     """A system prompt of which the model sees nothing; and the word for its role, which the template writes."""
     system = message("system", "Répondez poliment apple")
     rows = [{**row, "prompt": system + row["prompt"]} for row in POOL["list"][:20]]
@@ -116,13 +116,13 @@ def test_words_that_the_tokenizer_does_not_know(recipe):  # noqa: F811
     assert check.tasks[1].splits["train"]["unknown_tokens"] is None
 
 
-def test_a_token_with_another_meaning_is_no_unknown_one(recipe):  # noqa: F811
+def test_a_token_with_another_meaning_is_no_unknown_one(recipe):
     settings = recipe()
     settings.tokenizer.unk_token = settings.tokenizer.eos_token
     assert check_data(settings).tasks[0].splits["train"]["unknown_tokens"] is None
 
 
-def test_messages_as_json_text_among_others(recipe):  # noqa: F811
+def test_messages_as_json_text_among_others(recipe):
     odd = {**CLEAN["list"][0][0], "chosen": message("assistant", json.dumps(message("assistant", "apple bread")))}
     figures = check_data(recipe(with_list([odd, *CLEAN["list"][0][1:]]))).tasks[0]
     assert levels(figures)["json_text"] == "look"

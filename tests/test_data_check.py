@@ -4,78 +4,27 @@ import json
 import sys
 
 import pytest
-from conftest import QUICK, WORDS, make_rows
+from checked_pairs import CLEAN, POOL, levels, message, pair, recipe_fixture, with_list  # noqa: F401 - fixtures
 from datasets import Dataset
-from test_docs import base_and_pairs, run_page  # noqa: F401 - a fixture
+from docs_runs import base_and_pairs_fixture, run_page  # noqa: F401 - fixtures
+from tiny_pairs import WORDS
 from transformers import PreTrainedModel
-from trl import DPOTrainer, ModelConfig
+from trl import DPOTrainer
 
-from trl_ama import AMAConfig, AMAError, TaskMixtureConfig, load_tasks
+from trl_ama import AMAError, load_tasks
 from trl_ama.data_check import check_data
 from trl_ama.data_duplicates import duplicates, text_hashes
 from trl_ama.data_formats import mistakes_of
 from trl_ama.data_report import render, safe
 from trl_ama.data_rules import trivial_rules
 from trl_ama.pair_tokens import token_counts, tokenise
-from trl_ama.pipeline_arguments import PipelineArguments
-from trl_ama.run_settings import RunSettings
 from trl_ama.scripts import ama_check
 from trl_ama.scripts.common import parse_arguments
 from trl_ama.task_loading import fits_into
 
 
-def message(role: str, content: str) -> list[dict[str, str]]:
-    return [{"role": role, "content": content}]
-
-
-def pair(prompt: str, chosen: str, rejected: str) -> dict[str, list]:
-    return {
-        "prompt": message("user", prompt),
-        "chosen": message("assistant", chosen),
-        "rejected": message("assistant", rejected),
-    }
-
-
-def unique(rows: list[dict]) -> list[dict]:
-    return list({json.dumps(row["prompt"]): row for row in rows}.values())
-
-
 GOOD = pair("Sort these five words for me", "apple bread", "bread apple")
 NIGHT = pair("night", "apple bread", "bread apple")
-# Of two tasks, 60 pairs each to train on and 30 held out, all with prompts of their own
-POOL = {task: unique(make_rows(task, 150, seed=5)) for task in ("list", "sort")}
-CLEAN = {task: (rows[:60], rows[60:90]) for task, rows in POOL.items()}
-
-
-@pytest.fixture
-def recipe(model_dir, tmp_path):
-    """Write pairs and return the settings of a recipe that reads them."""
-
-    def build(tasks=CLEAN, task_changes=None, specialist_args=None, **changes) -> RunSettings:
-        for task, parts in tasks.items():
-            for split, rows in zip(("train", "test"), parts, strict=False):
-                path = tmp_path / f"{task}_{split}.jsonl"
-                path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        args = AMAConfig(**{**QUICK, "output_dir": str(tmp_path / "out"), "seed": 3, **changes})
-        return RunSettings(
-            PipelineArguments(specialist_args=specialist_args),
-            args,
-            ModelConfig(model_name_or_path=model_dir),
-            TaskMixtureConfig(
-                tasks=[{"task": task} for task in tasks], tasks_dir=str(tmp_path), **(task_changes or {})
-            ),
-        )
-
-    return build
-
-
-def levels(figures) -> dict[str, str]:
-    return {problem.kind: problem.level for problem in figures.problems}
-
-
-def with_list(train: list[dict], test: list[dict] | None = None) -> dict:
-    """The clean tasks with other pairs of `list`."""
-    return {**CLEAN, "list": (train, CLEAN["list"][1] if test is None else test)}
 
 
 def test_clean_pairs_pass(recipe):
@@ -500,7 +449,7 @@ def test_file_that_cannot_be_written(run, tmp_path):
         run(CLEAN, "--json", tmp_path / "missing" / "check.json")
 
 
-def test_the_page(base_and_pairs, capsys):  # noqa: F811
+def test_the_page(base_and_pairs, capsys):
     assert run_page("your_data.md") == ["ama-check"]
     printed = capsys.readouterr().out
     assert "## travel: look at this" in printed and "ends with “hours by car.”" in printed

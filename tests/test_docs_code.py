@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import importlib
 import importlib.util
-import os
 import re
 import shutil
 from pathlib import Path
@@ -13,12 +12,13 @@ import numpy as np
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from conftest import QUICK, make_dataset
-from docs_pages import PAGES, READMES, ROOT, SCRIPTS, blocks, command_lines, inline_code, recipe_name
+from docs_pages import PAGES, READMES, SCRIPTS, blocks, command_lines, inline_code, recipe_name
+from docs_runs import IN_PYTHON, base_and_pairs_fixture  # noqa: F401 - fixtures
 from hub_world import upload_model
 from peft import LoraConfig, get_peft_model
-from test_docs import IN_PYTHON, base_and_pairs  # noqa: F401 - a fixture
-from test_recipes import write_pairs
+from places import ROOT, path_of
+from tiny_pairs import make_dataset, write_pairs
+from tiny_runs import QUICK
 from transformers import AutoModelForCausalLM
 
 from trl_ama import AMAConfig, AMATrainer, StepStatistics, TaskConfig, run_pipeline
@@ -40,12 +40,7 @@ ELSEWHERE = {
 OTHERS = {"pip", "hf", "export"}
 
 
-@pytest.fixture(autouse=True)
-def restored_environment():
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+pytestmark = pytest.mark.usefixtures("restored_environment")
 
 
 @pytest.fixture
@@ -196,9 +191,9 @@ def run_python(page: str, namespace: dict, quick: str = IN_PYTHON) -> dict:
 
 
 def test_every_python_block_is_run_by_a_test():
-    tested = set(re.findall(r'run_python\("([\w./]+)"', Path(__file__).read_text()))
+    tested = set(re.findall(r'run_python\("([\w./]+)"', path_of("test_docs_code.py").read_text()))
     for page, file in ELSEWHERE.items():
-        assert Path(page).name in (ROOT / "tests" / file).read_text()
+        assert Path(page).name in path_of(file).read_text()
     assert {page for page in [*PAGES, *READMES] if blocks(page, "python")} == {*tested, *ELSEWHERE}
 
 
@@ -217,7 +212,7 @@ def test_python_about_a_finished_run(finished, monkeypatch):
     assert str(one_gpu["model"].dtype) == "torch.bfloat16"
 
 
-def test_python_about_streams(base_and_pairs, finished, monkeypatch):  # noqa: F811
+def test_python_about_streams(base_and_pairs, finished, monkeypatch):
     """The losses that a run of the pipeline has left, with their texts, log-probs and numbers of tokens."""
     monkeypatch.chdir(finished)
     trainer = run_python("docs/streaming.md", {})["trainer"]
@@ -233,7 +228,7 @@ def test_python_of_the_trainer_and_the_installation(tmp_path, monkeypatch):
     assert run_python("docs/install.md", {})["AMATrainer"] is AMATrainer
 
 
-def test_python_of_the_readme(base_and_pairs, tmp_path):  # noqa: F811
+def test_python_of_the_readme(base_and_pairs, tmp_path):
     for task in ("helpful", "harmless"):
         base = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
         adapter = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
@@ -249,7 +244,7 @@ def test_python_of_the_readme(base_and_pairs, tmp_path):  # noqa: F811
     assert {"eval_worst_excess", "eval_ama/excess/harmless"} <= set(result["trainer"].evaluate())
 
 
-def test_python_of_the_page_on_strategies(base_and_pairs):  # noqa: F811
+def test_python_of_the_page_on_strategies(base_and_pairs):
     try:
         result = run_python("docs/add_strategy.md", {"dataset": make_dataset({"list": 24, "sort": 12})})
         trainer, strategy = result["trainer"], result["trainer"].strategy

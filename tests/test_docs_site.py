@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from docs_pages import ROOT
+from places import ROOT
 
 
 pytest.importorskip("myst_parser", reason="the site needs the extra `docs`")

@@ -5,9 +5,9 @@ A row of a table is a name and what a user does; adding a report is one line.
 
 import pytest
 import torch
-from conftest import make_dataset
 from datasets import DatasetDict, IterableDataset, IterableDatasetDict
-from dropin import WITH_TASK, WITHOUT_TASK, lora, pairs, run_both  # noqa: F401 - a fixture
+from dropin import WITH_TASK, WITHOUT_TASK, lora, pairs, run_both_fixture  # noqa: F401 - a fixture
+from tiny_pairs import make_dataset
 from transformers import EarlyStoppingCallback, TrainerCallback
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -93,7 +93,7 @@ def count_tokens(prediction):
     return {"ones": float((prediction.predictions == 1).sum()), "labels": float((prediction.label_ids == 1).sum())}
 
 
-# What only changes numbers, tests/corpus_settings.py has
+# What only changes numbers, tests/support/corpus_settings.py has
 STEPS = {"eval_strategy": "steps", "eval_steps": 2}
 SAVES = {"save_strategy": "steps", "save_steps": 2}
 EPOCHS = {"max_steps": -1, "num_train_epochs": 2}
@@ -130,7 +130,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_is_dpo_trainers(run_both, name):  # noqa: F811
+def test_a_run_is_dpo_trainers(run_both, name):
     ours, theirs = run_both(RUNS[name], WITH_TASK)
     assert any("loss" in entry for entry in theirs.log)
     assert type(ours.trainer.data_collator) is type(theirs.trainer.data_collator)
@@ -142,7 +142,7 @@ UNKNOWN = training(lambda: IterableDataset.from_generator(lambda: iter(pairs().t
 @pytest.mark.parametrize(
     "name", ["types unknown", "own collator", "MPO", "stream, held-out stream", "accumulation, uneven end"]
 )
-def test_so_is_one_of_pairs_without_tasks(run_both, name):  # noqa: F811
+def test_so_is_one_of_pairs_without_tasks(run_both, name):
     ours, theirs = run_both({**RUNS, "types unknown": UNKNOWN}[name], WITHOUT_TASK)
     # Then nothing of ours is logged either
     assert [set(entry) for entry in ours.trainer.state.log_history] == [

@@ -4,9 +4,9 @@ import inspect
 import logging
 
 import pytest
-from conftest import make_dataset
 from datasets import DatasetDict
-from dropin import TASK, THEIRS, WITH_TASK, WITHOUT_TASK, World, comparable, lora, outcome, pairs, run_both  # noqa: F401
+from dropin import TASK, THEIRS, WITH_TASK, WITHOUT_TASK, World, comparable, lora, outcome, pairs, run_both_fixture  # noqa: F401 - a fixture
+from tiny_pairs import make_dataset
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 from trl import DPOTrainer
@@ -160,12 +160,12 @@ def forgotten(name):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_call_does_what_dpo_trainers_does(run_both, name):  # noqa: F811
+def test_a_call_does_what_dpo_trainers_does(run_both, name):
     run_both(CALLS[name], WITH_TASK, forgotten(name))
 
 
 @pytest.mark.parametrize("name", ["evaluates_many", "predicts", "resumes_with_more_pairs"])
-def test_also_for_pairs_without_tasks(run_both, name):  # noqa: F811
+def test_also_for_pairs_without_tasks(run_both, name):
     run_both(CALLS[name], WITHOUT_TASK, forgotten(name))
 
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate.logging import MultiProcessAdapter
-from conftest import QUICK, make_dataset
 from datasets import ClassLabel, IterableDataset
 from dropin import THEIRS, WITH_TASK, World, lora, pairs
-from test_invariants import with_reference_columns
+from tiny_pairs import make_dataset, with_reference_columns
+from tiny_runs import QUICK
 from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer
 

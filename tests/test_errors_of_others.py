@@ -6,9 +6,11 @@ import re
 import warnings
 
 import pytest
-from conftest import QUICK, _make_tokenizer, make_dataset, make_model, make_rows
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig
+from tiny_models import make_model, make_tokenizer
+from tiny_pairs import make_dataset, make_rows
+from tiny_runs import QUICK
 from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 from trl import DPOConfig, DPOTrainer, ModelConfig
 
@@ -30,7 +32,7 @@ def folders(tmp_path_factory):
     made = {}
 
     def tokenizer(**changes):
-        result = _make_tokenizer()
+        result = make_tokenizer()
         for name, value in changes.items():
             setattr(result, name, value)
         return result
@@ -211,7 +213,7 @@ def test_names_that_fit_nothing_are_told_of(folders):
             model,
             AMAConfig(**{**QUICK, "output_dir": "out"}),
             make_dataset({"list": 2}, labelled=False),
-            _make_tokenizer(),
+            make_tokenizer(),
             config,
         )
     texts = [str(one.message) for one in caught]
@@ -246,15 +248,15 @@ def test_quantised_weights_without_an_adapter(folders, tmp_path):
     pytest.importorskip("bitsandbytes")
     quantised = BitsAndBytesConfig(load_in_4bit=True)
     data, args = make_dataset({"list": 2}, labelled=False), AMAConfig(**{**QUICK, "output_dir": str(tmp_path)})
-    rehearse("It", empty_policy(folders("plain"), {}, quantised), args, data, _make_tokenizer(), lora())
+    rehearse("It", empty_policy(folders("plain"), {}, quantised), args, data, make_tokenizer(), lora())
     # As in the configuration of a checkpoint that was saved so
     saved = tmp_path / "saved"
     saved.mkdir()
-    config = make_model(len(_make_tokenizer())).config
+    config = make_model(len(make_tokenizer())).config
     config.architectures, config.quantization_config = ["LlamaForCausalLM"], quantised.to_dict()
     config.save_pretrained(saved)
     with pytest.raises(AMAError, match="are quantised.*Set use_peft: true"):
-        rehearse("It", empty_policy(str(saved), {}), args, data, _make_tokenizer())
+        rehearse("It", empty_policy(str(saved), {}), args, data, make_tokenizer())
 
 
 def test_a_rehearsal_is_quiet_and_leaves_nothing(folders, tmp_path, capfd):
@@ -274,7 +276,7 @@ def test_a_rehearsal_is_quiet_and_leaves_nothing(folders, tmp_path, capfd):
             empty_policy(folders("plain"), {}),
             args,
             make_dataset({"list": 2}, labelled=False),
-            _make_tokenizer(),
+            make_tokenizer(),
             None,
             True,
         )

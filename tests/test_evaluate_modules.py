@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from places import DOCS
 
 from trl_ama import AMAError
 from trl_ama.evaluate_modules.excess_loss.formula import excess_losses
@@ -18,7 +19,7 @@ from trl_ama.metrics import METRICS, metric_folder, task_metrics, worst_and_mean
 from trl_ama.preference_losses import excess_losses as training_excess
 
 
-DOC = Path(__file__).parents[1] / "docs" / "metrics.md"
+DOC = DOCS / "metrics.md"
 
 
 @pytest.fixture

@@ -8,21 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from datasets import Audio, Features, Image, Json, List
-from forgery import copied, edit_note, forge, honest_losses, numbers, put, refused, seal
+from forgery import copied, edit_note, forge, honest_fixture, losses_fixture, numbers, put, refused, seal  # noqa: F401 - fixtures
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trl_ama import AMAError, load_reference_losses
-
-
-@pytest.fixture(scope="module")
-def honest(tmp_path_factory):
-    return honest_losses(tmp_path_factory.mktemp("honest"))
-
-
-@pytest.fixture
-def losses(honest, tmp_path):
-    return copied(honest, tmp_path)
 
 
 # ---- Schemas ----

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import List, Value
-from forgery import copied, forge, honest_losses, numbers, put, refused
+from forgery import forge, honest_fixture, losses_fixture, numbers, put, refused  # noqa: F401 - fixtures
 
 from trl_ama import load_reference_losses
 from trl_ama.pair_forms import pair_id
@@ -13,16 +13,6 @@ from trl_ama.reference_columns import LOGP_COLUMNS
 
 
 TEXT = List({"role": Value("string"), "content": Value("string")})
-
-
-@pytest.fixture(scope="module")
-def honest(tmp_path_factory):
-    return honest_losses(tmp_path_factory.mktemp("honest"))
-
-
-@pytest.fixture
-def losses(honest, tmp_path):
-    return copied(honest, tmp_path)
 
 
 def test_the_honest_ones_are_read(honest):

@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_rows
 from forgery import copied, edit_note, forge, honest_table, put, readable, seal
 from hub_world import SIZES, parse, write_recipe
-from test_invariants import lora
+from tiny_models import lora
+from tiny_pairs import make_rows
 
 from trl_ama import AMAError, AMATrainer, load_reference_losses, run_pipeline
 from trl_ama.loss_dataset import read_note

@@ -1,20 +1,20 @@
-"""Some hundred cases of the fuzz, of every kind; `python tests/fuzz.py` runs thousands."""
+"""Some hundred cases of the fuzz, of every kind; `python tests/support/fuzz.py` runs thousands."""
 
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from fuzz import KINDS
+from places import SUPPORT
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="its cases run in a forked child")
 def test_malformed_input_ends_in_one_sentence(tmp_path):
     # In a process of its own, as a fork of this one may wait forever for a lock of one of its threads. From 100,000 on:
     # other cases than those of the whole
-    command = [sys.executable, str(Path(__file__).with_name("fuzz.py")), "--cases", "150", "--start", "100000"]
+    command = [sys.executable, str(SUPPORT / "fuzz.py"), "--cases", "150", "--start", "100000"]
     done = subprocess.run([*command, "--json", "ends.json"], cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert (tmp_path / "ends.json").is_file(), done.stderr[-3000:]
     found = json.loads((tmp_path / "ends.json").read_text())

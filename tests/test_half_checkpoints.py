@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_checkpoints import training  # noqa: F401
+from resumed_runs import training_fixture  # noqa: F401 - fixtures
 from transformers.trainer_utils import rotate_checkpoints
 
 from trl_ama import AMAError, TaskMixtureConfig, checkpoints, html_page, safe_files
@@ -149,7 +149,7 @@ def test_whole_ones_go_as_transformers_chooses(tmp_path, limit, best, clock):
     assert names(tmp_path / "ours") == names(tmp_path / "theirs")
 
 
-def test_a_training_goes_on_beside_a_half_checkpoint(training, tmp_path, caplog):  # noqa: F811
+def test_a_training_goes_on_beside_a_half_checkpoint(training, tmp_path, caplog):
     """It is named and removed when the training is resumed, and no good one goes for it."""
     training("run", max_steps=4, save_total_limit=2).train()
     run = tmp_path / "run"
@@ -164,7 +164,7 @@ def test_a_training_goes_on_beside_a_half_checkpoint(training, tmp_path, caplog)
     assert "checkpoint-1' is not used and is removed: a part of its files is gone" in caplog.text
 
 
-def test_a_training_that_is_killed_while_it_rotates(training, tmp_path, monkeypatch):  # noqa: F811
+def test_a_training_that_is_killed_while_it_rotates(training, tmp_path, monkeypatch):
     """In the middle of removing `checkpoint-2`: the resumed run ends with the two that it should have."""
     removed = []
 

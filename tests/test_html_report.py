@@ -14,134 +14,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_rows
 from hub_world import SIZES, parse, write_pairs, write_recipe
+from made_runs import FINGERPRINT, HOSTILE, STRATEGIES, TASKS, make_run, write
 
 from trl_ama import AMAError, cli, run_pipeline
 from trl_ama.html_charts import kept_rows, nice_ticks
 from trl_ama.html_page import LARGEST, render_run, script_json, visible, write_comparison, write_page
 from trl_ama.html_report import MASK, collect, masked
-from trl_ama.pair_scores import MARGINS_FILE, write_margins
+from trl_ama.pair_scores import MARGINS_FILE
 from trl_ama.run_note import NOTE_FILE, public_arguments
-
-
-TASKS = ["helpful", "code"]
-STRATEGIES = ["ama_s", "proportional"]
-FINGERPRINT = {
-    "base_model": "base@sha256:1234",
-    "reference_losses": {task: {"task": task, "test_pairs": f"pairs of {task}"} for task in TASKS},
-    "learning_rate": 1e-4,
-    "loss_type": ["sigmoid"],
-    "beta": 0.1,
-    "mixing": "ama_s",
-    "model_init_kwargs": {"api_key": "sesame-open", "dtype": "bfloat16"},
-    "pad_token": "<pad>",
-    "versions": {"trl": "1.16.0"},
-}
-# Every way out of an element, an attribute, a script or the reading direction that a text may try
-HOSTILE = [
-    "<script>window.sentinel = 1</script>",
-    "</script><script>window.sentinel = 2</script>",
-    "</style><img src=x onerror='window.sentinel = 3'>",
-    "\" onmouseover=\"window.sentinel = 4\" autofocus onfocus=\"window.sentinel = 5\" x=\"",
-    "' onload='window.sentinel = 6",
-    "<!--<script>", "-->", "]]>", "</title><svg onload=window.sentinel=7>", "</bdi></td></table><iframe srcdoc='<script>parent.sentinel=8</script>'>",
-    "{{ 7 * 191 }}{% raw %}", "javascript:window.sentinel=9", "&lt;script&gt;", "\u202egnp.exe\u2066\u2028\x00\x1b[2J",
-    "<base href=http://evil.example/>", "<meta http-equiv=refresh content='0;url=http://evil.example/'>",
-]  # fmt: skip
-
-
-def write(path: Path, content) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
-
-
-def make_run(folder: Path, tasks=TASKS, strategies=STRATEGIES, steps=30, pairs=12, texts=None, seed=0) -> Path:
-    """A finished run's files, without a model: what the pipeline leaves, with numbers drawn at random.
-
-    `texts` are put into the pairs of every task, as prompt and answers.
-    """
-    rng = np.random.default_rng(seed)
-    policies = ["base", "specialists", *strategies]
-    margins = {name: rng.normal(size=(len(tasks), pairs)).astype(np.float32) for name in policies}
-    margins["base"][:] = 0
-    by_policy = {}
-    for name in policies:
-        by_task = {}
-        for task, own in zip(tasks, margins[name], strict=True):
-            accuracy = float((0.5 * (1 + np.sign(own))).mean())
-            by_task[task] = {
-                "loss": float(np.log1p(np.exp(-own)).mean()),
-                "accuracy": accuracy,
-                "margin": float(own.mean()),
-                "pairs": pairs,
-                "accuracy_stderr": float(np.sqrt(accuracy * (1 - accuracy) / pairs)),
-                "excess": float(rng.random()),
-            }
-        summary = {
-            f"{prefix}_{key}": float(function(figures[key] for figures in by_task.values()))
-            for key, worst in (("accuracy", min), ("margin", min), ("excess", max))
-            for prefix, function in (("worst", worst), ("mean", lambda values: np.mean(list(values))))
-        }
-        by_policy[name] = {"by_task": by_task, "summary": summary}
-    write(folder / "results.json", {"tasks": tasks, "policies": by_policy, "made_from": {"held_out": f"{seed}"}})
-    ids = [f"{row:024x}" for row in range(pairs)]
-    write_margins(
-        folder / MARGINS_FILE,
-        [task for task in tasks for _ in ids],
-        [f"{number}{pair}" for number in range(len(tasks)) for pair in ids],
-        {name: own.ravel() for name, own in margins.items()},
-    )
-    for number, task in enumerate(tasks):
-        rows = [
-            {"prompt": row["prompt"][0]["content"], "chosen": row["chosen"], "rejected": row["rejected"]}
-            for row in make_rows("list", pairs, number)
-        ]
-        for row, text in zip(rows, texts or (), strict=False):
-            row["prompt"] = text
-            row["chosen"] = [{"role": text, "content": text}]
-        table = {name: [row[name] for row in rows] for name in ("prompt", "chosen", "rejected")}
-        logps = {"ref_chosen_logps": np.zeros(pairs), "ref_rejected_logps": np.zeros(pairs)}
-        logps |= {
-            "specialist_chosen_logps": margins["specialists"][number] * 10,
-            "specialist_rejected_logps": np.zeros(pairs),
-        }
-        path = folder / f"reference_losses/t{number}/test.parquet"
-        path.parent.mkdir(parents=True)
-        pq.write_table(pa.table({"pair_id": [f"{number}{pair}" for pair in ids], **table, **logps}), path)
-        note = {
-            "order": number,
-            "fingerprint": {"task": task, "test_pairs": f"pairs {number} {seed}", "data": f"org/{number}"},
-        }
-        write(path.parent / "fingerprint.json", note)
-        own = by_policy["specialists"]["by_task"][task]
-        result = {"steps": 7, "eval_loss": own["loss"], "eval_accuracy": own["accuracy"], "eval_margin": own["margin"]}
-        write(
-            folder / f"specialists/t{number}/stage.json",
-            {"fingerprint": FINGERPRINT, "result": {**result, "eval_pairs": pairs, "base_loss": float(np.log(2))}},
-        )
-        for kind in ("reference_losses", "specialists"):
-            if "/" not in task and "\x00" not in task:  # else no folder can have that name
-                (folder / kind / f"t{number}").rename(folder / kind / task)
-    for strategy in strategies:
-        log = []
-        for step in range(1, steps + 1):
-            weights = rng.dirichlet(np.ones(len(tasks)))
-            entry = {"step": step, "loss": 1.0}
-            for task, weight in zip(tasks, weights, strict=True):
-                values = {
-                    "probability": weight,
-                    "weight": weight,
-                    "excess": rng.random(),
-                    "clipped_fraction": rng.random(),
-                }
-                entry |= {f"ama/{figure}/{task}": float(value) for figure, value in values.items()}
-            log.append(entry)
-        write(folder / "generalists" / strategy / "trainer_state.json", {"log_history": log})
-        note = {"fingerprint": {**FINGERPRINT, "mixing": strategy}, "result": {"steps": steps, "train_loss": 0.5}}
-        write(folder / "generalists" / strategy / "stage.json", note)
-        write(folder / "generalists" / strategy / "adapter_config.json", {})
-    return folder
 
 
 class Tree(HTMLParser):

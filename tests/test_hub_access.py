@@ -1,16 +1,16 @@
 """Tokens that may not push, a Hub that cannot be reached, and no network at all: one sentence, before anything is trained."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import HUB_ENVIRONMENT, client_env, make_dataset
 from hub_server import HubServer
 from hub_world import SIZES, parse, upload_model, upload_pairs, write_pairs, write_recipe
+from places import ROOT
+from surroundings import HUB_ENVIRONMENT, client_env
+from tiny_pairs import make_dataset
 from trl import DPOTrainer
 
 from trl_ama import AMAConfig, AMAError, AMATrainer, run_pipeline
@@ -132,8 +132,7 @@ def test_the_trainer_creates_its_repository_on_a_bad_network(hub, model_dir, qui
 
 
 def environment(home, token):
-    tests = Path(__file__).parent
-    return {**client_env(home, token), "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
+    return {**client_env(home, token), "PYTHONPATH": str(ROOT)}
 
 
 def test_the_command_says_it_in_one_line(hub, recipe, hub_home):

@@ -11,7 +11,6 @@ import sys
 import time
 
 import pytest
-from conftest import QUICK, client_env, make_dataset, make_model, server
 from hub_server import FAULT_KINDS, HubServer
 from huggingface_hub import (
     CommitOperationAdd,
@@ -32,6 +31,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from surroundings import client_env, server
+from tiny_models import make_model
+from tiny_pairs import make_dataset
+from tiny_runs import QUICK
 
 
 WEIGHTS = bytes(range(256)) * 40

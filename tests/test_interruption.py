@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import client_env
 from hub_world import parse
-from test_checkpoints import assert_same, recipe, training  # noqa: F401
-from transformers import TrainerCallback
+from places import ROOT
+from resumed_runs import At, assert_same, recipe_fixture, training_fixture  # noqa: F401 - fixtures
+from surroundings import client_env
 from trl import DPOTrainer
 
 from trl_ama import exact_resume, interruption, run_pipeline, scoring
@@ -145,17 +145,6 @@ def interruption_children() -> list[int]:
 # ---- Training ----
 
 
-class At(TrainerCallback):
-    """Sends a signal to this process when a step begins."""
-
-    def __init__(self, step: int, number: int = signal.SIGTERM):
-        self.step, self.number = step, number
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            signal.raise_signal(self.number)
-
-
 @pytest.mark.parametrize(
     ("step", "number", "settings"),
     [
@@ -167,7 +156,7 @@ class At(TrainerCallback):
     ],
     ids=["epoch", "run", "best", "workers"],
 )  # fmt: skip
-def test_a_training_saves_and_goes_on_as_if_nothing_had_been(training, tmp_path, capfd, step, number, settings):  # noqa: F811
+def test_a_training_saves_and_goes_on_as_if_nothing_had_been(training, tmp_path, capfd, step, number, settings):
     whole = training("whole", **settings)
     whole.train()
     stopped = training("run", **settings)
@@ -186,7 +175,7 @@ def test_a_training_saves_and_goes_on_as_if_nothing_had_been(training, tmp_path,
     assert_same(resumed, whole)
 
 
-def test_a_signal_in_the_middle_of_a_save_does_not_break_it(training, tmp_path, monkeypatch):  # noqa: F811
+def test_a_signal_in_the_middle_of_a_save_does_not_break_it(training, tmp_path, monkeypatch):
     complete = exact_resume.complete_checkpoint
 
     def interrupted(folder, lacks=None):
@@ -201,7 +190,7 @@ def test_a_signal_in_the_middle_of_a_save_does_not_break_it(training, tmp_path, 
     assert found.step == 4 and not found.bad and (tmp_path / "run" / "checkpoint-3").exists()
 
 
-def test_nothing_is_saved_where_nothing_should_be(training, tmp_path):  # noqa: F811
+def test_nothing_is_saved_where_nothing_should_be(training, tmp_path):
     trainer = training("run", save_strategy="no")
     trainer.add_callback(At(2))
     with pytest.raises(Interrupted, match="step 3 is not saved, as save_strategy is 'no'"):
@@ -209,7 +198,7 @@ def test_nothing_is_saved_where_nothing_should_be(training, tmp_path):  # noqa: 
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
-def test_switched_off_it_is_as_in_trl(training):  # noqa: F811
+def test_switched_off_it_is_as_in_trl(training):
     trainer = training("run", save_on_signal=False)
     trainer.add_callback(At(2, signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
@@ -219,7 +208,7 @@ def test_switched_off_it_is_as_in_trl(training):  # noqa: F811
 # ---- The pipeline ----
 
 
-def test_a_stage_is_named_and_the_next_run_goes_on(recipe, tmp_path, monkeypatch):  # noqa: F811
+def test_a_stage_is_named_and_the_next_run_goes_on(recipe, tmp_path, monkeypatch):
     def run(name, *stages):
         flags = ["--output_dir", tmp_path / name, "--per_device_eval_batch_size", "2"]
         run_pipeline(*parse(recipe, *flags), stages=stages or ("specialists", "losses"))
@@ -266,10 +255,10 @@ def wait_for(path: Path, pattern: str, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-def test_the_command_passes_the_signal_on_and_returns_the_code(recipe, tmp_path):  # noqa: F811
+def test_the_command_passes_the_signal_on_and_returns_the_code(recipe, tmp_path):
     """The whole way: `trl-ama`, accelerate, the script; with a signal to the first of these processes alone."""
     command = [sys.executable, "-m", "trl_ama", "ama", "--config", recipe, "--output_dir", tmp_path / "run"]
-    environ = {**client_env(tmp_path / "home"), "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environ = {**client_env(tmp_path / "home"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     flags = ["--specialist_args", "{max_steps: 100000}", "--save_steps", "5"]
     process = subprocess.Popen(
         list(map(str, [*command, *flags])), env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

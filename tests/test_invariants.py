@@ -4,45 +4,15 @@ and with itself stopped and resumed."""
 import numpy as np
 import pytest
 import torch
-from conftest import make_dataset
-from peft import LoraConfig
+from tiny_models import lora
+from tiny_pairs import make_dataset, with_reference_columns
+from tiny_runs import logged, losses_of, weights_of
 from trl import DPOConfig, DPOTrainer
 
 from trl_ama import AMATrainer
 
 
 SIZES = {"list": 40, "sort": 12, "brief": 28}
-
-
-def lora():
-    return LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
-
-
-def losses_of(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def logged(trainer, key):
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
-
-
-def weights_of(trainer):
-    return {name: value.clone() for name, value in trainer.model.named_parameters() if value.requires_grad}
-
-
-def with_reference_columns(dataset, seed=0):
-    """Made-up log-probs: enough to give every task its own excess."""
-    rng = np.random.default_rng(seed)
-    count = len(dataset)
-    values = {
-        "ref_chosen_logps": -20 + rng.normal(size=count),
-        "ref_rejected_logps": -20 + rng.normal(size=count),
-        "specialist_chosen_logps": -19 + rng.normal(size=count),
-        "specialist_rejected_logps": -21 + rng.normal(size=count),
-    }
-    for name, column in values.items():
-        dataset = dataset.add_column(name, column.astype(np.float32))
-    return dataset
 
 
 @pytest.mark.parametrize("precompute", [False, True])

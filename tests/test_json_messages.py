@@ -5,8 +5,8 @@ import json
 import pandas as pd
 import pytest
 from datasets import Dataset
-from test_row_account import as_json, conversations, turns
-from test_row_account import plain as plain_row
+from row_forms import as_json, conversations, turns
+from row_forms import plain as plain_row
 
 from trl_ama import AMAError, TaskMixtureConfig
 from trl_ama.json_messages import messages_in

@@ -1,8 +1,8 @@
 """What a run says of `max_length` before it trains."""
 
 import pytest
-from conftest import WORDS, quick_args  # noqa: F401 - a fixture
-from test_data_check import CLEAN, pair, recipe, with_list  # noqa: F401 - a fixture
+from checked_pairs import CLEAN, pair, recipe_fixture, with_list  # noqa: F401 - fixtures
+from tiny_pairs import WORDS
 from trl import DPOTrainer
 
 from trl_ama import AMAError
@@ -17,7 +17,7 @@ def numbered(count: int, words: int, answer: int) -> list[dict]:
 ROWS = [*numbered(20, 2, 2), *numbered(7, 2, 40), *numbered(5, 40, 2)]
 
 
-def test_what_is_cut_and_what_the_trainer_drops_is_counted(recipe, model_dir, quick_args):  # noqa: F811
+def test_what_is_cut_and_what_the_trainer_drops_is_counted(recipe, model_dir, quick_args):
     settings = recipe(with_list(ROWS), max_length=30)
     (line,) = length_lines(settings)
     assert line.split() == (
@@ -31,20 +31,20 @@ def test_what_is_cut_and_what_the_trainer_drops_is_counted(recipe, model_dir, qu
     assert "12 of 32 cut (" in line
 
 
-def test_what_drop_truncated_dropped_is_counted_by_split(recipe):  # noqa: F811
+def test_what_drop_truncated_dropped_is_counted_by_split(recipe):
     tasks = with_list(ROWS, numbered(4, 2, 40) + numbered(6, 2, 2))
     settings = recipe(tasks, task_changes={"drop_truncated": True}, max_length=30)
     (line,) = length_lines(settings)
     assert "12 of train and 4 of test dropped (" in line
 
 
-def test_nothing_is_said_when_all_fit_or_nothing_is_cut(recipe):  # noqa: F811
+def test_nothing_is_said_when_all_fit_or_nothing_is_cut(recipe):
     assert length_lines(recipe(CLEAN)) == []
     assert length_lines(recipe(with_list(ROWS), max_length=None)) == []
 
 
 @pytest.mark.parametrize("limit", [None, 30])
-def test_pairs_without_a_gradient_are_counted(recipe, limit):  # noqa: F811
+def test_pairs_without_a_gradient_are_counted(recipe, limit):
     """Those that are the same text, and those that are so up to the cut; not those that are dropped before."""
     same = [pair(f"list {word}", "apple", "apple ") for word in WORDS[:3]]
     cut = [pair(f"list {word}", "apple " * 40 + "bread", "apple " * 40 + "cloud") for word in WORDS[:4]]
@@ -56,14 +56,14 @@ def test_pairs_without_a_gradient_are_counted(recipe, limit):  # noqa: F811
     ]
 
 
-def test_a_large_task_is_estimated_from_its_first_pairs(recipe, monkeypatch):  # noqa: F811
+def test_a_large_task_is_estimated_from_its_first_pairs(recipe, monkeypatch):
     monkeypatch.setattr("trl_ama.length_note._SAMPLE", 20)
     settings = recipe(with_list(ROWS[18:]), max_length=30)  # 14 pairs, ten of which are looked at
     (line,) = length_lines(settings)
     assert "about 10 of 14 cut; about 1 of 14 dropped" in line
 
 
-def test_a_pair_that_cannot_be_tokenised_is_named_with_its_task(recipe):  # noqa: F811
+def test_a_pair_that_cannot_be_tokenised_is_named_with_its_task(recipe):
     settings = recipe()
     settings.tokenizer.chat_template = "{{ raise_exception('no such turn') }}"
     with pytest.raises(AMAError, match="Task 'list', training pairs: Row 0 cannot be tokenised .*no such turn"):

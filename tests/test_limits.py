@@ -5,13 +5,14 @@ import math
 import typing
 import warnings
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
-from conftest import QUICK, make_dataset
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from test_invariants import lora
+from places import ROOT
+from tiny_models import lora
+from tiny_pairs import make_dataset
+from tiny_runs import QUICK
 from trl import DPOConfig, ModelConfig
 
 from trl_ama import AMAConfig, AMAError, AMATrainer, TaskConfig, TaskMixtureConfig
@@ -48,7 +49,7 @@ def numeric_fields(cls):
 
 def other_versions():
     """The libraries that are not those which the table was made for."""
-    lines = (Path(__file__).parent.parent / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = dict(line.split("==") for line in lines if "==" in line)
     return [name for name in ("trl", "transformers") if version(name) != pinned[name]]
 

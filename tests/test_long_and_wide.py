@@ -6,10 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import make_rows
+from counted_calls import PROCESS, calls_of, sampler_of
 from datasets import Dataset
-from test_invariants import lora, losses_of, with_reference_columns
-from test_overhead import PROCESS, calls_of, sampler_of
+from tiny_models import lora
+from tiny_pairs import make_rows, with_reference_columns
+from tiny_runs import losses_of
 
 from trl_ama import AMATrainer
 from trl_ama.mixing import STRATEGIES, StepStatistics, build_strategy

@@ -12,10 +12,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from accelerate import PartialState
-from conftest import client_env
 from hub_world import HELD_OUT, SIZES, parse, write_pairs, write_recipe
 from peft import LoraConfig
-from test_policy_sources import save_adapter
+from places import ROOT
+from saved_adapters import save_adapter
+from surroundings import client_env
 
 from trl_ama import AMAError, loss_shards, run_pipeline, scoring
 from trl_ama.loss_dataset import tasks_in
@@ -292,7 +293,7 @@ def test_killed_twice_and_run_to_the_end(world, tmp_path, monkeypatch):
     recipe, finished, forwards = world
     run = tmp_path / "run"
     (tmp_path / "killed.py").write_text(KILLED)
-    environ = {**client_env(tmp_path / "home"), "PYTHONPATH": str(Path(__file__).parents[1])}
+    environ = {**client_env(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
     have = 0
     for moment in (f"forward:{forwards // 4}", "replace:3"):
         command = [sys.executable, "killed.py", moment, "--config", recipe, "--output_dir", run]

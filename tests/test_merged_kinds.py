@@ -19,12 +19,12 @@ from adapter_kinds import (
     make_adapter,
     make_moe,
 )
-from conftest import make_model
 from huggingface_hub import ModelCard
 from peft import LoraConfig, OSFConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
+from tiny_models import SIZES, make_model, save
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
 
 from trl_ama import AMAError, merged_weights
@@ -179,9 +179,7 @@ def test_osf_is_added_once(bases, tmp_path):
 
 @pytest.fixture
 def half_base(tokenizer, tmp_path):
-    make_model(len(tokenizer)).bfloat16().save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    return str(tmp_path / "base")
+    return save(make_model(len(tokenizer)).bfloat16(), tokenizer, tmp_path / "base")
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "OSF", "embeddings, kept tied", "tokens beside"])
@@ -244,8 +242,7 @@ MODELS = {
     "gpt2": lambda size: GPT2LMHeadModel(GPT2Config(vocab_size=size, n_embd=32, n_layer=2, n_head=4)),
     "gemma": lambda size: Gemma3ForCausalLM(
         Gemma3TextConfig(
-            vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=8, initializer_range=0.2,
+            vocab_size=size, head_dim=8, initializer_range=0.2, **SIZES,
         )
     ),
 }  # fmt: skip

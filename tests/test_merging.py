@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
 from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_policy_sources import LINEAR, edit, files_of, save_adapter
+from saved_adapters import LINEAR, edit, files_of, save_adapter
+from saved_adapters import merge_refused as refused
+from tiny_models import make_model, save
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from trl_ama import AMAError, cli, merged_weights
+from trl_ama import cli, merged_weights
 from trl_ama.merging import merge_adapter, training_from
 from trl_ama.safe_files import write_json
 
@@ -29,13 +30,6 @@ def log_probs(model):
         return model(input_ids=torch.arange(3, 23)[None]).logits.float().log_softmax(-1)
 
 
-def refused(adapter, output, text, **kwargs):
-    with pytest.raises(AMAError, match=text) as caught:
-        merge_adapter(str(adapter), output, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 def only(folder, *names):
     """Nothing was left beside these."""
     assert sorted(path.name for path in Path(folder).iterdir()) == sorted(names)
@@ -47,8 +41,7 @@ def only(folder, *names):
 def test_what_is_added_is_rounded_once(tokenizer, tmp_path):
     """In 16 bits, a sum of what an adapter learned in small steps would lose more than the last rounding takes."""
     base = tmp_path / "base"
-    make_model(len(tokenizer)).to(torch.bfloat16).save_pretrained(base)
-    tokenizer.save_pretrained(base)
+    save(make_model(len(tokenizer)).to(torch.bfloat16), tokenizer, base)
     folder = save_adapter(tmp_path / "adapter", base, dtype=torch.bfloat16)
     weights = load_file(Path(folder, "adapter_model.safetensors"))
     for dtype in (torch.bfloat16, torch.float32):
@@ -151,8 +144,7 @@ def test_what_is_no_adapter_or_does_not_fit(model_dir, tokenizer, tmp_path, adap
 
 
 def make_base(folder, tokenizer, seed=0, **config):
-    make_model(len(tokenizer), seed=seed, **config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save(make_model(len(tokenizer), seed=seed, **config), tokenizer, folder)
     return folder
 
 

@@ -1,14 +1,14 @@
 """`--only_tasks`: what such a run does and leaves alone. That several at once are safe is tested in `test_processes.py`."""
 
 import pytest
-from test_pipeline import SIZES, data_dir, recipe  # noqa: F401
+from whole_runs import SIZES, data_dir_fixture, recipe_fixture  # noqa: F401 - fixtures
 
 from trl_ama import AMAError, run_pipeline
 from trl_ama.safe_files import read_json
 
 
 @pytest.fixture
-def quick(recipe, tmp_path):  # noqa: F811
+def quick(recipe, tmp_path):
     """Parses the recipe with one step of each training."""
 
     def build(*flags):

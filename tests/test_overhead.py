@@ -4,7 +4,6 @@ Figures in seconds come from `tests/benchmarks/overhead.py`.
 """
 
 import json
-import sys
 import tracemalloc
 from types import SimpleNamespace
 
@@ -12,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from counted_calls import PROCESS, calls_of, sampler_of
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 
 from trl_ama.columns import encoded_column, list_lengths, numpy_column
@@ -19,30 +19,9 @@ from trl_ama.errors import AMAError
 from trl_ama.mixing import STRATEGIES, build_strategy
 from trl_ama.mixture import Mixture, strategy_for
 from trl_ama.reference_columns import LOGP_COLUMNS, has_columns
-from trl_ama.sampler import TaskMixtureSampler, count_tasks
 from trl_ama.step_recorder import StepRecorder
 from trl_ama.tasks import concatenate_tasks, task_names_of, with_task_labels
 from trl_ama.trainer_checks import check_no_task_lost, check_token_counts
-
-
-PROCESS = SimpleNamespace(num_processes=1, device="cpu")
-
-
-def calls_of(function, *arguments) -> int:
-    """How many functions Python calls for `function(*arguments)`, its own and those in C."""
-    count = 0
-
-    def profile(frame, event, argument):
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    before = sys.getprofile()
-    sys.setprofile(profile)
-    try:
-        function(*arguments)
-    finally:
-        sys.setprofile(before)
-    return count
 
 
 def peak_of(function, *arguments) -> tuple[int, object]:
@@ -58,11 +37,6 @@ def peak_of(function, *arguments) -> tuple[int, object]:
 def tasks_of(rows: int, num_tasks: int, is_scattered: bool = False) -> np.ndarray:
     task_ids = np.arange(rows) * num_tasks // rows
     return np.random.default_rng(0).permutation(task_ids) if is_scattered else task_ids
-
-
-def sampler_of(task_ids: np.ndarray, num_tasks: int, name: str = "ama_s") -> TaskMixtureSampler:
-    strategy = build_strategy(name, count_tasks(task_ids, num_tasks), mixing_lr=0.1)
-    return TaskMixtureSampler(task_ids, strategy, block_size=32, seed=0)
 
 
 def draw(rows, blocks: int) -> list[int]:

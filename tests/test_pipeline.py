@@ -6,18 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import QUICK, make_rows
 from datasets import load_dataset
 from safetensors.numpy import load_file, save_file
-from test_invariants import lora
-from test_versions import refused, with_version
-from trl import DPOTrainer, ModelConfig, TrlParser
+from state_versions import refused, with_version
+from tiny_models import lora, make_model
+from tiny_pairs import make_rows
+from trl import DPOTrainer
+from whole_runs import SIZES, data_dir_fixture, recipe_fixture  # noqa: F401 - fixtures
 
-from trl_ama import AMAConfig, AMAError, AMATrainer, TaskMixtureConfig, join_reference_losses, run_pipeline
+from trl_ama import AMAError, AMATrainer, join_reference_losses, run_pipeline
 from trl_ama.html_report import collect
 from trl_ama.loss_dataset import read_note
 from trl_ama.loss_loading import load_reference_losses
-from trl_ama.pipeline_arguments import PipelineArguments
 from trl_ama.reference_columns import LOGP_COLUMNS
 from trl_ama.report import result_table
 from trl_ama.run_losses import joined_data
@@ -26,54 +26,6 @@ from trl_ama.run_start import check_recipe
 from trl_ama.safe_files import describe_files, read_json, sealed, write_json
 from trl_ama.specialists import quality_warning
 from trl_ama.versions import VERSIONS
-
-
-SIZES = {"list": 48, "sort": 12, "brief": 48}
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    for task, count in SIZES.items():
-        for split, size, seed in (("train", count, 0), ("test", 20, 1)):
-            with open(folder / f"{task}_{split}.jsonl", "w") as file:
-                file.writelines(json.dumps(row) + "\n" for row in make_rows(task, size, seed))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def recipe(model_dir, data_dir, tmp_path_factory):
-    """Builds the four parsed argument groups, as the command line does."""
-    path = tmp_path_factory.mktemp("recipe") / "config.yaml"
-    write_json(
-        path,
-        {
-            **QUICK,
-            "model_name_or_path": model_dir,
-            "tasks": [{"task": task, "path": "org/data", "eval_split": "test"} for task in SIZES],
-            "tasks_dir": str(data_dir),
-            "mixing": "ama_s",
-            "compare": ["proportional"],
-            "specialist_args": {"max_steps": 12},
-            "use_peft": True,
-            "lora_r": 4,
-            "lora_alpha": 8,
-            "lora_target_modules": "all-linear",
-            "learning_rate": 5e-3,
-            "per_device_eval_batch_size": 16,
-            "max_steps": 6,
-            "save_strategy": "steps",
-            "save_steps": 4,
-            "logging_steps": 1,
-            "seed": 3,
-        },
-    )
-
-    def build(output_dir, *flags):
-        parser = TrlParser((PipelineArguments, AMAConfig, ModelConfig, TaskMixtureConfig))
-        return parser.parse_args_and_config(["--config", str(path), "--output_dir", str(output_dir), *map(str, flags)])
-
-    return build
 
 
 @pytest.fixture(scope="module")
@@ -254,8 +206,6 @@ def test_specialists_are_the_same_from_another_folder(finished, recipe, tmp_path
     run_pipeline(*recipe(tmp_path / "run", *flags), stages=("losses",))
     stranger = tmp_path / "stranger"
     shutil.copytree(model_dir, stranger)
-    from conftest import make_model
-
     make_model(26, seed=9).save_pretrained(stranger)
     flags[1] = stranger
     with pytest.raises(AMAError, match="is an adapter of .*, but this run's base model is"):

@@ -1,7 +1,6 @@
 """What a run will need: counted without weights, equal to what is there when there are weights."""
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -12,8 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_rows
 from peft import LoraConfig, get_peft_model
+from places import DOCS
+from tiny_models import make_config, make_model
+from tiny_pairs import make_rows
 from transformers import BitsAndBytesConfig, LlamaConfig, MambaConfig, MistralConfig, Qwen3Config
 
 from trl_ama import cli, optimizer_memory
@@ -25,27 +26,14 @@ from trl_ama.quantized import quantized_layers
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 PAIRS = [(12, 8, 6), (10, 9, 7)]
-TINY = LlamaConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    tie_word_embeddings=True,
-)
+TINY = make_config(64)
 # With 4 of the 32 layers: the others are like them, and take a second each
 SEVEN_BILLION = dict(
     hidden_size=4096, num_hidden_layers=4, num_attention_heads=32, num_key_value_heads=8, head_dim=128
 )
 
 
-@pytest.fixture(autouse=True)
-def restored_environment():
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+pytestmark = pytest.mark.usefixtures("restored_environment")
 
 
 def kept(settings: MemorySettings, pairs: list, packed: bool = True, common: int = 0) -> int:
@@ -461,7 +449,7 @@ def test_the_page_is_true(recipe, tmp_path, monkeypatch):
     """Its command runs (with this recipe), and the cards are those of the code."""
     from trl_ama.plan_report import CARDS
 
-    page = (Path(__file__).parents[1] / "docs" / "plan.md").read_text()
+    page = (DOCS / "plan.md").read_text()
     words = re.search(r"^```bash\ntrl (ama-plan .*)\n```", page, re.MULTILINE)[1].split()
     words[words.index("--config") + 1] = recipe[2]
     monkeypatch.chdir(tmp_path)

@@ -7,21 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, make_dataset, make_model, make_rows
 from datasets import Dataset, concatenate_datasets
 from huggingface_hub import HfApi, constants
 from peft import (
-    AdaLoraConfig,
-    IA3Config,
     LoraConfig,
     PeftModel,
     PromptTuningConfig,
     TrainableTokensConfig,
-    VeraConfig,
-    get_peft_model,
 )
 from safetensors.torch import load_file, save_file
-from test_invariants import lora
+from saved_adapters import KINDS, LINEAR, WHO, edit, files_of, logits, refused, save_adapter
+from tiny_models import SIZES as TINY_SIZES
+from tiny_models import lora, make_model, save
+from tiny_pairs import make_dataset, make_rows
+from tiny_runs import QUICK
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM
 
 from trl_ama import AMAConfig, AMAError, AMATrainer, policy_files
@@ -33,45 +32,12 @@ from trl_ama.prefix_trainer import ScoringTrainer
 from trl_ama.safe_files import read_json
 
 
-WHO = "the specialist of task 'list'"
 SIZES = {"list": 8, "sort": 8}
-
-
-def save_adapter(folder, model_dir, config=None, seed=0, **kwargs) -> str:
-    """An adapter with random weights, so that it changes what the model says."""
-    torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_pretrained(model_dir, **kwargs)
-    config = config or LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(base, config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    return str(folder)
-
-
-def edit(folder, **changes) -> None:
-    """Change fields of an adapter's configuration."""
-    path = Path(folder, "adapter_config.json")
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def change_weights(folder, change) -> None:
     path = Path(folder, "adapter_model.safetensors")
     save_file(change(load_file(path)), path)
-
-
-def files_of(folder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
-
-
-def refused(base, source, **kwargs) -> str:
-    with pytest.raises(AMAError) as caught:
-        check_policy_source(base, WHO, source, **kwargs)
-    text = str(caught.value)
-    assert "\n" not in text and text.startswith("The specialist of task 'list'") and source in text, text
-    return text
 
 
 @pytest.fixture(autouse=True)
@@ -97,30 +63,7 @@ def trainers(model_dir, tmp_path_factory):
     return {peft: build(peft) for peft in (True, False)}
 
 
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=torch.arange(4, 20)[None]).logits
-
-
 # ---- Kinds of adapters ----
-
-LINEAR = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-KINDS = {
-    "lora": LoraConfig(r=4, **LINEAR),
-    "rslora": LoraConfig(r=4, use_rslora=True, **LINEAR),
-    "dora": LoraConfig(r=4, use_dora=True, **LINEAR),
-    "ranks": LoraConfig(r=4, rank_pattern={"q_proj": 2}, target_modules=["q_proj", "v_proj"]),
-    "pissa": LoraConfig(r=4, init_lora_weights="pissa", **LINEAR),
-    "olora": LoraConfig(r=4, init_lora_weights="olora", **LINEAR),
-    "orthogonal": LoraConfig(r=4, init_lora_weights="orthogonal", **LINEAR),
-    "modules_to_save": LoraConfig(r=4, modules_to_save=["lm_head"], **LINEAR),
-    "embeddings": LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]),
-    "layers": LoraConfig(r=4, layers_to_transform=[1], target_modules=["q_proj"]),
-    "target_parameters": LoraConfig(r=4, target_modules=[], target_parameters=["q_proj.weight"]),
-    "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
-    "adalora": AdaLoraConfig(r=4, total_step=10, target_modules=["q_proj"]),
-    "vera": VeraConfig(r=4, target_modules=["q_proj", "o_proj"]),
-}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -197,8 +140,7 @@ def test_the_trainer_saves_only_its_own_adapter_afterwards(trainers, model_dir, 
 def test_base_weights_that_an_adapter_brings_along_are_put_back(tmp_path, tokenizer, peft):
     """Biases and embeddings are saved, and loaded, in the base model's own place."""
     base = str(tmp_path / "base")
-    make_model(len(tokenizer), attention_bias=True, tie_word_embeddings=False).save_pretrained(base)
-    tokenizer.save_pretrained(base)
+    save(make_model(len(tokenizer), attention_bias=True, tie_word_embeddings=False), tokenizer, base)
     config = LoraConfig(r=4, bias="all", target_modules=["embed_tokens", "q_proj"])
     folder = save_adapter(tmp_path / "a", base, config)
 
@@ -224,10 +166,7 @@ def test_base_weights_that_an_adapter_brings_along_are_put_back(tmp_path, tokeni
 
 @pytest.mark.filterwarnings("ignore")
 def test_adapters_of_experts_and_of_a_quantised_base(tmp_path, tokenizer):
-    config = MixtralConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4,
-    )  # fmt: skip
+    config = MixtralConfig(vocab_size=len(tokenizer), num_local_experts=4, **TINY_SIZES)
     MixtralForCausalLM(config).save_pretrained(tmp_path / "experts")
     experts = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
     folder = save_adapter(tmp_path / "a", tmp_path / "experts", experts)

@@ -8,8 +8,9 @@ import re
 
 import pytest
 import torch
-from conftest import make_dataset, make_model
 from peft import LoraConfig
+from tiny_models import make_model
+from tiny_pairs import make_dataset
 from trl import DPOConfig, DPOTrainer
 
 from trl_ama.errors import AMAError

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from conftest import make_dataset, make_model
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, get_peft_model
 from prefix_cases import padded, random_pairs, sharing
+from tiny_models import make_model
+from tiny_pairs import make_dataset
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import add_fused_lm_head

@@ -3,7 +3,6 @@ plain path. Models: `test_prefix_architectures.py`, training: `test_prefix_train
 
 import pytest
 import torch
-from conftest import make_model
 from peft import PromptTuningConfig, get_peft_model
 from prefix_cases import (
     TINY,
@@ -17,6 +16,7 @@ from prefix_cases import (
     sharing,
     weights_for,
 )
+from tiny_models import make_model
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_ama import AMAConfig, AMAError

@@ -4,8 +4,8 @@ norms, evaluation, with every way to train and every kind of reference."""
 import pytest
 import torch
 import transformers
-from conftest import make_dataset
 from peft import LoraConfig
+from tiny_pairs import make_dataset
 from trl import DPOConfig, DPOTrainer
 
 from trl_ama import AMAConfig, AMATrainer

@@ -7,15 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import QUICK, make_dataset, make_rows
+from places import ROOT, SUPPORT
 from processes_worker import BATCH, CASES, LATER, SAVED_AT, STEPS, copy_specialist
-from test_invariants import with_reference_columns
+from tiny_pairs import make_dataset, make_rows, with_reference_columns
+from tiny_runs import QUICK
 
 from trl_ama import AMAError
 from trl_ama.checkpoints import damage_of, read_manifest
@@ -24,7 +24,6 @@ from trl_ama.loss_shards import LossShards
 from trl_ama.run_fingerprints import relevant_arguments
 
 
-ROOT = Path(__file__).parent.parent
 SIZES = {"list": 21, "sort": 9, "brief": 13}  # 43 pairs: an epoch of batches of 8 ends with 3
 TASKS = ["list", "sort"]  # of the pipeline
 COUNTS = (1, 2, 4)
@@ -60,7 +59,7 @@ def world(model_dir, tmp_path_factory):
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     spec = {"model": model_dir, "quick": quick, "recipe": str(folder / "recipe.yaml"), "jobs": TASKS, "two": TWO}
     (folder / "spec.json").write_text(json.dumps(spec))
-    run = python(ROOT / "tests" / "processes_worker.py", folder, *COUNTS)
+    run = python(SUPPORT / "processes_worker.py", folder, *COUNTS)
     assert run.returncode == 0, run.stdout + run.stderr
     return folder, {count: json.loads((folder / f"{count}.json").read_text()) for count in COUNTS}
 
@@ -71,7 +70,7 @@ def read(path):
 
 
 def environ():
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(SUPPORT)]), "OMP_NUM_THREADS": "1"}
 
 
 def python(*arguments):

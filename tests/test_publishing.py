@@ -11,6 +11,9 @@ from datasets import load_dataset
 from hub_world import HELD_OUT, SIZES, parse, upload_model, upload_pairs, write_recipe
 from huggingface_hub import DatasetCard, ModelCard
 from peft import AutoPeftModelForCausalLM
+from surroundings import forget_downloads, server
+from tiny_models import lora
+from tiny_pairs import make_dataset, with_reference_columns
 from trl import DPOTrainer
 
 from trl_ama import AMAError, load_reference_losses, run_pipeline
@@ -24,11 +27,9 @@ LOSSES = "org/mine-reference-losses"
 @pytest.fixture(scope="module")
 def world(model_dir, tmp_path_factory):
     """The Hub after a whole run was pushed, the run's folder and its recipe."""
-    from conftest import _forget_downloads, server
-
     folder = tmp_path_factory.mktemp("publishing")
     server.reset()
-    _forget_downloads()
+    forget_downloads()
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("HF_TOKEN", server.WRITE_TOKEN)
         commits = {"base": upload_model(server, model_dir)}
@@ -391,9 +392,6 @@ def test_without_held_out_pairs(published, tmp_path):
 
 def test_the_trainer_alone(hub, model_dir, quick_args, tokenizer):
     """As a `DPOTrainer`: in Python, without the pipeline."""
-    from conftest import make_dataset
-    from test_invariants import lora, with_reference_columns
-
     from trl_ama import AMATrainer
 
     upload_model(hub, model_dir)

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 import trl.trainer.dpo_trainer
-from conftest import QUICK, make_model, make_rows
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
+from tiny_models import make_model, save
+from tiny_pairs import make_rows
+from tiny_runs import QUICK
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer, ModelConfig, TrlParser
 
@@ -50,9 +52,9 @@ TOKEN = 0.015
 def base(tokenizer, tmp_path_factory):
     """bitsandbytes quantises blocks of 64 weights, and on a CPU wants every row to be a whole number of them."""
     path = tmp_path_factory.mktemp("base")
-    make_model(len(tokenizer), hidden_size=64, intermediate_size=128, num_key_value_heads=4).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+    return save(
+        make_model(len(tokenizer), hidden_size=64, intermediate_size=128, num_key_value_heads=4), tokenizer, path
+    )
 
 
 @pytest.fixture(scope="module")

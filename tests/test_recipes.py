@@ -12,7 +12,6 @@ import stat
 import subprocess
 import sys
 from dataclasses import fields
-from itertools import cycle
 from pathlib import Path
 
 import accelerate
@@ -20,8 +19,10 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from conftest import make_model, make_rows
 from datasets import Dataset, Features, List, Value
+from places import ROOT
+from tiny_models import make_model, save
+from tiny_pairs import write_pairs
 from trl import DPOConfig
 
 from trl_ama import AMAConfig, run_pipeline
@@ -31,7 +32,6 @@ from trl_ama.task_config import TaskMixtureConfig
 from trl_ama.task_loading import load_tasks
 
 
-ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "recipes"
 RECIPES = sorted(FOLDER.rglob("ama/*.yaml"))
 NAMES = [str(path.relative_to(FOLDER)) for path in RECIPES]
@@ -211,14 +211,6 @@ def test_columns_and_formats_fit_the_public_datasets(name, monkeypatch):
                 assert row["chat_template_kwargs"]["enable_thinking"] == (task == "think")
 
 
-def write_pairs(folder, tasks, train, test):
-    """Files with so many pairs of each task."""
-    for number, (task, kind) in enumerate(zip(tasks, cycle(("list", "sort", "brief")), strict=False)):
-        for split, count in (("train", train), ("test", test)):
-            rows = make_rows(kind, count, seed=count + number)
-            (folder / f"{task}_{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-
-
 @pytest.fixture(scope="module")
 def pairs_dir(tmp_path_factory):
     """Files with pairs for the tasks of all recipes: as many as two steps draw, and the fewest held-out ones."""
@@ -244,9 +236,7 @@ def quick_python(monkeypatch):
 def model_for_4_bits(tokenizer, tmp_path_factory):
     """bitsandbytes quantises blocks of 64 weights, and on a CPU wants every row to be a whole number of them."""
     path = tmp_path_factory.mktemp("model")
-    make_model(len(tokenizer), hidden_size=64, intermediate_size=128).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+    return save(make_model(len(tokenizer), hidden_size=64, intermediate_size=128), tokenizer, path)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)

@@ -13,11 +13,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from trl_ama import cli
 
 
-REPO = Path(__file__).resolve().parents[1]
 COMMANDS = list(cli.COMMANDS)
 TRL_HELP = ["-c", "from trl.cli import main; raise SystemExit(main(['--help']))"]
 
@@ -57,7 +57,7 @@ class Environment:
 def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder)]
-    result = subprocess.run([*command, str(REPO)], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([*command, str(ROOT)], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     return next(folder.glob("*.whl"))
 
@@ -74,10 +74,10 @@ def test_wheel_has_hook_at_its_root_and_the_package_data(wheel):
     assert {"trl_ama_register.pth", "trl_ama/py.typed", "trl_ama/registration.py"} <= names
     data = [
         path
-        for path in (REPO / "trl_ama").rglob("*")
+        for path in (ROOT / "trl_ama").rglob("*")
         if path.suffix in (".md", ".html", ".css", ".js", ".yaml", ".py")
     ]
-    assert {path.relative_to(REPO).as_posix() for path in data} <= names
+    assert {path.relative_to(ROOT).as_posix() for path in data} <= names
 
 
 def test_trl_lists_our_commands_after_its_own(installed):
@@ -122,7 +122,7 @@ def test_broken_package_breaks_neither_python_nor_trl(installed, tmp_path, modul
     package.mkdir()
     (package / "__init__.py").write_text("")
     if module == "cli":
-        (package / "registration.py").write_text((REPO / "trl_ama" / "registration.py").read_text())
+        (package / "registration.py").write_text((ROOT / "trl_ama" / "registration.py").read_text())
     (package / f"{module}.py").write_text("raise RuntimeError('broken on purpose')\n")
 
     result = installed.run("-c", "print('started')", PYTHONPATH=str(tmp_path))
@@ -161,7 +161,7 @@ def test_command_that_trl_already_has_is_not_replaced(installed, tmp_path):
 @pytest.mark.parametrize("editable", [False, True])
 def test_uninstall_takes_the_hook_away(wheel, tmp_path, editable):
     environment = Environment(tmp_path / "env")
-    environment.install(*(["-e", str(REPO)] if editable else [str(wheel)]))
+    environment.install(*(["-e", str(ROOT)] if editable else [str(wheel)]))
     assert set(COMMANDS) <= set(environment.trl_commands())
 
     environment.pip("uninstall", "-q", "-y", "trl-ama")

@@ -12,9 +12,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_html_report import HOSTILE, NOTE_FILE, make_run, write
+from made_runs import HOSTILE, make_run, write
 
 from trl_ama.html_page import write_comparison, write_page
+from trl_ama.run_note import NOTE_FILE
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

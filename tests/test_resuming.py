@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 from hub_world import parse
-from test_checkpoints import assert_same, copy, finished, recipe, training  # noqa: F401
-from test_interruption import At
-from test_invariants import losses_of
+from resumed_runs import At, assert_same, copy_fixture, finished_fixture, recipe_fixture, training_fixture  # noqa: F401 - fixtures
+from tiny_runs import losses_of
 
 from trl_ama import AMAError, loss_shards, run_pipeline, safe_files, training_stage
 from trl_ama.checkpoints import newest_good_checkpoint
@@ -36,7 +35,7 @@ FIRST_IS_BEST = {
 # ---- The best checkpoint ----
 
 
-def test_a_best_step_that_was_never_saved_spoils_no_checkpoint(training, tmp_path):  # noqa: F811
+def test_a_best_step_that_was_never_saved_spoils_no_checkpoint(training, tmp_path):
     """`save_steps` may be a multiple of `eval_steps`: then the state names a best step that has no folder."""
     whole = training("whole", **FIRST_IS_BEST)
     whole.train()
@@ -50,7 +49,7 @@ def test_a_best_step_that_was_never_saved_spoils_no_checkpoint(training, tmp_pat
     assert_same(resumed, whole)
 
 
-def test_a_checkpoint_that_a_signal_asked_for_is_not_the_best_one(training, tmp_path):  # noqa: F811
+def test_a_checkpoint_that_a_signal_asked_for_is_not_the_best_one(training, tmp_path):
     whole = training("whole", **FIRST_IS_BEST)
     whole.train()
     stopped = training("run", **FIRST_IS_BEST)
@@ -66,7 +65,7 @@ def test_a_checkpoint_that_a_signal_asked_for_is_not_the_best_one(training, tmp_
         shutil.rmtree(tmp_path / "run" / "checkpoint-7")
 
 
-def test_a_best_checkpoint_is_found_where_the_folder_has_moved(training, tmp_path):  # noqa: F811
+def test_a_best_checkpoint_is_found_where_the_folder_has_moved(training, tmp_path):
     settings = {**FIRST_IS_BEST, "save_steps": 2}
     whole = training("whole", **settings)
     whole.train()
@@ -82,7 +81,7 @@ def test_a_best_checkpoint_is_found_where_the_folder_has_moved(training, tmp_pat
 # ---- Draws ----
 
 
-def test_another_read_ahead_is_refused_where_it_decides_the_draws(training, tmp_path):  # noqa: F811
+def test_another_read_ahead_is_refused_where_it_decides_the_draws(training, tmp_path):
     training("whole", max_steps=2, dataloader_num_workers=1).train()
     checkpoint = str(tmp_path / "whole" / "checkpoint-2")
     for changes, ours in (
@@ -97,7 +96,7 @@ def test_another_read_ahead_is_refused_where_it_decides_the_draws(training, tmp_
             training("other", **{"max_steps": 4, **changes}).train(checkpoint)
 
 
-def test_a_fixed_mixture_may_have_other_loaders(training, tmp_path):  # noqa: F811
+def test_a_fixed_mixture_may_have_other_loaders(training, tmp_path):
     training("whole", mixing="uniform", max_steps=2, dataloader_num_workers=1).train()
     resumed = training("other", mixing="uniform", max_steps=4)
     resumed.train(str(tmp_path / "whole" / "checkpoint-2"))
@@ -106,7 +105,7 @@ def test_a_fixed_mixture_may_have_other_loaders(training, tmp_path):  # noqa: F8
     assert losses_of(resumed) == losses_of(whole)
 
 
-def test_sums_are_reduced_once_in_an_optimizer_step(training, monkeypatch):  # noqa: F811
+def test_sums_are_reduced_once_in_an_optimizer_step(training, monkeypatch):
     calls = []
 
     def counted(accelerator, values):
@@ -165,7 +164,7 @@ def test_a_shard_that_cannot_be_read_stays(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_a_note_that_cannot_be_written_ends_in_one_sentence(recipe, tmp_path, monkeypatch, number, expected):  # noqa: F811
+def test_a_note_that_cannot_be_written_ends_in_one_sentence(recipe, tmp_path, monkeypatch, number, expected):
     write = training_stage.write_json
 
     def full(path, content):
@@ -181,7 +180,7 @@ def test_a_note_that_cannot_be_written_ends_in_one_sentence(recipe, tmp_path, mo
     assert (tmp_path / "run" / "specialists" / "list" / "adapter_model.safetensors").is_file()
 
 
-def test_a_model_that_cannot_be_saved_at_the_end_names_the_folder(copy, recipe, finished, monkeypatch):  # noqa: F811
+def test_a_model_that_cannot_be_saved_at_the_end_names_the_folder(copy, recipe, finished, monkeypatch):
     """Its last checkpoint is there, and the next run only saves."""
     from transformers import Trainer
 
@@ -208,7 +207,7 @@ def test_a_model_that_cannot_be_saved_at_the_end_names_the_folder(copy, recipe, 
 # ---- Engines ----
 
 
-def test_a_left_out_step_needs_no_zero_grad_of_the_engine(training):  # noqa: F811
+def test_a_left_out_step_needs_no_zero_grad_of_the_engine(training):
     """DeepSpeed's takes no argument, so gradients are dropped one by one."""
     trainer = training("run")
     weight = torch.nn.Parameter(torch.ones(2))

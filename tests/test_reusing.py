@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import client_env, make_dataset
 from datasets import load_dataset
 from hub_world import HELD_OUT, SIZES, parse, upload_model, upload_pairs, write_recipe
 from huggingface_hub import DatasetCard, ModelCard
 from peft import AutoPeftModelForCausalLM, LoraConfig
+from places import ROOT
+from surroundings import client_env
+from tiny_models import make_model, save
+from tiny_pairs import make_dataset
 from trl import DPOTrainer
 
 from trl_ama import AMAConfig, AMAError, AMATrainer, join_reference_losses, load_reference_losses, run_pipeline
@@ -54,7 +57,7 @@ run_script("ama", make_parser, main)
 
 
 def command(home: Path, token: str, *arguments: str) -> str:
-    environ = {**client_env(home / "hf_home", token), "PYTHONPATH": str(Path(__file__).parents[1])}
+    environ = {**client_env(home / "hf_home", token), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, *arguments], cwd=home, env=environ, capture_output=True, text=True, timeout=300
     )
@@ -303,10 +306,7 @@ def test_own_pairs_are_joined(losses_on_hub):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_first_batch_tells_another_base_model(losses_on_hub, quick_args, tokenizer, seed, tmp_path, caplog):
     """Seed 0 is the model that made the losses."""
-    from conftest import make_model
-
-    make_model(len(tokenizer), seed).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    save(make_model(len(tokenizer), seed), tokenizer, tmp_path / "model")
     trainer = AMATrainer(
         model=str(tmp_path / "model"),
         args=quick_args(AMAConfig, max_steps=1),

@@ -6,36 +6,12 @@ import random
 import pandas as pd
 import pytest
 from datasets import Dataset
+from row_forms import as_json, conversations, plain, turns
 
 from trl_ama import AMAError, TaskMixtureConfig, task_loading
 from trl_ama.row_account import EMPTY, HELD_OUT, LIMITS, TRUNCATED, RowAccount, account_lines
 from trl_ama.task_loading import read_tasks
 from trl_ama.transcripts import DIFFER, EMPTY_ANSWER, NO_ANSWER, NO_QUESTION, NO_TURNS
-
-
-def messages(role, text):
-    return [{"role": role, "content": text}]
-
-
-def plain(number, chosen="yes", rejected="no"):
-    return {"prompt": f"question {number}", "chosen": chosen, "rejected": rejected}
-
-
-def turns(number, chosen="yes", rejected="no"):
-    row = plain(number, chosen, rejected)
-    return {
-        "prompt": messages("user", row["prompt"]),
-        **{side: messages("assistant", row[side]) for side in ("chosen", "rejected")},
-    }
-
-
-def conversations(number, chosen="yes", rejected="no"):
-    row = turns(number, chosen, rejected)
-    return {side: [*row["prompt"], *row[side]] for side in ("chosen", "rejected")}
-
-
-def as_json(number, chosen="yes", rejected="no"):
-    return {name: json.dumps(side) for name, side in turns(number, chosen, rejected).items()}
 
 
 def transcripts(number, chosen="yes", rejected="no"):

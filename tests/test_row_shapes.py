@@ -7,9 +7,9 @@ import json
 from datetime import datetime
 
 import pytest
-from conftest import QUICK
 from corpus_rows import MESSAGES, PLAIN, REFUSED, TEXTS, assistant, parts, user
 from datasets import Dataset, LargeList, Value, load_dataset
+from tiny_runs import QUICK
 from trl import DPOConfig, DPOTrainer
 
 from trl_ama import AMAConfig, AMAError, AMATrainer, TaskMixtureConfig, load_tasks

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from accelerate import PartialState
 from hub_world import parse
-from test_checkpoints import recipe  # noqa: F401
+from resumed_runs import recipe_fixture  # noqa: F401 - fixtures
 
 from trl_ama import AMAError, run_lock, run_pipeline
 from trl_ama.run_lock import folder_held
@@ -146,7 +146,7 @@ def test_no_secret_is_written(tmp_path, monkeypatch):
     assert "trl ama --config" in text and "secret" not in text and "/home/me" not in text
 
 
-def test_the_pipeline_holds_its_folder(recipe, tmp_path, monkeypatch):  # noqa: F811
+def test_the_pipeline_holds_its_folder(recipe, tmp_path, monkeypatch):
     seen = []
 
     def stop(settings, *args):

@@ -11,31 +11,16 @@ from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard, skip_first_batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moving_strategies import Fixed, Moving
 from torch.utils.data import BatchSampler, DataLoader
 
 from trl_ama.errors import AMAError
-from trl_ama.mixing import MixingStrategy, StepStatistics, build_strategy
+from trl_ama.mixing import StepStatistics, build_strategy
 from trl_ama.sampler import TaskMixtureSampler
 
 
 SIZES = [20, 7, 3]
 TASK_IDS = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], SIZES))  # the rows of a task lie scattered
-
-
-class Fixed(MixingStrategy):
-    """Any p, and a new one whenever a test says so."""
-
-    name = "fixed"
-
-    def __init__(self, p):
-        super().__init__(np.ones(len(p)))
-        self.p = np.asarray(p, dtype=float)
-
-    def probabilities(self):
-        return self.p
-
-    def loss_weights(self):
-        return np.ones(self.num_tasks)
 
 
 def make_sampler(strategy=None, block_size=4, seed=1, **kwargs) -> TaskMixtureSampler:
@@ -168,24 +153,6 @@ def test_ranks_share_each_block():
 
 
 # ---- The draws of a seed ----
-
-
-class Moving(MixingStrategy):
-    """Another p for every block: each task in turn is drawn most often."""
-
-    name = "moving"
-
-    def __init__(self, num_tasks):
-        super().__init__(np.ones(num_tasks))
-        self.blocks = 0
-
-    def probabilities(self):
-        self.blocks += 1
-        raw = 1.0 + (np.arange(self.num_tasks) + self.blocks) % self.num_tasks
-        return raw / raw.sum()
-
-    def loss_weights(self):
-        return np.ones(self.num_tasks)
 
 
 # Written by the first release. Figures that were published rest on these draws: they must never change for a seed.

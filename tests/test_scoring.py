@@ -5,11 +5,12 @@ import contextlib
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, make_dataset, make_model
 from datasets import Dataset
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel
-from test_invariants import lora
-from test_policy_sources import KINDS, LINEAR, WHO, logits, save_adapter
+from saved_adapters import KINDS, LINEAR, WHO, logits, save_adapter
+from tiny_models import lora, make_model, save
+from tiny_pairs import make_dataset
+from tiny_runs import QUICK
 from transformers import AutoModelForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -84,9 +85,7 @@ def own(model):
 def biased_dir(tokenizer, tmp_path_factory):
     """The tiny model with biases in its attention, which an adapter can train."""
     path = tmp_path_factory.mktemp("biased")
-    make_model(len(tokenizer), attention_bias=True).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+    return save(make_model(len(tokenizer), attention_bias=True), tokenizer, path)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -6,8 +6,8 @@ import importlib.util
 
 import pytest
 import torch
-from conftest import make_model
 from corpus_settings import ADAPTERS, SETTINGS, Setting, other_adapter_kinds, trainer_of
+from tiny_models import make_model, save
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
@@ -34,8 +34,7 @@ def make(tokenizer, tmp_path_factory):
         key = repr(sorted(setting.model.items()))
         if key not in models:
             models[key] = str(folder / f"model-{len(models)}")
-            make_model(len(tokenizer), **setting.model).save_pretrained(models[key])
-            tokenizer.save_pretrained(models[key])
+            save(make_model(len(tokenizer), **setting.model), tokenizer, models[key])
         return models[key]
 
     def make(trainer_class, setting: Setting, **args):

@@ -6,12 +6,11 @@ Figures in milliseconds come from `tests/benchmarks/startup.py`.
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
 
-REPO = Path(__file__).resolve().parents[1]
 COMMANDS = ["ama", "ama-specialists", "ama-losses", "ama-eval", "ama-check"]
 HEAVY = {"accelerate", "datasets", "numpy", "pandas", "peft", "pyarrow", "torch", "transformers"}
 HELP = """
@@ -29,7 +28,7 @@ with contextlib.redirect_stdout(io.StringIO()) as printed:
 
 def modules_after(code: str) -> set[str]:
     """The modules of a fresh Python that has run `code`."""
-    environ = {**os.environ, "PYTHONPATH": str(REPO)}
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     code += "\nimport sys; print('modules:', *sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -41,7 +40,7 @@ def packages(modules: set[str]) -> set[str]:
 
 
 def help_modules(*commands: str) -> set[str]:
-    return modules_after(HELP.format(hook=str(REPO / "trl_ama_register.pth"), commands=commands))
+    return modules_after(HELP.format(hook=str(ROOT / "trl_ama_register.pth"), commands=commands))
 
 
 def test_import_adds_nothing_to_importing_trl():

@@ -9,7 +9,7 @@ import pytest
 from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard, skip_first_batches
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets, load_dataset
-from test_sampler import Fixed, Moving
+from moving_strategies import Fixed, Moving
 from torch.utils.data import BatchSampler, DataLoader
 
 from trl_ama.errors import AMAError

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from adapter_kinds import EXPERTS, EXPERTS_KINDS, LORA, make_adapter, make_moe
-from conftest import QUICK, make_dataset
 from peft import LoraConfig, PeftModel
+from tiny_models import save
+from tiny_pairs import make_dataset
+from tiny_runs import QUICK
 from transformers import AutoModelForCausalLM
 
 from trl_ama import AMAConfig, AMATrainer
@@ -19,9 +21,7 @@ SPECIALISTS = ["experts, two at once", "experts, one parameter", "experts and la
 @pytest.fixture(scope="module")
 def base(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("experts")
-    make_moe(len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save(make_moe(len(tokenizer)), tokenizer, folder)
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,8 @@ import gzip
 import json
 
 import pytest
-from conftest import make_rows
 from datasets import ClassLabel, Dataset
+from tiny_pairs import make_rows
 
 from trl_ama import AMAError, TaskMixtureConfig, load_tasks
 from trl_ama.pair_forms import pair_id

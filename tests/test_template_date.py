@@ -3,8 +3,8 @@
 import datetime
 
 import pytest
-from conftest import CHAT_TEMPLATE, make_model
 from hub_world import SIZES, parse, write_pairs, write_recipe
+from tiny_models import CHAT_TEMPLATE, make_model, save
 from transformers import AutoTokenizer
 
 from trl_ama import AMAError, run_pipeline
@@ -26,13 +26,11 @@ def rendered(tokenizer, **kwargs) -> str:
 def dated_model(tokenizer, tmp_path_factory):
     """A model whose template begins with the day, as SmolLM3's does."""
     path = str(tmp_path_factory.mktemp("dated"))
-    make_model(len(tokenizer)).save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    save(make_model(len(tokenizer)), tokenizer, path)
     dated = AutoTokenizer.from_pretrained(path)
     dated.add_tokens(["07"])
     dated.chat_template = DAY + CHAT_TEMPLATE
-    make_model(len(dated)).save_pretrained(path)
-    dated.save_pretrained(path)
+    save(make_model(len(dated)), dated, path)
     return path
 
 

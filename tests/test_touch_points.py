@@ -11,13 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, make_dataset, make_model, make_rows
 from datasets import Dataset, Features, IterableDataset, Json, concatenate_datasets
 from datasets.distributed import split_dataset_by_node
 from datasets.iterable_dataset import BufferShuffledExamplesIterable
-from test_invariants import lora, with_reference_columns
+from places import DOCS, path_of
+from tiny_models import lora, make_model
+from tiny_pairs import make_dataset, make_rows, with_reference_columns
+from tiny_runs import QUICK
 from transformers import Trainer
 from trl import DPOConfig, DPOTrainer
+from vision_model import make_image, make_processor, make_vision_model, make_vision_rows
 
 from trl_ama import AMAConfig, AMATrainer
 from trl_ama.pair_batches import RecordedForward
@@ -25,7 +28,7 @@ from trl_ama.stream_sources import _own_copy
 from trl_ama.streaming import StreamSampler
 
 
-DOC = Path(__file__).parent.parent / "docs" / "touch_points.md"
+DOC = DOCS / "touch_points.md"
 
 
 @pytest.fixture(scope="module")
@@ -699,7 +702,6 @@ def test_86_the_output_of_a_training_is_a_named_tuple():
 def test_89_pairs_about_images_are_prepared_in_the_collator(tokenizer, tmp_path):
     from peft import LoraConfig
     from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
-    from vision_model import make_processor, make_vision_model, make_vision_rows
 
     processor = make_processor(tokenizer)
     data = Dataset.from_list([{**row, "ref_chosen_logps": -1.0} for row in make_vision_rows("name", 2)])
@@ -724,8 +726,6 @@ def test_89_pairs_about_images_are_prepared_in_the_collator(tokenizer, tmp_path)
 
 
 def test_90_hooks_that_capture_outputs_belong_to_the_model(tokenizer):
-    from vision_model import make_processor, make_vision_model
-
     model = make_vision_model(make_processor(tokenizer))
     layers = model.model.vision_tower.encoder.layers
 
@@ -742,7 +742,6 @@ def test_91_images_are_stored_as_bytes_and_paths():
     import io
 
     from datasets import Image
-    from vision_model import make_image
 
     buffer = io.BytesIO()
     make_image("apple").save(buffer, "JPEG")
@@ -1133,7 +1132,7 @@ def test_100_trainable_tokens_of_a_tied_head():
 
 def test_every_touch_point_is_documented():
     numbered = {int(number) for number in re.findall(r"^\| (\d+) \|", DOC.read_text(), flags=re.MULTILINE)}
-    tested = {int(match) for match in re.findall(r"def test_(\d+)_", Path(__file__).read_text())}
+    tested = {int(match) for match in re.findall(r"def test_(\d+)_", path_of("test_touch_points.py").read_text())}
     assert numbered == tested
 
 

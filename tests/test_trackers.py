@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import QUICK, make_dataset, make_rows
+from tiny_pairs import make_dataset, make_rows
+from tiny_runs import QUICK
 from tracker_files import local_trackers, tensorboard_scalars, trackio_runs, wandb_runs
 from transformers.trainer_utils import TrainOutput
 from trl import DPOTrainer, ModelConfig, TrlParser

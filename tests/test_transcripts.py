@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from row_forms import QUESTION, START, both
 
 from trl_ama import AMAError, TaskMixtureConfig
 from trl_ama.task_loading import read_tasks
@@ -17,13 +18,7 @@ from trl_ama.transcripts import (
 )
 
 
-QUESTION = "\n\nHuman: What is 1+1?"
-START = "\n\nHuman: Hi\n\nAssistant: Hello!" + QUESTION
 PROMPT = [("user", "Hi"), ("assistant", "Hello!"), ("user", "What is 1+1?")]
-
-
-def both(start: str, chosen: str = "2", rejected: str = "3") -> tuple[str, str]:
-    return f"{start}\n\nAssistant: {chosen}", f"{start}\n\nAssistant: {rejected}"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import trl.trainer.dpo_trainer
-from conftest import QUICK, make_dataset, make_model
 from peft import (
     AutoPeftModelForCausalLM,
     KasaConfig,
@@ -21,7 +20,10 @@ from peft import (
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
-from test_policy_sources import logits, save_adapter
+from saved_adapters import logits, save_adapter
+from tiny_models import make_model, save
+from tiny_pairs import make_dataset
+from tiny_runs import QUICK
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, ModelConfig
 
@@ -47,9 +49,7 @@ SIZES = {"list": 6, "sort": 6}
 def base_dir(tokenizer, tmp_path_factory):
     """A tiny model with biases, which adapters can train along."""
     path = tmp_path_factory.mktemp("base")
-    make_model(len(tokenizer), attention_bias=True).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+    return save(make_model(len(tokenizer), attention_bias=True), tokenizer, path)
 
 
 def load(path):

@@ -4,29 +4,17 @@ The files of a whole run are in tests/test_pipeline.py.
 """
 
 import json
-import re
 
 import numpy as np
 import pytest
+from state_versions import refused, with_version
 
 from trl_ama import AMAError
 from trl_ama.loss_shards import LossShards
 from trl_ama.mixing import build_strategy
 from trl_ama.mixture import Mixture
-from trl_ama.safe_files import read_json, write_json
+from trl_ama.safe_files import write_json
 from trl_ama.training_stage import TrainingStage
-from trl_ama.versions import VERSIONS
-
-
-def with_version(path, version):
-    """Rewrites a file as of another version; of none for `None`."""
-    content = read_json(path)
-    content.pop("version")
-    write_json(path, content if version is None else {"version": version, **content})
-
-
-def refused(name, version=99):
-    return rf"{re.escape(name)}' is of version {version}, this trl-ama reads version {VERSIONS[name]}\. Update trl-ama, or "
 
 
 def test_shards(tmp_path):

@@ -8,19 +8,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import QUICK
 from datasets import Dataset
-from test_vision_trainer import processor, trl_logps, vision_dir  # noqa: F401  (fixtures)
-from trl import DPOConfig, DPOTrainer, ModelConfig, TrlParser
-from vision_model import make_vision_rows
+from hub_world import parse
+from tiny_runs import QUICK, RECIPE
+from trl import DPOConfig, DPOTrainer
+from vision_model import make_vision_rows, processor_fixture, trl_logps, vision_dir_fixture  # noqa: F401 - fixtures
 
-from trl_ama import AMAConfig, AMAError, TaskMixtureConfig, join_reference_losses, run_pipeline
+from trl_ama import AMAError, join_reference_losses, run_pipeline
 from trl_ama.loss_checks import sha256
 from trl_ama.loss_loading import load_reference_losses
 from trl_ama.loss_scoring import compute_reference_losses
 from trl_ama.pair_forms import pair_id_of
 from trl_ama.pair_images import images_of
-from trl_ama.pipeline_arguments import PipelineArguments
 from trl_ama.reference_columns import LOGP_COLUMNS
 from trl_ama.run_settings import RunSettings
 from trl_ama.safe_files import write_json
@@ -42,33 +41,25 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def recipe(vision_dir, data_dir, tmp_path_factory):  # noqa: F811
+def recipe(vision_dir, data_dir, tmp_path_factory):
     """Builds the four parsed argument groups, as the command line does."""
     path = tmp_path_factory.mktemp("recipe") / "config.yaml"
     write_json(
         path,
         {
-            **QUICK,
+            **RECIPE,
             "model_name_or_path": vision_dir,
             "tasks": [{"task": task, "path": "org/data", "eval_split": "test"} for task in SIZES],
             "tasks_dir": str(data_dir),
-            "mixing": "ama_s",
             "specialist_args": {"max_steps": 4},
-            "use_peft": True,
-            "lora_r": 4,
-            "lora_alpha": 8,
             "lora_target_modules": ["q_proj", "v_proj"],
-            "learning_rate": 5e-3,
             "per_device_eval_batch_size": 3,
             "max_steps": 3,
-            "logging_steps": 1,
-            "seed": 3,
         },
     )
 
     def build(output_dir, *flags):
-        parser = TrlParser((PipelineArguments, AMAConfig, ModelConfig, TaskMixtureConfig))
-        return parser.parse_args_and_config(["--config", str(path), "--output_dir", str(output_dir), *map(str, flags)])
+        return parse(path, "--output_dir", output_dir, *flags)
 
     return build
 
@@ -88,7 +79,7 @@ def as_dataset(rows: list[dict], task: str) -> Dataset:
     return Dataset.from_list([{**row, "task": task} for row in rows])
 
 
-def test_reference_losses_are_trls(finished, vision_dir, tmp_path):  # noqa: F811
+def test_reference_losses_are_trls(finished, vision_dir, tmp_path):
     from peft import PeftModel
     from transformers import LlavaForConditionalGeneration
 

@@ -2,8 +2,15 @@
 
 import numpy as np
 import pytest
-from conftest import QUICK
-from vision_model import make_processor, make_vision_model, make_vision_rows
+from tiny_runs import QUICK
+from vision_model import (  # noqa: F401 - fixtures
+    make_processor,
+    make_vision_model,
+    make_vision_rows,
+    processor_fixture,
+    trl_logps,
+    vision_dir_fixture,
+)
 
 
 QUICK = {
@@ -14,20 +21,6 @@ QUICK = {
     "seed": 7,
     "per_device_eval_batch_size": 4,
 }
-
-
-@pytest.fixture(scope="module")
-def processor(tokenizer):
-    return make_processor(tokenizer)
-
-
-@pytest.fixture(scope="module")
-def vision_dir(processor, tmp_path_factory):
-    """A saved tiny vision-language model with its processor."""
-    path = tmp_path_factory.mktemp("llava")
-    make_vision_model(processor).save_pretrained(path)
-    processor.save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -87,19 +80,6 @@ def _dpo(vision_dir, rows, folder, peft_config=None, **arguments):
         train_dataset=Dataset.from_list(rows),
         peft_config=peft_config,
     )
-
-
-def trl_logps(trainer, model, rows) -> np.ndarray:
-    """What TRL's own `compute_ref_log_probs` gives for raw rows under a model, a pair at a time. # (N, 2)"""
-    from trl.trainer.utils import add_fused_lm_head
-
-    add_fused_lm_head(model.get_base_model() if hasattr(model, "get_base_model") else model)
-    model.eval()
-    found = []
-    for row in range(len(rows)):
-        batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[row]]))
-        found.append([side.item() for side in trainer.compute_ref_log_probs(model, batch)])
-    return np.array(found)
 
 
 def _losses(trainer) -> list[float]:

@@ -10,7 +10,7 @@ strategies' α-ascent should close the duality gap
 at a rate of T^(−1/2). Here θ is descended by projected SGD, α is the business of the package's own strategies, and the
 gap is computed by the ellipsoid method, which bounds its own error.
 
-    python tests/convex_case.py            # prints a table of gaps and fitted slopes
+    python tests/support/convex_case.py            # prints a table of gaps and fitted slopes
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Runs the same cases in 1, 2 and 4 real processes (gloo, CPU) and writes what came out; `test_processes.py` compares.
 
-    python tests/processes_worker.py FOLDER [PROCESSES …]
+    python tests/support/processes_worker.py FOLDER [PROCESSES …]
 
 FOLDER has what the tests' fixture put there. Everything is imported once, and the processes are forked from that one.
 """

@@ -1,6 +1,6 @@
 """Kills a small run at random moments, resumes it each time, and holds what it ends with against an undisturbed run, bit by bit.
 
-    python tests/chaos.py --kills 25 --output outputs/chaos
+    python tests/support/chaos.py --kills 25 --output outputs/chaos
 
 Each stage (specialists, reference losses, generalist with evaluation) is run and killed with SIGKILL until it has been killed
 often enough, in two ways: after a random time, or at a random one of its operations on files (in the middle of a rotation, too); then a file
@@ -30,6 +30,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from places import ROOT
 
 
 os.environ.update(
@@ -200,11 +202,11 @@ def free_port() -> int:
 
 def make_world(home: Path) -> None:
     """A tiny model, its tokenizer and pairs of every task."""
-    from conftest import _make_tokenizer, make_model, make_rows
+    from tiny_models import make_model, make_tokenizer, save
+    from tiny_pairs import make_rows
 
-    tokenizer = _make_tokenizer()
-    make_model(len(tokenizer)).save_pretrained(home / "model")
-    tokenizer.save_pretrained(home / "model")
+    tokenizer = make_tokenizer()
+    save(make_model(len(tokenizer)), tokenizer, home / "model")
     (home / "data").mkdir()
     for task, count in SIZES.items():
         for split, size, seed in (("train", count, 0), ("test", 5, 1)):
@@ -508,7 +510,7 @@ def main(argv: list[str] | None = None) -> int:
 
     home = Path(tempfile.mkdtemp(prefix="chaos_"))
     os.environ.update(HF_HOME=str(home / "hf"), PYTHONHASHSEED="0", MPLCONFIGDIR=str(home / "mpl"))
-    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    sys.path.insert(0, str(ROOT))
     import_everything()
     counts: list[Count] = []
     try:

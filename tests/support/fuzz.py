@@ -1,8 +1,8 @@
 """Malformed recipes, files of pairs, datasets and loss folders by the thousand: none may end in a traceback or a hang.
 
 ```bash
-python tests/fuzz.py --cases 2500            # the whole
-python tests/fuzz.py --cases 1 --start 1234  # one again, with its input and its traceback
+python tests/support/fuzz.py --cases 2500            # the whole
+python tests/support/fuzz.py --cases 1 --start 1234  # one again, with its input and its traceback
 ```
 
 A case is made from its number alone. It runs in one child process with all others, through the functions that `trl ama` calls before anything is
@@ -29,8 +29,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import surroundings  # noqa: F401 - before the libraries that read the environment
 import yaml
-from conftest import QUICK, _make_tokenizer, make_model, make_rows
+from tiny_models import make_model, make_tokenizer, save
+from tiny_pairs import make_rows
+from tiny_runs import QUICK
 
 
 TASKS = ("list", "sort")
@@ -154,9 +157,8 @@ class World:
         (folder / "a" / "b" / "c").mkdir(parents=True)  # and nothing is above it but a folder of `results`
         os.chdir(folder / "a" / "b" / "c")  # a junk path may be `.` or `../..`, and `datasets` looks through folders
         self.model = folder / "model"
-        tokenizer = _make_tokenizer()
-        make_model(len(tokenizer)).save_pretrained(self.model)
-        tokenizer.save_pretrained(self.model)
+        tokenizer = make_tokenizer()
+        save(make_model(len(tokenizer)), tokenizer, self.model)
         self.tokenizer = tokenizer
         self.rows = {task: make_rows(task, 6, seed=0) for task in TASKS}
         (folder / "data").mkdir()

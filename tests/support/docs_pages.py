@@ -2,14 +2,14 @@
 
 import re
 import shlex
-from pathlib import Path
 from typing import NamedTuple
 
+from places import DOCS, PACKAGE, RECIPES, ROOT
 
-ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md")))]
-READMES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "recipes").rglob("README.md"))]
-SCRIPTS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "trl_ama" / "scripts").glob("ama*.py"))]
+
+PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted(DOCS.glob("*.md")))]
+READMES = [str(path.relative_to(ROOT)) for path in sorted(RECIPES.rglob("README.md"))]
+SCRIPTS = [str(path.relative_to(ROOT)) for path in sorted((PACKAGE / "scripts").glob("ama*.py"))]
 
 
 class Block(NamedTuple):

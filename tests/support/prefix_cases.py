@@ -7,6 +7,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from peft.utils.integrations import dequantize_bnb_weight
+from tiny_models import SIZES
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_ama.prefix_support import PrefixSharing
@@ -16,12 +17,8 @@ VOCABULARY = 97
 _TENSORS = ("input_ids", "attention_mask", "labels")
 ROUNDING = 8  # times as far from float64 as the plain path may be; what is wrong is off by thousands of times
 TINY = {
+    **SIZES,
     "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 128,
     "initializer_range": 0.2,
     "pad_token_id": 0,

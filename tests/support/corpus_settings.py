@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from conftest import CHAT_TEMPLATE, make_rows
+from tiny_models import CHAT_TEMPLATE
+from tiny_pairs import make_rows
+from tiny_runs import QUICK
 
 
 @dataclass(frozen=True)
@@ -248,7 +250,6 @@ def trainer_of(
     """
     import copy
 
-    from conftest import QUICK
     from datasets import Dataset
 
     tokenizer = copy.deepcopy(tokenizer)

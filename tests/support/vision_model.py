@@ -1,12 +1,14 @@
 """A tiny Llava-like model with its processor, made in process, and preference pairs about images of one colour."""
 
 import numpy as np
-from conftest import CHAT_TEMPLATE, WORDS
+import pytest
+from tiny_models import CHAT_TEMPLATE, make_config, save
+from tiny_pairs import WORDS
 
 
 COLOURS = {"apple": (220, 30, 30), "river": (30, 60, 220), "grape": (120, 30, 160), "lemon": (230, 220, 40)}
 IMAGE_TOKENS = 4  # of an image of 16 by 16 pixels, in patches of 8
-# As conftest's, for content in parts
+# As tiny_models', for content in parts
 _TEMPLATE = CHAT_TEMPLATE.replace(
     "{{ message['content'] }}",
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
@@ -38,7 +40,7 @@ def make_processor(tokenizer):
 def make_vision_model(processor, seed: int = 0):
     """A random Llava with a language model of about 20,000 parameters."""
     import torch
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
@@ -52,19 +54,7 @@ def make_vision_model(processor, seed: int = 0):
         initializer_range=0.2,
         initializer_factor=3.0,
     )
-    text = LlamaConfig(
-        vocab_size=len(processor.tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
+    text = make_config(len(processor.tokenizer), tie_word_embeddings=False)
     token = processor.tokenizer.convert_tokens_to_ids("<image>")
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=token, vision_feature_layer=-1)
     config.initializer_range = 0.2
@@ -114,3 +104,28 @@ def make_vision_rows(task: str, count: int, seed: int = 0, parts: bool = False, 
 
 def _content(text: str, parts: bool) -> "str | list[dict]":
     return [{"type": "text", "text": text}] if parts else text
+
+
+@pytest.fixture(name="processor", scope="module")
+def processor_fixture(tokenizer):
+    return make_processor(tokenizer)
+
+
+@pytest.fixture(name="vision_dir", scope="module")
+def vision_dir_fixture(processor, tmp_path_factory):
+    """A saved tiny vision-language model with its processor."""
+    path = tmp_path_factory.mktemp("llava")
+    return save(make_vision_model(processor), processor, path)
+
+
+def trl_logps(trainer, model, rows) -> np.ndarray:
+    """What TRL's own `compute_ref_log_probs` gives for raw rows under a model, a pair at a time. # (N, 2)"""
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    model.eval()
+    found = []
+    for row in range(len(rows)):
+        batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[row]]))
+        found.append([side.item() for side in trainer.compute_ref_log_probs(model, batch)])
+    return np.array(found)

@@ -52,6 +52,7 @@ from peft import (
     get_peft_model,
 )
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig
+from tiny_models import SIZES, SPECIAL
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 
@@ -186,9 +187,8 @@ def make_moe(vocab_size: int) -> Qwen3MoeForCausalLM:
     """A random mixture of 4 experts, of about 10,000 parameters."""
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=512,
-        initializer_range=0.2, tie_word_embeddings=False, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+        vocab_size=vocab_size, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, head_dim=8, max_position_embeddings=512,
+        initializer_range=0.2, tie_word_embeddings=False, **SIZES, **SPECIAL,
     )  # fmt: skip
     return Qwen3MoeForCausalLM(config)
 

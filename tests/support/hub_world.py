@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import tiny_runs
 import yaml
-from conftest import QUICK, make_rows
+from tiny_pairs import make_rows
 from trl import ModelConfig, TrlParser
 
 from trl_ama import AMAConfig, TaskMixtureConfig
@@ -15,20 +16,11 @@ from trl_ama.pipeline_arguments import PipelineArguments
 SIZES = {"list": 24, "sort": 12}
 HELD_OUT = 10
 RECIPE: dict[str, Any] = {
-    **QUICK,
+    **tiny_runs.RECIPE,
     "model_name_or_path": "org/base",
     "tasks": [{"task": task, "path": f"org/{task}-pairs", "eval_split": "test"} for task in SIZES],
-    "mixing": "ama_s",
     "specialist_args": {"max_steps": 4},
-    "use_peft": True,
-    "lora_r": 4,
-    "lora_alpha": 8,
-    "lora_target_modules": "all-linear",
-    "learning_rate": 5e-3,
-    "per_device_eval_batch_size": 16,
     "max_steps": 4,
-    "logging_steps": 1,
-    "seed": 3,
 }
 
 

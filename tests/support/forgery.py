@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_rows
 from datasets import Dataset
+from tiny_pairs import make_rows
 
 from trl_ama import AMAError, load_reference_losses
 from trl_ama.loss_dataset import save_task
@@ -108,3 +108,13 @@ def readable(error: AMAError, *words: str) -> str:
 def numbers(folder: Path) -> dict[str, list[dict]]:
     """All that a reader gets."""
     return {split: list(rows) for split, rows in load_reference_losses(str(folder)).items()}
+
+
+@pytest.fixture(name="honest", scope="module")
+def honest_fixture(tmp_path_factory):
+    return honest_losses(tmp_path_factory.mktemp("honest"))
+
+
+@pytest.fixture(name="losses")
+def losses_fixture(honest, tmp_path):
+    return copied(honest, tmp_path)

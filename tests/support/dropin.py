@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUICK, make_dataset, make_model
 from datasets import ClassLabel, Dataset, Features, IterableDataset
 from peft import LoraConfig, get_peft_model
+from tiny_models import make_model
+from tiny_pairs import make_dataset
+from tiny_runs import QUICK
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
@@ -208,8 +210,8 @@ def same_values(ours: Any, theirs: Any) -> None:
         assert ours == theirs
 
 
-@pytest.fixture
-def run_both(model_dir, tokenizer, tmp_path):
+@pytest.fixture(name="run_both")
+def run_both_fixture(model_dir, tokenizer, tmp_path):
     """Runs a scenario with DPOTrainer and with one of ours, holds the outcomes against each other, and returns both."""
 
     def run(
