@@ -112,7 +112,7 @@ def test_what_is_wrong_for_good_is_not_tried_again(hub, finished, waits, nothing
     """The Hub's objection to a card comes as a `ValueError`, and so does an answer that is cut off."""
     monkeypatch.setattr(
         "trl_ama.publishing.write_specialist_card",
-        lambda settings, task, *args: (settings.specialist_dir(task) / "README.md").write_text(
+        lambda settings, task, *args: (settings.folder.specialist(task) / "README.md").write_text(
             "---\nbase_model: /a/b\n---\n"
         ),
     )

@@ -21,8 +21,8 @@ from trl_ama import AMAError, cli, run_pipeline
 from trl_ama.html_charts import kept_rows, nice_ticks
 from trl_ama.html_page import LARGEST, render_run, script_json, visible, write_comparison, write_page
 from trl_ama.html_report import MASK, collect, masked
-from trl_ama.pair_scores import MARGINS_FILE
-from trl_ama.run_note import NOTE_FILE, public_arguments
+from trl_ama.recipe_text import public_arguments
+from trl_ama.run_names import MARGINS_FILE, NOTE_FILE
 
 
 class Tree(HTMLParser):
@@ -539,6 +539,7 @@ def test_every_run_leaves_its_page(model_dir, tmp_path, monkeypatch, capsys):
 def test_a_page_that_fails_does_not_stop_a_run(tmp_path, monkeypatch):
     from types import SimpleNamespace
 
+    from trl_ama.run_names import RunFolder
     from trl_ama.run_note import leave_page
 
     def fail(*args):
@@ -546,7 +547,7 @@ def test_a_page_that_fails_does_not_stop_a_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr("trl_ama.run_note.run_note", fail)
     with pytest.warns(UserWarning, match="page was not written.*broken on purpose"):
-        assert leave_page(SimpleNamespace(output_dir=tmp_path), {}) is None
+        assert leave_page(SimpleNamespace(recipe=None, inputs=None, folder=RunFolder(tmp_path)), {}) is None
 
 
 def test_render_needs_no_folder(finished):

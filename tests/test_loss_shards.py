@@ -266,11 +266,11 @@ def test_the_numbers_are_those_of_two_plain_passes(world, tmp_path):
     for task in SIZES:
         rows = {row: i for i, row in enumerate(tables(folder)[f"{task}/train.parquet"]["pair_id"])}
         trainer = ScoringTrainer(
-            settings.model_name,
-            args=settings.with_arguments(
+            settings.recipe.model_name,
+            args=settings.recipe.with_arguments(
                 prefix_sharing=False, precompute_ref_log_probs=True, output_dir=str(tmp_path)
             ),
-            train_dataset=settings.pairs_of(task, "train"),
+            train_dataset=settings.inputs.pairs_of(task, "train"),
         )
         with reference_policy(trainer) as model:
             base = score_pairs(trainer, model, trainer.train_dataset, "")

@@ -242,11 +242,11 @@ def test_the_stages_losses_are_the_trainers_own(finished, recipe):
     settings = RunSettings(*recipe(finished[0]))
     joined = joined_data(settings)["train"]
     trainer = AMATrainer(
-        settings.model_name,
-        args=settings.with_arguments(
-            specialists={task: str(settings.specialist_dir(task)) for task in SIZES}, model_init_kwargs=None
+        settings.recipe.model_name,
+        args=settings.recipe.with_arguments(
+            specialists={task: str(settings.folder.specialist(task)) for task in SIZES}, model_init_kwargs=None
         ),
-        train_dataset=settings.data["train"],
+        train_dataset=settings.inputs.data["train"],
         peft_config=lora(),
     )
     own = trainer.train_dataset
@@ -262,8 +262,8 @@ def test_the_stages_losses_are_the_trainers_own(finished, recipe):
 
 def test_joining_is_by_id_not_position(finished, recipe):
     settings = RunSettings(*recipe(finished[0]))
-    losses = load_reference_losses(settings.losses_dir)["train"]
-    data = settings.data["train"]
+    losses = load_reference_losses(settings.folder.losses)["train"]
+    data = settings.inputs.data["train"]
     straight, shuffled = (join_reference_losses(data, part) for part in (losses, losses.shuffle(seed=1)))
     for column in LOGP_COLUMNS:
         assert straight[column][:] == shuffled[column][:]
@@ -283,8 +283,8 @@ def test_pairs_that_dpo_trainer_drops_are_left_out_by_id(recipe, tmp_path):
     arguments = recipe(tmp_path / "run", "--max_length", "7")
     run_pipeline(*arguments)
     settings = RunSettings(*arguments)
-    losses = load_reference_losses(settings.losses_dir)
-    assert 0 < len(losses["train"]) < len(settings.data["train"])
+    losses = load_reference_losses(settings.folder.losses)
+    assert 0 < len(losses["train"]) < len(settings.inputs.data["train"])
     lengths = {len(row["prompt"][0]["content"].split()) for row in losses["train"]}
     assert lengths == {4, 5} - {length for length in (4, 5) if length not in lengths}
     joined = joined_data(settings)["train"]
@@ -420,7 +420,7 @@ def test_nothing_to_evaluate_on(recipe, copy, no_training, capsys):
     settings = RunSettings(*recipe(copy))
     from trl_ama import evaluate_policies
 
-    del settings.data["test"]
+    del settings.inputs.data["test"]
     with pytest.raises(AMAError, match="No task has held-out pairs"):
         evaluate_policies(settings, {})
 

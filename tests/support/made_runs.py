@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tiny_pairs import make_rows
 
-from trl_ama.pair_scores import MARGINS_FILE, write_margins
+from trl_ama.pair_scores import write_margins
+from trl_ama.run_names import MARGINS_FILE
 
 
 TASKS = ["helpful", "code"]
