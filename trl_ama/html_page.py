@@ -13,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
 from .errors import AMAError
 from .html_charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, chart, look, value_range
 from .html_report import FIGURES, collect
@@ -190,9 +193,6 @@ def _small_enough(render: Callable[[int, int, int], str], curves: int) -> str:
 @functools.cache
 def _environment() -> Any:
     """Compiles each template once: a run writes its page after every stage."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -208,8 +208,6 @@ def _environment() -> Any:
 def _render(
     template: str, title: str, contents: list[tuple[str, str]], charts: list[dict[str, Any]], **values: Any
 ) -> str:
-    from markupsafe import Markup
-
     style, script = ((_TEMPLATES / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     colours = {line["name"]: line["colour"] for one in charts for line in one["lines"]}
     data = {
@@ -289,7 +287,7 @@ def _commands(run: dict[str, Any]) -> list[tuple[str, str]]:
         ),
     ]
     if main is not None:
-        name, revision = f"{run['place']}/generalists/{main}", ""
+        name, revision = str(RunFolder(run["place"]).generalist(main)), ""
         if place:
             name, _, revision = place.partition("@")
         library, kind = (

@@ -77,7 +77,7 @@ def check_quantization(config: BitsAndBytesConfig | None, uses_peft: bool) -> No
     asked = "load_in_4bit" if config.load_in_4bit else "load_in_8bit"
     if importlib.util.find_spec("bitsandbytes") is None:
         raise AMAError(f"{asked} needs bitsandbytes, which is not installed. {_INSTALL}, or set {asked}: false.")
-    from transformers.integrations import validate_bnb_backend_availability
+    from transformers.integrations import validate_bnb_backend_availability  # which loads the optional bitsandbytes
 
     try:
         validate_bnb_backend_availability(raise_exception=True)

@@ -72,7 +72,7 @@ def plot_mixture(folders: dict[str, Path], tasks: list[str], path: Path) -> None
         tasks (`list[str]`): Names of the tasks.
         path (`Path`): Where it goes.
     """
-    import matplotlib
+    import matplotlib  # here, because it takes a second, and whoever imports the pipeline for a stage needs none of it
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
