@@ -19,8 +19,9 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from trl_ama import AMAConfig, AMATrainer
 from trl_ama.preference_losses import PairLogProbs, PreferenceLossConfig, pair_losses
+from trl_ama.prefix_trainer import ScoringTrainer
 from trl_ama.reference_columns import LOGP_COLUMNS
-from trl_ama.scoring import ScoringTrainer, score_pairs
+from trl_ama.scoring import score_pairs
 
 
 SIZES = {"list": 40, "sort": 12, "brief": 28}

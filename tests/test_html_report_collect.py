@@ -14,8 +14,8 @@ from made_runs import FINGERPRINT, Tree, copy_fixture, finished_fixture, make_ru
 from trl_ama import cli
 from trl_ama.html_page import write_comparison
 from trl_ama.html_report import MASK, collect, masked
-from trl_ama.pair_scores import MARGINS_FILE
-from trl_ama.run_note import NOTE_FILE, public_arguments
+from trl_ama.recipe_text import public_arguments
+from trl_ama.run_names import MARGINS_FILE, NOTE_FILE
 
 
 def test_secrets_are_masked(copy):

@@ -15,7 +15,7 @@ from made_runs import HOSTILE, STRATEGIES, Tree, copy_fixture, finished_fixture,
 from trl_ama import AMAError, cli, run_pipeline
 from trl_ama.html_page import LARGEST, render_run, script_json, visible, write_comparison
 from trl_ama.html_report import collect
-from trl_ama.run_note import NOTE_FILE
+from trl_ama.run_names import NOTE_FILE
 
 
 # ---- One run ----
@@ -213,6 +213,7 @@ def test_every_run_leaves_its_page(model_dir, tmp_path, monkeypatch, capsys):
 def test_a_page_that_fails_does_not_stop_a_run(tmp_path, monkeypatch):
     from types import SimpleNamespace
 
+    from trl_ama.run_names import RunFolder
     from trl_ama.run_note import leave_page
 
     def fail(*args):
@@ -220,7 +221,7 @@ def test_a_page_that_fails_does_not_stop_a_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr("trl_ama.run_note.run_note", fail)
     with pytest.warns(UserWarning, match="page was not written.*broken on purpose"):
-        assert leave_page(SimpleNamespace(output_dir=tmp_path), {}) is None
+        assert leave_page(SimpleNamespace(recipe=None, inputs=None, folder=RunFolder(tmp_path)), {}) is None
 
 
 def test_render_needs_no_folder(finished):

@@ -12,8 +12,7 @@ from trl_ama import AMAError
 from trl_ama.html_charts import kept_rows, nice_ticks
 from trl_ama.html_page import write_comparison
 from trl_ama.html_report import collect
-from trl_ama.pair_scores import MARGINS_FILE
-from trl_ama.run_note import NOTE_FILE
+from trl_ama.run_names import MARGINS_FILE, NOTE_FILE
 
 
 def test_numbers_are_those_of_the_results(finished):

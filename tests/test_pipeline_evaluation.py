@@ -34,6 +34,6 @@ def test_nothing_to_evaluate_on(recipe, copy, no_training, capsys):
     settings = RunSettings(*recipe(copy))
     from trl_ama import evaluate_policies
 
-    del settings.data["test"]
+    del settings.inputs.data["test"]
     with pytest.raises(AMAError, match="No task has held-out pairs"):
         evaluate_policies(settings, {})

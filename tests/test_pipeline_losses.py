@@ -14,7 +14,7 @@ from trl_ama import AMAError, AMATrainer, join_reference_losses, run_pipeline
 from trl_ama.loss_dataset import read_note
 from trl_ama.loss_loading import load_reference_losses
 from trl_ama.reference_columns import LOGP_COLUMNS
-from trl_ama.reference_losses import joined_data
+from trl_ama.run_losses import joined_data
 from trl_ama.run_settings import RunSettings
 from trl_ama.run_start import check_recipe
 from trl_ama.safe_files import describe_files, read_json, sealed, write_json
@@ -85,11 +85,11 @@ def test_the_stages_losses_are_the_trainers_own(finished, recipe):
     settings = RunSettings(*recipe(finished[0]))
     joined = joined_data(settings)["train"]
     trainer = AMATrainer(
-        settings.model_name,
-        args=settings.with_arguments(
-            specialists={task: str(settings.specialist_dir(task)) for task in SIZES}, model_init_kwargs=None
+        settings.recipe.model_name,
+        args=settings.recipe.with_arguments(
+            specialists={task: str(settings.folder.specialist(task)) for task in SIZES}, model_init_kwargs=None
         ),
-        train_dataset=settings.data["train"],
+        train_dataset=settings.inputs.data["train"],
         peft_config=lora(),
     )
     own = trainer.train_dataset
@@ -105,8 +105,8 @@ def test_the_stages_losses_are_the_trainers_own(finished, recipe):
 
 def test_joining_is_by_id_not_position(finished, recipe):
     settings = RunSettings(*recipe(finished[0]))
-    losses = load_reference_losses(settings.losses_dir)["train"]
-    data = settings.data["train"]
+    losses = load_reference_losses(settings.folder.losses)["train"]
+    data = settings.inputs.data["train"]
     straight, shuffled = (join_reference_losses(data, part) for part in (losses, losses.shuffle(seed=1)))
     for column in LOGP_COLUMNS:
         assert straight[column][:] == shuffled[column][:]
@@ -126,8 +126,8 @@ def test_pairs_that_dpo_trainer_drops_are_left_out_by_id(recipe, tmp_path):
     arguments = recipe(tmp_path / "run", "--max_length", "7")
     run_pipeline(*arguments)
     settings = RunSettings(*arguments)
-    losses = load_reference_losses(settings.losses_dir)
-    assert 0 < len(losses["train"]) < len(settings.data["train"])
+    losses = load_reference_losses(settings.folder.losses)
+    assert 0 < len(losses["train"]) < len(settings.inputs.data["train"])
     lengths = {len(row["prompt"][0]["content"].split()) for row in losses["train"]}
     assert lengths == {4, 5} - {length for length in (4, 5) if length not in lengths}
     joined = joined_data(settings)["train"]

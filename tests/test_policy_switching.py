@@ -18,7 +18,7 @@ from trl_ama import AMAConfig, AMAError
 from trl_ama.adapter_keys import saved_shapes
 from trl_ama.policies import trained_policy
 from trl_ama.policy_sources import check_policy_source
-from trl_ama.scoring import ScoringTrainer
+from trl_ama.prefix_trainer import ScoringTrainer
 
 
 @pytest.mark.filterwarnings("ignore")

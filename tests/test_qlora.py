@@ -14,11 +14,10 @@ from trl_ama import AMATrainer
 from trl_ama.generalists import generalist_stage
 from trl_ama.loss_loading import load_reference_losses
 from trl_ama.policies import reference_policy, trained_policy_and_reference
-from trl_ama.prefix_trainer import SpecialistTrainer
+from trl_ama.prefix_trainer import ScoringTrainer, SpecialistTrainer
 from trl_ama.quantized import keep_weights, quantized_layers
-from trl_ama.reference_losses import joined_data
+from trl_ama.run_losses import joined_data
 from trl_ama.safe_files import read_json
-from trl_ama.scoring import ScoringTrainer
 
 
 # Mean difference, nats a token, between two ways to compute the same 4-bit model in bf16 (packed or padded, in other batches).
@@ -61,11 +60,11 @@ def test_adapters_are_switched_on_the_one_base(finished):
 def test_it_learned(finished):
     """A random model of two layers mostly remembers its pairs, but of `brief` it learns enough for held-out ones."""
     settings, results, _ = finished
-    note = read_json(settings.specialist_dir("brief") / "stage.json")["result"]
+    note = read_json(settings.folder.specialist("brief") / "stage.json")["result"]
     assert note["train_loss"] < 0.2 and note["eval_loss"] < note["base_loss"] - 0.05 and note["eval_margin"] > 0.3
     by_task = {name: policy["by_task"]["brief"] for name, policy in results["policies"].items()}
     assert by_task["specialists"]["margin"] == pytest.approx(note["eval_margin"], abs=0.1)
-    history = read_json(settings.generalist_dir("ama_s") / "trainer_state.json")["log_history"]
+    history = read_json(settings.folder.generalist("ama_s") / "trainer_state.json")["log_history"]
     assert len([entry for entry in history if "eval_worst_excess" in entry]) == 3
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert np.mean(losses[-2:]) < np.mean(losses[:2])
@@ -76,30 +75,30 @@ def test_it_learned(finished):
 
 def scoring_trainer(settings, **kwargs):
     return ScoringTrainer(
-        model=settings.model_name,
+        model=settings.recipe.model_name,
         args=settings.scoring_arguments(),
-        train_dataset=settings.data["train"],
-        quantization_config=settings.quantization_config(),
-        peft_config=settings.peft_config(),
+        train_dataset=settings.inputs.data["train"],
+        quantization_config=settings.recipe.quantization_config(),
+        peft_config=settings.inputs.peft_config(),
         **kwargs,
     )
 
 
 def generalist_trainer(settings, trainer_class=AMATrainer, **changes):
     config = {"mixing": "ama_s"} if trainer_class is AMATrainer else {}
-    args = settings.with_arguments(
-        output_dir=str(settings.output_dir / "other"), eval_strategy="no", **config, **changes
+    args = settings.recipe.with_arguments(
+        output_dir=str(settings.folder.path / "other"), eval_strategy="no", **config, **changes
     )
     data = joined_data(settings)["train"]
     if trainer_class is DPOTrainer:  # as `trl dpo` would
         names = [name for name in ("prompt", "chosen", "rejected") if name in data.column_names]
         data = data.select_columns(names)
     return trainer_class(
-        model=settings.model_name,
+        model=settings.recipe.model_name,
         args=args,
         train_dataset=data,
-        quantization_config=settings.quantization_config(),
-        peft_config=settings.peft_config(),
+        quantization_config=settings.recipe.quantization_config(),
+        peft_config=settings.inputs.peft_config(),
     )
 
 
@@ -145,10 +144,10 @@ def test_a_specialist_scores_as_it_was_trained(finished, task):
     settings, _, _ = finished
     trainer = generalist_trainer(settings, DPOTrainer)
     keep_weights(trainer.model)
-    weights = load_file(settings.specialist_dir(task) / "adapter_model.safetensors")
+    weights = load_file(settings.folder.specialist(task) / "adapter_model.safetensors")
     set_peft_model_state_dict(trainer.model, weights)
     joined = joined_data(settings)["train"]
-    number = settings.task_names.index(task)
+    number = settings.recipe.task_names.index(task)
     rows = [row for row, label in enumerate(joined["task"]) if label == number]
     trainer.train_dataset = trainer.train_dataset.select(rows)
     columns = ("specialist_chosen_logps", "specialist_rejected_logps")
@@ -169,12 +168,12 @@ def test_every_stage_prepares_the_base_alike(finished):
     """TRL casts no norm, embedding or head of a quantised base, and neither do we: otherwise log-probs would drift."""
     settings, _, _ = finished
     found = {}
-    data = settings.pairs_of("list", "train").remove_columns("task")
-    args = settings.with_arguments(output_dir=str(settings.output_dir / "other"), eval_strategy="no")
-    quantization, peft_config = settings.quantization_config(), settings.peft_config()
+    data = settings.inputs.pairs_of("list", "train").remove_columns("task")
+    args = settings.recipe.with_arguments(output_dir=str(settings.folder.path / "other"), eval_strategy="no")
+    quantization, peft_config = settings.recipe.quantization_config(), settings.inputs.peft_config()
     for name, trainer in (
         ("specialist", lambda: SpecialistTrainer(
-            settings.model_name, args=args, train_dataset=data, quantization_config=quantization, peft_config=peft_config
+            settings.recipe.model_name, args=args, train_dataset=data, quantization_config=quantization, peft_config=peft_config
         )),
         ("scoring", lambda: scoring_trainer(settings)),
         ("generalist", lambda: generalist_trainer(settings)),
@@ -216,7 +215,7 @@ def test_every_trainer_of_ours_keeps_the_weights(finished):
 
 def test_adapters_are_saved_without_the_base(finished):
     settings, _, _ = finished
-    for folder in (settings.generalist_dir("ama_s"), settings.specialist_dir("list")):
+    for folder in (settings.folder.generalist("ama_s"), settings.folder.specialist("list")):
         weights = load_file(folder / "adapter_model.safetensors")
         assert len(weights) == 2 * LAYERS and all("lora_" in name for name in weights)
         numbers = sum(value.numel() for value in weights.values())
@@ -228,7 +227,7 @@ def test_adapters_are_saved_without_the_base(finished):
 @pytest.mark.parametrize("bits", [4, 16])
 def test_a_generalist_is_read_again(finished, bits):
     settings, _, _ = finished
-    folder = settings.generalist_dir("ama_s")
+    folder = settings.folder.generalist("ama_s")
     kwargs = {"quantization_config": NF4} if bits == 4 else {}
     model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **kwargs)
     keep_weights(model)
@@ -248,15 +247,15 @@ def test_a_generalist_is_read_again(finished, bits):
 
 def test_cards_say_how_to_load_what_was_trained(finished):
     settings, _, _ = finished
-    for folder in (settings.generalist_dir("ama_s"), settings.specialist_dir("list")):
+    for folder in (settings.folder.generalist("ama_s"), settings.folder.specialist("list")):
         card = (folder / "README.md").read_text()
         (line,) = [line for line in card.splitlines() if line.startswith("quantization = ")]
         shown = eval(line.partition(" = ")[2], {"BitsAndBytesConfig": BitsAndBytesConfig})
-        assert shown.to_dict() == settings.quantization_config().to_dict() == NF4.to_dict()
+        assert shown.to_dict() == settings.recipe.quantization_config().to_dict() == NF4.to_dict()
         assert "trl ama-merge --adapter path/to/this/folder" in card and "merge_and_unload" not in card
 
 
 def test_fingerprints_name_the_quantisation(finished):
     settings, _, _ = finished
-    assert "nf4" in load_reference_losses(str(settings.losses_dir)).fingerprints["list"]["quantization"]
+    assert "nf4" in load_reference_losses(str(settings.folder.losses)).fingerprints["list"]["quantization"]
     assert generalist_stage(settings, "ama_s").fingerprint["load_in_4bit"] is True

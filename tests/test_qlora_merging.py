@@ -28,7 +28,7 @@ def merged(finished, recipe, tmp_path_factory):
     folders = {}
     for into in ("dequantized", "base"):
         folders[into] = tmp_path_factory.mktemp("merged") / into
-        argv = ["--config", recipe.config, "--output_dir", str(settings.output_dir), "--output", str(folders[into])]
+        argv = ["--config", recipe.config, "--output_dir", str(settings.folder.path), "--output", str(folders[into])]
         assert cli.main(["ama-merge", *argv, *(() if into == "dequantized" else ("--into", into))]) == 0
     return folders
 
@@ -54,7 +54,7 @@ def test_a_merge_is_a_whole_checkpoint(merged, base):
 def test_the_dequantised_merge_holds_the_weights_of_the_training(finished, merged, base):
     settings, _, _ = finished
     quantized = AutoModelForCausalLM.from_pretrained(base, quantization_config=NF4, dtype=torch.bfloat16)
-    adapter = load_file(settings.generalist_dir("ama_s") / "adapter_model.safetensors")
+    adapter = load_file(settings.folder.generalist("ama_s") / "adapter_model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(merged["dequantized"])
     layers = dict(quantized_layers(quantized))
     assert len(layers) == LAYERS
@@ -70,7 +70,7 @@ def test_the_dequantised_merge_holds_the_weights_of_the_training(finished, merge
 def test_what_each_merge_loses(finished, merged, base, tmp_path):
     """The dequantised merge is the trained model; the 16-bit base is another one; 4 bits round the adapter away."""
     settings, _, _ = finished
-    folder = settings.generalist_dir("ama_s")
+    folder = settings.folder.generalist("ama_s")
     trained = AutoPeftModelForCausalLM.from_pretrained(folder, quantization_config=NF4, dtype=torch.bfloat16)
     keep_weights(trained)
     expected = log_probs(trained)

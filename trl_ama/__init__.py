@@ -13,7 +13,7 @@ _EXPORTS = {
     "load_tasks": "task_loading",
     "train_specialist": "specialists",
     "compute_reference_losses": "loss_scoring",
-    "join_reference_losses": "reference_losses",
+    "join_reference_losses": "reference_columns",
     "load_reference_losses": "loss_loading",
     "ReferenceLosses": "loss_sharing",
     "MixingStrategy": "mixing",
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .loss_sharing import ReferenceLosses
     from .mixing import MixingStrategy, StepStatistics
     from .pipeline import run_pipeline
-    from .reference_losses import join_reference_losses
+    from .reference_columns import join_reference_losses
     from .specialists import train_specialist
     from .task_config import TaskConfig, TaskMixtureConfig
     from .task_loading import load_tasks

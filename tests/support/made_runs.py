@@ -14,7 +14,8 @@ import pytest
 from tiny_pairs import make_rows
 
 from trl_ama.html_page import write_page
-from trl_ama.pair_scores import MARGINS_FILE, write_margins
+from trl_ama.pair_scores import write_margins
+from trl_ama.run_names import MARGINS_FILE
 
 
 TASKS = ["helpful", "code"]

@@ -12,7 +12,7 @@ from tiny_pairs import make_dataset
 from tiny_runs import QUICK
 
 from trl_ama import AMAConfig, policy_files
-from trl_ama.scoring import ScoringTrainer
+from trl_ama.prefix_trainer import ScoringTrainer
 
 
 def change_weights(folder, change) -> None:
