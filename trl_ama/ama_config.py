@@ -188,6 +188,10 @@ class AMAConfig(DPOConfig):
             )
 
 
+# Pickled arguments name the class by its public place, which stays where it is
+AMAConfig.__module__ = "trl_ama"
+
+
 def _without_tokens(kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
     return kwargs and {key: value for key, value in kwargs.items() if not is_secret(key)}
 

@@ -95,6 +95,11 @@ peft_config:
         specialists (`dict`, *optional*):
             Task → adapter path, Hub id or model; overrides `args.specialists`.
 
+    Attributes:
+        task_names (`list[str]`): The tasks.
+        strategy (`MixingStrategy`): The mixing strategy.
+        has_reference_losses (`bool`): Whether the pairs are held against their specialists.
+
     Raises:
         AMAError: If the data, the specialists or the configuration do not fit together; before any model is loaded where
             that can be seen.
@@ -216,7 +221,7 @@ peft_config:
             complete_card(self)
 
     def broken_by_themselves(self, model: torch.nn.Module, batches: list[dict[str, Any]]) -> dict[str, int]:
-        """On the plain path: in a packed row, a NaN reaches its neighbours."""
+        # In a packed row, a NaN reaches its neighbours
         return {} if self.prefix_sharing.mode is False else broken_on_plain_path(self, model, batches)
 
     # ---- Loss ----

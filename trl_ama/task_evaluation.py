@@ -60,7 +60,7 @@ class EvaluationByTask:
         task_names (`list[str]`): Names of the task numbers.
         have_tasks (`bool`): Whether the training rows name their tasks; if not, all is as without this part.
         numbers_in_batches (`tuple[str, ...]`): Columns of numbers that batches carry beside the task, where rows have them.
-        has_losses (`bool`): Whether each row has a loss of its own.
+        rows_have_losses (`bool`): Whether each row has a loss of its own.
     """
 
     task_names: list[str]

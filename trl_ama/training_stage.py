@@ -5,8 +5,7 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.logging import get_logger
-from transformers import PrinterCallback
-from trl import DPOTrainer
+from transformers import PrinterCallback, Trainer
 
 from .checkpoints import (
     Found,
@@ -136,7 +135,7 @@ class TrainingStage:
         note = {"version": VERSIONS[STAGE_FILE], "fingerprint": self.fingerprint, "result": result, "files": files}
         write_json(self.folder / STAGE_FILE, sealed(note))
 
-    def train(self, trainer: DPOTrainer) -> None:
+    def train(self, trainer: Trainer) -> None:
         """Train from the start or from the newest good checkpoint, and save the model and the trainer's state."""
         checkpoint = from_main(lambda: self._begin(trainer.args.load_best_model_at_end))
         trainer.accelerator.print(
@@ -153,7 +152,7 @@ class TrainingStage:
             finish_runs(exit_code=1)
             raise
 
-    def _save(self, trainer: DPOTrainer) -> None:
+    def _save(self, trainer: Trainer) -> None:
         try:
             trainer.save_model(str(self.folder), _internal_call=True)  # pushed later, with its card
             trainer.save_state()

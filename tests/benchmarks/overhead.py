@@ -140,7 +140,7 @@ def time_sampler(kind: str, rows: int, num_tasks: int, blocks: int) -> dict[str,
                 draws = iter(sampler)
                 next(draws)
         seconds.append(clock() - begin)
-        if ours is not None and len(ours._ahead) > 1:
+        if ours is not None and len(ours.ahead) > 1:
             ours.pop_trained()
     # The mean, not the median: passes that begin in some blocks only are part of the price
     return {
