@@ -50,13 +50,16 @@ class AMACommand(Command):
         subparsers.add_parser(self.name, help=self.help_text, add_help=False)
 
     def run(self, args: Namespace, context: CommandContext) -> int:
-        from trl_ama.scripts.common import read_config, report_errors, split_arguments
+        from trl_ama.scripts.common import report_errors, split_arguments
+        from trl_ama.scripts.config_file import read_config
         from trl_ama.scripts.messages import tidy_warnings
+        from trl_ama.scripts.recipe_check import check_early
 
         tidy_warnings(self.name)
         with report_errors(self.name):
             argv = context.argv_after(self.name)
-            read_config(argv)  # a mistyped path should not have to wait for torch, which the parser imports
+            read_config(argv)
+            check_early(self.name, argv)  # what is wrong with a recipe should not have to wait for torch, which the parser imports
 
             script = importlib.import_module(f"trl_ama.scripts.{self.name.replace('-', '_')}")
             if hasattr(script, "run_without_recipe"):  # nothing to parse or launch
