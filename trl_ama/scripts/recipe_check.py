@@ -4,6 +4,7 @@ In the words of the checks that follow, in their order, and only what they will 
 command line, or on another version of a library than `recipe_schema.json` was made from, it is left to them.
 """
 
+import functools
 import json
 import typing
 from collections.abc import Mapping
@@ -47,6 +48,7 @@ def check_early(command: str, argv: list[str]) -> None:
         _EarlyCheck(command, join_values(argv), config).run()
 
 
+@functools.cache
 def read_schema() -> dict[str, Any]:
     """The schema that the package holds."""
     return json.loads(PATH.read_text(encoding="utf-8"))
