@@ -4,6 +4,7 @@ In the words of the checks that follow, in their order, and only what they will 
 command line, or on another version of a library than `recipe_schema.json` was made from, it is left to them.
 """
 
+import contextlib
 import functools
 import json
 import typing
@@ -56,7 +57,7 @@ def read_schema() -> dict[str, Any]:
 
 def hint_of(entry: Mapping[str, Any]) -> Any:
     """The annotation for a property of the schema, as far as [`check_hint`] looks at it."""
-    names = entry.get("type", [])
+    names = entry.get("x-annotated", entry.get("type", []))
     members = []
     for name in [names] if isinstance(names, str) else names:
         kind = _KINDS[name]
@@ -64,12 +65,19 @@ def hint_of(entry: Mapping[str, Any]) -> Any:
     return typing.Union[tuple(members)] if members else Any  # noqa: UP007
 
 
+@functools.cache
+def installed_versions() -> dict[str, str]:
+    """The versions of the libraries whose keys a recipe may have; without one that is not installed."""
+    found = {}
+    for name in MADE_FROM:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
 def is_for_these_versions(schema: Mapping[str, Any]) -> bool:
-    """Whether the schema was made from the libraries that are installed."""
-    try:
-        return {name: version(name) for name in MADE_FROM} == schema["x-made-from"]
-    except PackageNotFoundError:
-        return False
+    """Whether a schema was made from the libraries that are installed."""
+    return installed_versions() == schema["x-made-from"]
 
 
 class _EarlyCheck:
@@ -128,7 +136,8 @@ class _EarlyCheck:
                 return _TRUTHS[value.lower()]
             problem = f"Truthy value expected: got {value} but expected one of yes/no, true/false, t/f, y/n, 1/0 (case insensitive)."
         else:
-            if "null" in entry["type"] and value.lower() in ("none", "null"):
+            # Of lists, `argparse` converts each entry
+            if "null" in entry["type"] and "array" not in entry["type"] and value.lower() in ("none", "null"):
                 return None
             try:
                 return {"int": int, "float": float}[kind](value)

@@ -13,13 +13,12 @@ import importlib
 import json
 import re
 import typing
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from trl_ama.limits import LIMITS
 from trl_ama.scripts.common import make_parser, option_names
-from trl_ama.scripts.recipe_check import MADE_FROM, PATH
+from trl_ama.scripts.recipe_check import PATH, installed_versions
 from trl_ama.task_config import TaskConfig
 
 
@@ -69,7 +68,7 @@ def make_schema() -> dict[str, Any]:
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "Recipe of trl-ama",
         "description": "Made by `python -m trl_ama.scripts.recipe_schema` out of the dataclasses that read a recipe.",
-        "x-made-from": {name: version(name) for name in MADE_FROM},
+        "x-made-from": installed_versions(),
         "type": "object",
         "additionalProperties": False,
         "properties": properties,
@@ -104,6 +103,9 @@ def _properties(cls: type, parser: argparse.ArgumentParser) -> dict[str, Any]:
 
 def _property(cls: type, name: str, hint: Any, action: argparse.Action) -> dict[str, Any]:
     entry = {"description": _words(action.help), **_type(hint), **_range(name)}
+    if action.nargs == "+" and "string" not in entry["type"]:  # the text of one entry will do
+        kinds = entry["type"] if isinstance(entry["type"], list) else [entry["type"]]
+        entry |= {"type": [*kinds, "string"], "x-annotated": kinds}
     if action.choices is not None:
         entry["enum"] = [*action.choices, *([None] if "null" in entry.get("type", ()) else [])]
     if action.default is not None:
@@ -200,12 +202,11 @@ def _by_hand() -> dict[str, dict[str, Any]]:
         "tasks": {"type": "array", "items": {"$ref": "#/$defs/task"}},
         "mixing": {"anyOf": [{"enum": strategies}]},
         "mixing_lr": {"anyOf": [{"enum": ["auto", None]}, number]},
-        "compare": {"items": {"type": "string", "enum": strategies}},
-        "loss_type": {
-            "type": ["array", "string"],
-            "items": {"enum": losses},
-            "anyOf": [{"enum": losses}, {"type": "array"}],
+        "compare": {
+            "items": {"type": "string", "enum": strategies},
+            "anyOf": [{"enum": strategies}, {"type": "array"}],
         },
+        "loss_type": {"items": {"type": "string", "enum": losses}, "anyOf": [{"enum": losses}, {"type": "array"}]},
         "prefix_sharing": {"type": ["string", "boolean"], "anyOf": [{"enum": ["auto", True, False, "true", "false"]}]},
         "specialist_args": {"anyOf": [{"$ref": "#/$defs/specialist_args"}, {"type": ["string", "null"]}]},
         "fsdp": {"type": ["string", "array", "boolean", "null"]},
