@@ -43,7 +43,7 @@ def test_wheel_has_hook_at_its_root_and_the_package_data(wheel):
     data = [
         path
         for path in (ROOT / "trl_ama").rglob("*")
-        if path.suffix in (".md", ".html", ".css", ".js", ".yaml", ".py")
+        if path.suffix in (".md", ".html", ".css", ".js", ".json", ".yaml", ".py")
     ]
     assert {path.relative_to(ROOT).as_posix() for path in data} <= names
 
