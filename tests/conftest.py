@@ -116,3 +116,44 @@ def quick_args(tmp_path):
         return (config_class or AMAConfig)(**{**settings, **overrides})
 
     return build
+
+
+@pytest.fixture(scope="session")
+def whole_recipe(model_dir, tmp_path_factory):
+    """Builds the parsed arguments of a whole run, see whole_runs."""
+    from whole_runs import make_recipe, write_data
+
+    return make_recipe(
+        tmp_path_factory.mktemp("recipe") / "config.yaml", model_dir, write_data(tmp_path_factory.mktemp("data"))
+    )
+
+
+@pytest.fixture(scope="session")
+def whole_run(whole_recipe, tmp_path_factory):
+    """The folder and results of that run, which takes seconds; whoever changes it copies it first."""
+    from trl_ama import run_pipeline
+
+    output_dir = tmp_path_factory.mktemp("run")
+    return output_dir, run_pipeline(*whole_recipe(output_dir))
+
+
+@pytest.fixture(scope="session")
+def qlora_base(tokenizer, tmp_path_factory):
+    from qlora_runs import make_base
+
+    return make_base(tokenizer, tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def qlora_recipe(qlora_base, tmp_path_factory):
+    from qlora_runs import make_recipe
+
+    return make_recipe(qlora_base, tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture(scope="session")
+def qlora_run(qlora_recipe, tmp_path_factory):
+    """A finished run in 4 bits, see qlora_runs."""
+    from qlora_runs import make_run
+
+    return make_run(qlora_recipe, tmp_path_factory.mktemp("run"))

@@ -1,7 +1,12 @@
+"""What `AMATrainer` draws, weighs, logs, saves and learns."""
+
 import inspect
 import json
+import pickle
+import pickletools
 import subprocess
 import sys
+import typing
 
 import numpy as np
 import pytest
@@ -15,10 +20,12 @@ from tiny_runs import QUICK, assert_learns, losses_of, weights_of
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+import trl_ama
 from trl_ama import AMAConfig, AMATrainer
 from trl_ama.preference_losses import PairLogProbs, PreferenceLossConfig, pair_losses
+from trl_ama.prefix_trainer import ScoringTrainer
 from trl_ama.reference_columns import LOGP_COLUMNS
-from trl_ama.scoring import ScoringTrainer, score_pairs
+from trl_ama.scoring import score_pairs
 
 
 SIZES = {"list": 40, "sort": 12, "brief": 28}
@@ -62,15 +69,20 @@ def test_from_trl_import_after_import_trl_ama():
     "name", ["AMAConfig", "AMATrainer", "AMAError", "run_pipeline", "load_tasks", "MixingStrategy"]
 )
 def test_public_names_can_be_imported(name):
-    import trl_ama
-
     assert name in trl_ama.__all__
     assert getattr(trl_ama, name).__name__ == name
 
 
-def test_an_unknown_name_is_an_attribute_error():
-    import trl_ama
+def test_pickled_arguments_name_the_config_by_its_public_place(quick_args):
+    """As `training_args.bin` does, which others load by that name; nothing of it may depend on a file's name."""
+    args = quick_args(mixing="uniform")
+    names = {name for opcode, name, _ in pickletools.genops(pickle.dumps(args)) if isinstance(name, str)}
+    assert "trl_ama" in names and not [name for name in names if name.startswith("trl_ama.")]
+    assert type(pickle.loads(pickle.dumps(args))) is AMAConfig is trl_ama.AMAConfig
+    assert typing.get_type_hints(AMAConfig)["mixing_lr"] == float | str | None  # as command lines read it
 
+
+def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'AMATrainr'"):
         trl_ama.AMATrainr  # noqa: B018
 

@@ -21,7 +21,7 @@ def one_reading(finished, monkeypatch):
     """What takes longer than the pushes is done once for many commands: data and losses are read, the plot is drawn."""
     settings = RunSettings(*finished.parse(push_to_hub=True))
     monkeypatch.setattr("trl_ama.pipeline.RunSettings", lambda *args: settings)
-    monkeypatch.setattr("trl_ama.reference_losses.read_task", functools.cache(read_task))
+    monkeypatch.setattr("trl_ama.run_losses.read_task", functools.cache(read_task))
     monkeypatch.setattr("trl_ama.pipeline.plot_mixture", lambda *args: None)
 
 
@@ -112,7 +112,7 @@ def test_what_is_wrong_for_good_is_not_tried_again(hub, finished, waits, nothing
     """The Hub's objection to a card comes as a `ValueError`, and so does an answer that is cut off."""
     monkeypatch.setattr(
         "trl_ama.publishing.write_specialist_card",
-        lambda settings, task, *args: (settings.specialist_dir(task) / "README.md").write_text(
+        lambda settings, task, *args: (settings.folder.specialist(task) / "README.md").write_text(
             "---\nbase_model: /a/b\n---\n"
         ),
     )

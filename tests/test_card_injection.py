@@ -16,8 +16,9 @@ from trl_ama import load_reference_losses, run_pipeline
 from trl_ama.markdown import code, escape, fence, fill, table
 from trl_ama.pipeline import RunSettings
 from trl_ama.recipe_text import recipe_yaml
-from trl_ama.reference_losses import joined_data
 from trl_ama.report import plot_mixture
+from trl_ama.run_losses import joined_data
+from trl_ama.run_names import RunFolder
 
 
 TASKS = ["a._x_", "www.evil.com"]
@@ -66,7 +67,7 @@ def test_cards_of_specialists(nasty, hub):
 
 
 def recipe_of(nasty, task=None):
-    return recipe_yaml(RunSettings(*nasty[0]), task)
+    return recipe_yaml(RunSettings(*nasty[0]).recipe, task)
 
 
 def test_card_of_the_generalist(nasty, hub):
@@ -107,7 +108,7 @@ def test_texts_come_through_unchanged(nasty):
     assert joined_data(settings)["train"].num_rows == 32
     for split in ("train", "test"):
         stored = {row["pair_id"]: row["chosen"][0]["content"] for row in losses[split]}
-        given = {row["pair_id"]: row["chosen"][0]["content"] for row in settings.data[split]}
+        given = {row["pair_id"]: row["chosen"][0]["content"] for row in settings.inputs.data[split]}
         assert stored == given and sum(MARKER in text for text in stored.values()) == 2
     for path in run.rglob("*.md"):
         assert "alert(1)</script>" not in path.read_text()
@@ -117,11 +118,9 @@ def test_the_plot(nasty, tmp_path, monkeypatch):
     """Readable, every task in the legend, and the legend within the picture."""
     from matplotlib.figure import Figure
 
-    arguments, run, results = nasty
+    _, run, _ = nasty
     Image.open(run / "plots/mixture.png").verify()
-    settings = RunSettings(*arguments)
     names = [f"task-{'x' * 56}.{number}" for number in range(7)]
-    monkeypatch.setattr(RunSettings, "task_names", names)
     legends = []
     save = Figure.savefig
 
@@ -133,7 +132,8 @@ def test_the_plot(nasty, tmp_path, monkeypatch):
             assert picture.width / kwargs["dpi"] >= box
 
     monkeypatch.setattr(Figure, "savefig", record)
-    plot_mixture(settings, tmp_path / "mixture.png")
+    generalists = {path.name: path for path in RunFolder(run).generalists.iterdir()}
+    plot_mixture(generalists, names, tmp_path / "mixture.png")
     assert legends == [names]
 
 

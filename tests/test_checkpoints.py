@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_world import parse
-from resumed_runs import SIZES, assert_same, copy_fixture, finished_fixture, recipe_fixture, training_fixture  # noqa: F401 - fixtures
+from resumed_runs import assert_same, copy_fixture, finished_fixture, recipe_fixture, training_fixture  # noqa: F401 - fixtures
 from tiny_pairs import make_dataset, with_reference_columns
 from tiny_runs import losses_of
 

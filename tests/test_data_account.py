@@ -48,12 +48,12 @@ def trained_on_nothing(trainer) -> int:
 def test_answers_that_the_template_makes_the_same(recipe, model_dir, quick_args, share):
     rows = [thinking(row) if number < 40 * share else row for number, row in enumerate(CLEAN["list"][0][:40])]
     settings = recipe(with_list(rows))
-    settings.tokenizer.chat_template = WITHOUT_THOUGHTS
+    settings.inputs.tokenizer.chat_template = WITHOUT_THOUGHTS
     check = check_data(settings)
     figures = check.tasks[0]
     left = figures.splits["train"]["left"]
     trainer = DPOTrainer(
-        model_dir, args=quick_args(), train_dataset=Dataset.from_list(rows), processing_class=settings.tokenizer
+        model_dir, args=quick_args(), train_dataset=Dataset.from_list(rows), processing_class=settings.inputs.tokenizer
     )
     assert left["same_tokens"] == trained_on_nothing(trainer) == 40 * share and left["same_text"] == 0
     assert levels(figures)["same_tokens"] == "look"
@@ -118,7 +118,7 @@ def test_words_that_the_tokenizer_does_not_know(recipe):
 
 def test_a_token_with_another_meaning_is_no_unknown_one(recipe):
     settings = recipe()
-    settings.tokenizer.unk_token = settings.tokenizer.eos_token
+    settings.inputs.tokenizer.unk_token = settings.inputs.tokenizer.eos_token
     assert check_data(settings).tasks[0].splits["train"]["unknown_tokens"] is None
 
 

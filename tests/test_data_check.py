@@ -43,7 +43,7 @@ def test_clean_pairs_pass(recipe):
 def test_tokens_are_those_of_the_trainer(recipe, model_dir, tokenizer, quick_args):
     settings = recipe()
     rows = Dataset.from_list(CLEAN["list"][0])
-    ours = tokenise(rows, tokenizer, settings)
+    ours = tokenise(rows, tokenizer, settings.recipe.training_args)
     trainer = DPOTrainer(model_dir, args=quick_args(), train_dataset=rows)
     for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
         assert ours[name][:] == trainer.train_dataset[name][:]
@@ -56,14 +56,16 @@ def test_a_row_that_the_template_refuses_is_named(recipe, tokenizer):
     """Of many rows, by its number; the other tasks are looked at all the same."""
     refusing = "{% if 'night' in messages[0]['content'] %}{{ raise_exception('no nights') }}{% endif %}"
     settings = recipe(with_list([row for row in POOL["list"] if "night" not in str(row)][:50] + [GOOD, NIGHT, GOOD]))
-    settings.tokenizer.chat_template = refusing + tokenizer.chat_template
+    settings.inputs.tokenizer.chat_template = refusing + tokenizer.chat_template
     figures = check_data(settings).tasks[0]
     (problem,) = [
         problem for problem in figures.problems if problem.kind == "template" and "training" in problem.found
     ]
     assert problem.level == "fatal" and "Row 51 cannot be tokenised" in problem.found and "no nights" in problem.found
     with pytest.raises(AMAError, match="Row 907 cannot be tokenised"):
-        tokenise(Dataset.from_list([GOOD, NIGHT]), settings.tokenizer, settings, rows=[900, 907])
+        tokenise(
+            Dataset.from_list([GOOD, NIGHT]), settings.inputs.tokenizer, settings.recipe.training_args, rows=[900, 907]
+        )
 
 
 @pytest.mark.parametrize("drop", [False, True])
@@ -76,7 +78,7 @@ def test_drops_are_those_of_the_pipeline(recipe, model_dir, tokenizer, quick_arg
     left = check_data(settings).tasks[0].splits["train"]["left"]
     assert not left["estimated"] and left["prompt_fills_max_length"] + left["drop_truncated"] > 0
     fits = fits_into(tokenizer, 14) if drop else None
-    loaded = load_tasks(settings.task_args, settings.training_args.seed, fits)["train"]
+    loaded = load_tasks(settings.recipe.task_args, settings.recipe.training_args.seed, fits)["train"]
     loaded = loaded.filter(lambda row: row["task"] == 0)
     assert len(loaded) == 60 - left["drop_truncated"] - left["max_pairs"]
     trainer = DPOTrainer(model_dir, args=quick_args(max_length=14), train_dataset=loaded)
@@ -426,7 +428,7 @@ def test_command_reads_no_weights(run, monkeypatch):
         if module in sys.modules:
             monkeypatch.setattr(f"{module}.safe_open", lambda *args, **kwargs: pytest.fail("weights were read"))
     monkeypatch.setattr("trl_ama.model_identity.model_identity", lambda *args: pytest.fail("weights were hashed"))
-    monkeypatch.setattr("trl_ama.run_settings.model_identity", lambda *args: pytest.fail("weights were hashed"))
+    monkeypatch.setattr("trl_ama.run_inputs.model_identity", lambda *args: pytest.fail("weights were hashed"))
     made, make = [], PreTrainedModel.from_pretrained.__func__
 
     def from_pretrained(cls, path, *args, **kwargs):

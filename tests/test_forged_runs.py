@@ -15,7 +15,8 @@ from tiny_pairs import make_rows
 from trl_ama import AMAError, AMATrainer, load_reference_losses, run_pipeline
 from trl_ama.loss_dataset import read_note
 from trl_ama.reference_columns import LOGP_COLUMNS
-from trl_ama.reference_losses import joined_data, reference_fingerprint
+from trl_ama.run_fingerprints import reference_fingerprint
+from trl_ama.run_losses import joined_data
 from trl_ama.run_settings import RunSettings
 
 
@@ -156,7 +157,7 @@ def test_in_16_bits_the_path_belongs_to_the_losses(shared, tmp_path):
 
     def noted(*arguments):
         settings = RunSettings(*parse(shared / "recipe.yaml", "--output_dir", tmp_path, *arguments))
-        return reference_fingerprint(settings, settings.task_names[0]).get("prefix_sharing")
+        return reference_fingerprint(settings, settings.recipe.task_names[0]).get("prefix_sharing")
 
     assert noted() is noted("--prefix_sharing", "false") is None
     for sixteen in (["--dtype", "bfloat16"], ["--bf16", "true"]):

@@ -22,10 +22,11 @@ from trl_ama import AMAError, loss_shards, run_pipeline, scoring
 from trl_ama.loss_dataset import tasks_in
 from trl_ama.loss_shards import LossShards
 from trl_ama.policies import reference_policy, trained_policy
+from trl_ama.prefix_trainer import ScoringTrainer
 from trl_ama.reference_columns import LOGP_COLUMNS
 from trl_ama.run_settings import RunSettings
 from trl_ama.safe_files import read_json, write_json
-from trl_ama.scoring import ScoringTrainer, score_pairs
+from trl_ama.scoring import score_pairs
 
 
 # ---- Shards alone ----
@@ -265,11 +266,11 @@ def test_the_numbers_are_those_of_two_plain_passes(world, tmp_path):
     for task in SIZES:
         rows = {row: i for i, row in enumerate(tables(folder)[f"{task}/train.parquet"]["pair_id"])}
         trainer = ScoringTrainer(
-            settings.model_name,
-            args=settings.with_arguments(
+            settings.recipe.model_name,
+            args=settings.recipe.with_arguments(
                 prefix_sharing=False, precompute_ref_log_probs=True, output_dir=str(tmp_path)
             ),
-            train_dataset=settings.pairs_of(task, "train"),
+            train_dataset=settings.inputs.pairs_of(task, "train"),
         )
         with reference_policy(trainer) as model:
             base = score_pairs(trainer, model, trainer.train_dataset, "")

@@ -76,8 +76,8 @@ def test_no_token_gets_out(hub, model_dir, tmp_path, monkeypatch, capfd, caplog)
     said += [str(arguments[1]), arguments[1].to_json_string(), str(arguments[1].to_dict()), str(caught.value)]
     said += [
         repr(HubTarget("org/mine", token=hub.FINE_TOKEN_WRITE)),
-        recipe_yaml(settings),
-        recipe_yaml(settings, "list"),
+        recipe_yaml(settings.recipe),
+        recipe_yaml(settings.recipe, "list"),
     ]
     said += [str(warning.message) for warning in warned] + [*capfd.readouterr(), caplog.text]
     assert not leaks("\n".join(said).encode(), secrets)
@@ -122,7 +122,7 @@ def test_secrets_in_values(hub, model_dir, tmp_path):
             {"task": "sort", "path": "json", "data_files": {"train": "file:///home/me/a.jsonl"}},
         ],
     )
-    text = recipe_yaml(RunSettings(*parse(recipe, "--output_dir", tmp_path / "run")))
+    text = recipe_yaml(RunSettings(*parse(recipe, "--output_dir", tmp_path / "run")).recipe)
     assert not leaks(text.encode(), [secret, hub.WRITE_TOKEN, "Pa55word", "/home/me"]), text
     assert "x.org/a.jsonl" in text and "x=1" not in text  # a query may be a signature, whatever it is called
 

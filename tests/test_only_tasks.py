@@ -1,7 +1,7 @@
 """`--only_tasks`: what such a run does and leaves alone. That several at once are safe is tested in `test_processes.py`."""
 
 import pytest
-from whole_runs import SIZES, data_dir_fixture, recipe_fixture  # noqa: F401 - fixtures
+from whole_runs import SIZES, recipe_fixture  # noqa: F401 - fixtures
 
 from trl_ama import AMAError, run_pipeline
 from trl_ama.safe_files import read_json

@@ -17,11 +17,11 @@ from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 from trl_ama.columns import encoded_column, list_lengths, numpy_column
 from trl_ama.errors import AMAError
 from trl_ama.mixing import STRATEGIES, build_strategy
-from trl_ama.mixture import Mixture
+from trl_ama.mixture import Mixture, strategy_for
 from trl_ama.reference_columns import LOGP_COLUMNS, has_columns
 from trl_ama.step_recorder import StepRecorder
 from trl_ama.tasks import concatenate_tasks, task_names_of, with_task_labels
-from trl_ama.trainer_checks import check_no_task_lost, check_token_counts, strategy_for
+from trl_ama.trainer_checks import check_no_task_lost, check_token_counts
 
 
 def peak_of(function, *arguments) -> tuple[int, object]:
@@ -177,8 +177,7 @@ def look_through(dataset: Dataset) -> None:
     names = task_names_of(dataset)
     labelled = with_task_labels(dataset, names)
     assert has_columns(labelled, LOGP_COLUMNS, "train_dataset")
-    args = SimpleNamespace(mixing="ama_s", mixing_lr="auto", smoothing=0.1, excess_clip="pair", sampling="uniform")
-    strategy = strategy_for(args, labelled, names)
+    strategy = strategy_for(labelled, names, "ama_s", smoothing=0.1, excess_clip="pair", sampling="uniform")
     check_no_task_lost(labelled, labelled, names, 64)
     check_token_counts(labelled, "train_dataset", 64, "keep_start")
     mixture = Mixture(strategy, names, 0.69)

@@ -246,7 +246,7 @@ def test_a_sweep_begins_with_the_planned_batch(mode, size):
     from accelerate import Accelerator
     from datasets import Dataset
 
-    from trl_ama.scoring import _Sweep
+    from trl_ama.sweep import Sweep
 
     sizes = np.random.default_rng(0).integers(1, 30, size=(60, 3))
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -255,7 +255,7 @@ def test_a_sweep_begins_with_the_planned_batch(mode, size):
     trainer = SimpleNamespace(
         args=args, data_collator=None, prefix_sharing=SimpleNamespace(mode=mode), accelerator=Accelerator(cpu=True)
     )
-    first = next(_Sweep(trainer, {}, rows).batches())
+    first = next(Sweep(trainer, {}, rows).batches())
     planned = scoring_batch([Lengths(sizes[:20], 20), Lengths(sizes[20:], 40)], size, packed=mode == "auto")
     longest = [prompt + max(answers) for prompt, *answers in (sizes[row] for row in first)]
     assert [prompt + max(answers) for prompt, *answers in planned] == longest

@@ -14,6 +14,7 @@ from tiny_pairs import make_dataset
 from trl import DPOConfig, DPOTrainer
 
 from trl_ama.errors import AMAError
+from trl_ama.pair_batches import RecordedForward
 from trl_ama.preference_losses import (
     PAIR_LOSSES,
     PairLogProbs,
@@ -23,7 +24,6 @@ from trl_ama.preference_losses import (
     sequence_logps,
     untrained_loss,
 )
-from trl_ama.recorded_forward import RecordedForward
 
 
 F_DIVERGENCES = ["forward_kl", "js_divergence", "alpha_divergence"]

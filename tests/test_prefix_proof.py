@@ -21,7 +21,8 @@ from trl_ama import AMAConfig, AMATrainer
 from trl_ama.errors import AMAError
 from trl_ama.prefix_proof import NoVerdict, RandomState, prove
 from trl_ama.prefix_sharing import CannotShare, pack_pairs
-from trl_ama.scoring import ScoringTrainer, score_policies
+from trl_ama.prefix_trainer import ScoringTrainer
+from trl_ama.scoring import score_policies
 
 
 def longer_is_smaller(module, args, output):

@@ -17,8 +17,8 @@ from tiny_pairs import make_dataset, with_reference_columns
 from trl import DPOTrainer
 
 from trl_ama import AMAError, load_reference_losses, run_pipeline
-from trl_ama.loss_dataset import NOTE_FILE
 from trl_ama.reference_columns import LOGP_COLUMNS
+from trl_ama.run_names import FINGERPRINT_FILE
 
 
 LOSSES = "org/mine-reference-losses"
@@ -202,7 +202,7 @@ def test_another_task_leaves_the_others_alone(published, tmp_path):
     changed = {name for name in {*before, *after} if before.get(name) != after.get(name)}
     assert changed == {
         "README.md",
-        *(f"default/brief/{name}" for name in ("train.parquet", "test.parquet", NOTE_FILE)),
+        *(f"default/brief/{name}" for name in ("train.parquet", "test.parquet", FINGERPRINT_FILE)),
     }
     assert load_dataset(LOSSES)["train"].unique("task") == ["brief", "list", "sort"]
     card = DatasetCard.load(LOSSES)
@@ -231,9 +231,9 @@ def test_one_config_is_one_run(published, tmp_path):
     hub, folder, _ = published
     copy_of = tmp_path / "losses"
     shutil.copytree(folder / "reference_losses" / "sort", copy_of / "sort")
-    note = json.loads((copy_of / "sort" / NOTE_FILE).read_text())
+    note = json.loads((copy_of / "sort" / FINGERPRINT_FILE).read_text())
     note["fingerprint"]["max_length"] = 128
-    (copy_of / "sort" / NOTE_FILE).write_text(json.dumps(note))
+    (copy_of / "sort" / FINGERPRINT_FILE).write_text(json.dumps(note))
     other = load_reference_losses(copy_of)
     with pytest.raises(AMAError, match="max_length=128.*max_length=64.*another config"):
         other.push_to_hub(LOSSES)
@@ -245,9 +245,9 @@ def test_a_task_pushed_again_replaces_its_files(published, tmp_path):
     hub, folder, _ = published
     copy_of = tmp_path / "losses"
     shutil.copytree(folder / "reference_losses" / "sort", copy_of / "sort")
-    note = json.loads((copy_of / "sort" / NOTE_FILE).read_text())
+    note = json.loads((copy_of / "sort" / FINGERPRINT_FILE).read_text())
     del note["files"]["test.parquet"]
-    (copy_of / "sort" / NOTE_FILE).write_text(json.dumps(note))
+    (copy_of / "sort" / FINGERPRINT_FILE).write_text(json.dumps(note))
     load_reference_losses(copy_of).push_to_hub(LOSSES)
     assert "default/sort/test.parquet" not in hub.tree("dataset", LOSSES)
     assert len(load_dataset(LOSSES, split="test")) == HELD_OUT
@@ -466,9 +466,9 @@ def test_the_card_may_say_anything(published, tmp_path):
     hub.write("dataset", LOSSES, {"README.md": "Mine."})
     copy_of = tmp_path / "losses"
     shutil.copytree(folder / "reference_losses" / "sort", copy_of / "brief")
-    note = json.loads((copy_of / "brief" / NOTE_FILE).read_text())
+    note = json.loads((copy_of / "brief" / FINGERPRINT_FILE).read_text())
     note["fingerprint"] |= {"max_length": 128, "task": "brief"}
-    (copy_of / "brief" / NOTE_FILE).write_text(json.dumps(note))
+    (copy_of / "brief" / FINGERPRINT_FILE).write_text(json.dumps(note))
     load = load_reference_losses(folder / "reference_losses", tasks=["sort"])
     load.push_to_hub(LOSSES)
     data = DatasetCard.load(LOSSES).data.to_dict()

@@ -28,6 +28,7 @@ from trl import DPOConfig
 from trl_ama import AMAConfig, run_pipeline
 from trl_ama.pipeline_arguments import PipelineArguments
 from trl_ama.scripts.common import check_keys, make_parser, read_config, split_arguments
+from trl_ama.scripts.recipe_check import PATH
 from trl_ama.task_config import TaskMixtureConfig
 from trl_ama.task_loading import load_tasks
 
@@ -113,8 +114,10 @@ def test_recipe_parses_strictly(path):
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
 def test_recipe_is_written_like_the_others(path):
     text = path.read_text()
-    assert re.match(r"# .*(GPU|CPU|cores)", text), "the first comment names the hardware"
     lines = text.splitlines()
+    schema = re.fullmatch(r"# yaml-language-server: \$schema=(\S+)", lines[0])
+    assert (path.parent / schema[1]).resolve() == PATH, "the first line names the schema, for editors"
+    assert re.match(r"# .*(GPU|CPU|cores)", lines[1]), "the comment after it names the hardware"
     keys = yaml.safe_load(text)
     assert set(AMA_KEYS) <= set(keys)
     for key in EVERY_AMA_KEY & set(keys):

@@ -1,56 +1,24 @@
-"""The start-up hook: what it adds to `trl`, what it costs every other process, and how it goes away.
+"""The start-up hook as part of the package: what it adds to `trl`, what it costs every other process, and how it goes away.
 
 The package is built and installed into a bare environment that borrows torch and TRL from the one that runs the tests.
 """
 
-import os
+import json
 import statistics
 import subprocess
 import sys
-import sysconfig
-import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from bare_environment import HOOK, Environment
 from places import ROOT
 
 from trl_ama import cli
 
 
 COMMANDS = list(cli.COMMANDS)
-TRL_HELP = ["-c", "from trl.cli import main; raise SystemExit(main(['--help']))"]
-
-
-class Environment:
-    """A bare environment; `borrow` puts the packages of the running one on its path, without their `.pth` files."""
-
-    def __init__(self, path: Path, borrow: bool = True):
-        venv.create(path, with_pip=False, symlinks=True)
-        self.python = str(path / "bin" / "python")
-        self.site_packages = next((path / "lib").glob("python*/site-packages"))
-        self.path = path
-        if borrow:
-            (self.site_packages / "zz_borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-
-    def run(self, *args: str, **environ: str) -> subprocess.CompletedProcess:
-        """Run python away from the repository, so that only what is installed is found."""
-        env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | environ
-        return subprocess.run([self.python, *args], cwd=self.path, env=env, capture_output=True, text=True, timeout=60)
-
-    def pip(self, *args: str) -> None:
-        command = [sys.executable, "-m", "pip", "--python", self.python, *args]
-        result = subprocess.run(command, cwd=self.path, capture_output=True, text=True, timeout=120)
-        assert result.returncode == 0, result.stderr
-
-    def install(self, *what: str) -> None:
-        self.pip("install", "-q", "--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed", *what)
-
-    def trl_commands(self, **environ: str) -> list[str]:
-        result = self.run(*TRL_HELP, **environ)
-        assert result.returncode == 0, result.stderr
-        names = result.stdout[result.stdout.index("{") + 1 : result.stdout.index("}")]
-        return names.split(",")
+BY_VERSION = ["trl_ama_register"] if sys.version_info >= (3, 15) else []  # PEP 829 knows no condition
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +39,11 @@ def installed(wheel, tmp_path_factory) -> Environment:
 
 def test_wheel_has_hook_at_its_root_and_the_package_data(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"trl_ama_register.pth", "trl_ama/py.typed", "trl_ama/registration.py"} <= names
+    assert {*HOOK, "trl_ama/py.typed", "trl_ama/registration.py"} <= names
     data = [
         path
         for path in (ROOT / "trl_ama").rglob("*")
-        if path.suffix in (".md", ".html", ".css", ".js", ".yaml", ".py")
+        if path.suffix in (".md", ".html", ".css", ".js", ".json", ".yaml", ".py")
     ]
     assert {path.relative_to(ROOT).as_posix() for path in data} <= names
 
@@ -84,28 +52,49 @@ def test_trl_lists_our_commands_after_its_own(installed):
     commands = installed.trl_commands()
     assert commands[-len(COMMANDS) :] == COMMANDS
     assert "dpo" in commands
+    assert len(commands) == len({*commands})
+
+
+def test_trl_as_a_module_lists_them_too(installed):
+    assert installed.trl_commands(installed.python, "-m", "trl.cli.main") == installed.trl_commands()
+
+
+@pytest.mark.parametrize("value, listed", [("1", False), ("yes", False), ("", True), ("0", True)])
+def test_switch(installed, value, listed):
+    assert (set(COMMANDS) <= set(installed.trl_commands(TRL_AMA_NO_HOOK=value))) == listed
+
+
+def test_what_is_not_trl_lists_what_trl_has(installed):
+    code = "from trl.cli import main; raise SystemExit(main(['--help']))"
+    commands = installed.trl_commands(installed.python, "-c", code)
+    assert "dpo" in commands
+    assert not set(COMMANDS) & set(commands)
 
 
 def test_the_list_does_not_import_torch(installed):
-    code = "import sys; from trl.cli.commands import get_commands as g; print(len(g()), 'torch' in sys.modules)"
+    code = "import trl_ama_register as r, sys; r.install(); from trl.cli.commands import get_commands as g; "
+    code += "print(len(g()), 'torch' in sys.modules)"
     count, torch_imported = installed.run("-c", code).stdout.split()
     assert int(count) > len(COMMANDS)
     assert torch_imported == "False"
 
 
 def test_hook_leaves_nothing_on_the_meta_path_once_used(installed):
-    code = "import sys; f = lambda: [type(x).__name__ for x in sys.meta_path]; print(f()); import trl.cli; print(f())"
-    before, after = installed.run("-c", code).stdout.splitlines()
+    code = "import trl_ama_register as r, sys; r.install(); f = lambda: [type(x).__name__ for x in sys.meta_path]; "
+    code += "print(f()); import trl.cli; print(f()); r.install(); print(f())"
+    before, after, again = installed.run("-c", code).stdout.splitlines()
     assert "TRLAMAFinder" in before
-    assert "TRLAMAFinder" not in after
+    assert "TRLAMAFinder" not in after + again
 
 
 def test_start_up_imports_nothing(tmp_path, wheel):
     environment = Environment(tmp_path / "env", borrow=False)
-    code = "import sys; print(sorted(sys.modules))"
-    before = environment.run("-c", code).stdout
+    code = "import json, sys; print(json.dumps(sorted(sys.modules)))"
+    before = json.loads(environment.run("-c", code).stdout)
     environment.install(str(wheel))
-    assert environment.run("-c", code).stdout == before
+    after = json.loads(environment.run("-c", code).stdout)
+    assert [module for module in after if module.startswith("trl")] == BY_VERSION
+    assert BY_VERSION or after == before
 
 
 def test_start_up_costs_less_than_two_milliseconds(installed):
@@ -114,6 +103,24 @@ def test_start_up_costs_less_than_two_milliseconds(installed):
     code += "print(time.perf_counter() - t)"
     # Measured inside, each time in a fresh interpreter: the noise of starting one is larger than the bound.
     assert statistics.median(float(installed.run("-c", code).stdout) for _ in range(9)) < 2e-3
+
+
+def test_entry_points_give_the_commands(installed):
+    """For a TRL that reads them; with the hook they are still listed once."""
+    code = "import json; from importlib.metadata import entry_points as e; found = e(group='trl.commands'); "
+    code += "from trl.cli.commands.base import Command; commands = [c for p in found for c in p.load()()]; "
+    code += "assert all(isinstance(c, Command) for c in commands); print(json.dumps([c.name for c in commands]))"
+    assert json.loads(installed.run("-c", code).stdout) == COMMANDS
+
+
+def test_trl_that_reads_the_entry_points_lists_each_once(installed, tmp_path):
+    commands = "from importlib.metadata import entry_points\nfrom .base import Command\n"
+    commands += "def get_commands():\n    return [c for p in entry_points(group='trl.commands') for c in p.load()()]\n"
+    main = "def main():\n    from .commands import get_commands\n    print([c.name for c in get_commands()])\n"
+    write_trl(tmp_path, commands, main)
+    for environ in ({}, {"TRL_AMA_NO_HOOK": "1"}):
+        result = installed.execute(installed.trl, PYTHONPATH=str(tmp_path), **environ)
+        assert result.stdout.strip() == str(COMMANDS), result.stderr
 
 
 @pytest.mark.parametrize("module", ["__init__", "registration", "cli"])
@@ -132,28 +139,33 @@ def test_broken_package_breaks_neither_python_nor_trl(installed, tmp_path, modul
     assert "ama" not in commands
 
 
+def write_trl(folder: Path, commands: str, main: str) -> None:
+    """A package `trl` of another shape."""
+    base = (
+        "class Command:\n    def __init__(self, name, help_text):\n        self.name = name\nCommandContext = None\n"
+    )
+    files = {"": "", "cli": main, "cli/commands": commands}
+    for path, source in files.items():
+        (folder / "trl" / path).mkdir(exist_ok=True)
+        (folder / "trl" / path / "__init__.py").write_text(source)
+    (folder / "trl/cli/commands/base.py").write_text(base)
+
+
 @pytest.mark.parametrize("source", ["", "get_commands = None\n"])
 def test_trl_of_another_shape_is_left_alone(installed, tmp_path, source):
-    for folder in ("trl", "trl/cli", "trl/cli/commands"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "__init__.py").write_text(source)
-    code = "import trl.cli.commands as c; print(getattr(c, 'get_commands', None))"
-    result = installed.run("-c", code, PYTHONPATH=str(tmp_path))
+    write_trl(
+        tmp_path, source, "from . import commands as c\nmain = lambda: print(getattr(c, 'get_commands', None))\n"
+    )
+    result = installed.execute(installed.trl, PYTHONPATH=str(tmp_path))
     assert (result.stdout, result.stderr) == ("None\n", "")
 
 
 def test_command_that_trl_already_has_is_not_replaced(installed, tmp_path):
-    for folder in ("trl", "trl/cli", "trl/cli/commands"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "__init__.py").write_text("")
-    (tmp_path / "trl/cli/commands/base.py").write_text(
-        "class Command:\n    def __init__(self, name, help_text):\n        self.name = name\nCommandContext = None\n"
-    )
-    (tmp_path / "trl/cli/commands/__init__.py").write_text(
-        "from .base import Command\ndef get_commands():\n    return [Command('ama', 'theirs')]\n"
-    )
-    code = "from trl.cli.commands import get_commands as g; print([(type(c).__name__, c.name) for c in g()])"
-    result = installed.run("-c", code, PYTHONPATH=str(tmp_path))
+    commands = "from .base import Command\ndef get_commands():\n    return [Command('ama', 'theirs')]\n"
+    main = "from .commands import get_commands\n"
+    main += "def main():\n    print([(type(c).__name__, c.name) for c in get_commands()])\n"
+    write_trl(tmp_path, commands, main)
+    result = installed.execute(installed.trl, PYTHONPATH=str(tmp_path))
     expected = [("Command", "ama"), *(("AMACommand", name) for name in COMMANDS[1:])]
     assert result.stdout.strip() == str(expected), result.stderr
 
@@ -163,6 +175,8 @@ def test_uninstall_takes_the_hook_away(wheel, tmp_path, editable):
     environment = Environment(tmp_path / "env")
     environment.install(*(["-e", str(ROOT)] if editable else [str(wheel)]))
     assert set(COMMANDS) <= set(environment.trl_commands())
+    for name in HOOK:
+        assert (environment.site_packages / name).read_bytes() == (ROOT / name).read_bytes()
 
     environment.pip("uninstall", "-q", "-y", "trl-ama")
     assert not list(environment.site_packages.glob("*trl_ama*"))

@@ -213,6 +213,6 @@ def test_a_left_out_step_needs_no_zero_grad_of_the_engine(training):
     weight = torch.nn.Parameter(torch.ones(2))
     weight.grad = torch.full((2,), float("nan"))
     engine = SimpleNamespace(parameters=lambda: [weight], get_global_grad_norm=lambda: None)
-    trainer._broken_pairs = None
+    trainer.broken_pairs = None
     trainer._get_grad_norm(engine, grad_norm=torch.tensor(float("nan")))
     assert weight.grad is None

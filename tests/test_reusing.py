@@ -332,7 +332,7 @@ def test_the_first_batch_tells_another_base_model(losses_on_hub, quick_args, tok
         peft_config=LoraConfig(target_modules="all-linear"),
     )
     said = []
-    trainer._report_foreign_reference = said.append
+    trainer.report_foreign_reference = said.append
     trainer.train()
     assert len(said) == seed
     assert not seed or "nats a token on the first batch: another base model" in said[0]

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from hub_world import parse
 from resumed_runs import recipe_fixture  # noqa: F401 - fixtures
 
+import trl_ama
 from trl_ama import AMAError, run_lock, run_pipeline
 from trl_ama.run_lock import folder_held
 
@@ -139,7 +140,7 @@ def test_numbers_of_processes_come_again(tmp_path):
 
 
 def test_no_secret_is_written(tmp_path, monkeypatch):
-    script = os.path.join(os.path.dirname(run_lock.__file__), "scripts", "ama.py")
+    script = os.path.join(os.path.dirname(trl_ama.__file__), "scripts", "ama.py")
     monkeypatch.setattr("sys.argv", [script, "--config", "/home/me/x.yaml", "--hub_token", "hf_secret"])
     with folder_held(tmp_path):
         text = (tmp_path / ".locks" / "run.json").read_text()
@@ -150,7 +151,7 @@ def test_the_pipeline_holds_its_folder(recipe, tmp_path, monkeypatch):
     seen = []
 
     def stop(settings, *args):
-        seen.append(sorted(path.name for path in (settings.output_dir / ".locks").glob("*.json")))
+        seen.append(sorted(path.name for path in (settings.folder.path / ".locks").glob("*.json")))
         raise AMAError("enough")
 
     monkeypatch.setattr("trl_ama.pipeline.check_recipe", stop)

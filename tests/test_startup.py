@@ -15,7 +15,8 @@ COMMANDS = ["ama", "ama-specialists", "ama-losses", "ama-eval", "ama-check"]
 HEAVY = {"accelerate", "datasets", "numpy", "pandas", "peft", "pyarrow", "torch", "transformers"}
 HELP = """
 import contextlib, io
-exec(open({hook!r}).read())
+import trl_ama_register
+trl_ama_register.install()
 from trl.cli import main
 with contextlib.redirect_stdout(io.StringIO()) as printed:
     for command in {commands!r}:
@@ -40,7 +41,7 @@ def packages(modules: set[str]) -> set[str]:
 
 
 def help_modules(*commands: str) -> set[str]:
-    return modules_after(HELP.format(hook=str(ROOT / "trl_ama_register.pth"), commands=commands))
+    return modules_after(HELP.format(commands=commands))
 
 
 def test_import_adds_nothing_to_importing_trl():
@@ -50,7 +51,9 @@ def test_import_adds_nothing_to_importing_trl():
     assert not HEAVY & packages(ours)
 
 
-@pytest.mark.parametrize("module", ["trl_ama.cli", "trl_ama.errors", "trl_ama.registration", "trl_ama.task_config"])
+@pytest.mark.parametrize(
+    "module", ["trl_ama.cli", "trl_ama.errors", "trl_ama.registration", "trl_ama.task_config", "trl_ama_register"]
+)
 def test_modules_of_the_command_line_import_nothing_heavy(module):
     assert not HEAVY & packages(modules_after(f"import {module}"))
 
@@ -64,6 +67,7 @@ def test_help_of_our_commands_imports_nothing_that_help_of_dpo_does_not():
     ours, theirs = help_modules(*COMMANDS), help_modules("dpo")
     assert "datasets" not in ours
     assert {module for module in ours - theirs if not module.startswith("trl_ama")} == {"trl.ama"} - theirs
+    assert "trl_ama.registration" in ours
     # Nor, of our own, what trains
     assert not {"trl_ama.ama_trainer", "trl_ama.pipeline", "trl_ama.tasks", "trl_ama.run_settings"} & ours
 

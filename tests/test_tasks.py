@@ -1,3 +1,5 @@
+"""Preference data sets of several tasks, and what becomes of them: one, with a column that names the task."""
+
 import gzip
 import json
 

@@ -102,7 +102,7 @@ def test_a_run_has_one_date_and_each_tasks_arguments(dated_model, tmp_path, monk
         assert asks_for_the_day(AutoTokenizer.from_pretrained(tmp_path / "run" / folder))
     note = read_json(tmp_path / "run" / "specialists" / "list" / "stage.json")["fingerprint"]
     other = recipe_of(dated_model, tmp_path, template_date="2025-07-08")
-    assert tokenizer_identity(RunSettings(*parse(other)).tokenizer) != note["tokenizer"]
+    assert tokenizer_identity(RunSettings(*parse(other)).inputs.tokenizer) != note["tokenizer"]
     with pytest.raises(AMAError, match="made with tokenizer="):
         run_pipeline(*parse(other, "--output_dir", tmp_path / "run"))
 

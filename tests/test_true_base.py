@@ -33,8 +33,8 @@ from trl_ama.own_adapter import OwnBase
 from trl_ama.pipeline_arguments import PipelineArguments
 from trl_ama.policies import trained_policy, trained_policy_and_reference
 from trl_ama.policy_objects import check_policy
+from trl_ama.prefix_trainer import ScoringTrainer
 from trl_ama.run_settings import RunSettings
-from trl_ama.scoring import ScoringTrainer
 from trl_ama.task_config import TaskMixtureConfig
 
 
@@ -404,7 +404,7 @@ def test_policies_that_dpo_trainer_would_not_train_or_mistake(base_dir, tmp_path
         PipelineArguments(), AMAConfig(str(tmp_path / "run"), **QUICK), ModelConfig(plain), TaskMixtureConfig()
     )
     with pytest.raises(AMAError, match="is an adapter .* and training starts from a model"):
-        _ = settings.tokenizer
+        _ = settings.inputs.tokenizer
     trainer = build(named, tmp_path, None, {}, mixing="proportional", ref_model=load(base_dir))
     trainer.train()
     assert trainer.state.global_step == 3

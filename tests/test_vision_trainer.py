@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 from tiny_runs import QUICK
 from vision_model import (  # noqa: F401 - fixtures
-    make_processor,
-    make_vision_model,
     make_vision_rows,
     processor_fixture,
     trl_logps,
@@ -118,7 +116,8 @@ def test_scoring_keeps_one_model_in_memory(vision_dir, tmp_path):
     from datasets import Dataset
     from trl import DPOConfig
 
-    from trl_ama.scoring import ScoringTrainer, score_pairs
+    from trl_ama.prefix_trainer import ScoringTrainer
+    from trl_ama.scoring import score_pairs
 
     rows = make_vision_rows("name", 5)
     args = DPOConfig(**{**QUICK, "output_dir": str(tmp_path), "per_device_eval_batch_size": 2})

@@ -3,7 +3,10 @@
 Names are listed in pipeline order and imported when first used, so `import trl_ama` costs next to nothing.
 """
 
+import sys
 from importlib import import_module
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 
@@ -13,7 +16,7 @@ _EXPORTS = {
     "load_tasks": "task_loading",
     "train_specialist": "specialists",
     "compute_reference_losses": "loss_scoring",
-    "join_reference_losses": "reference_losses",
+    "join_reference_losses": "reference_columns",
     "load_reference_losses": "loss_loading",
     "ReferenceLosses": "loss_sharing",
     "MixingStrategy": "mixing",
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
     from .loss_sharing import ReferenceLosses
     from .mixing import MixingStrategy, StepStatistics
     from .pipeline import run_pipeline
-    from .reference_losses import join_reference_losses
+    from .reference_columns import join_reference_losses
     from .specialists import train_specialist
     from .task_config import TaskConfig, TaskMixtureConfig
     from .task_loading import load_tasks
@@ -57,16 +60,37 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+class _TRLAwaited:
+    """Waits on `sys.meta_path` for somebody to import `trl`, which takes half a second that a mistake in a recipe can do without."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != "trl":
+            return None
+        specs = (other.find_spec(name, path, target) for other in sys.meta_path if other is not self)
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is None or spec.loader is None:
+            return spec
+        exec_module = spec.loader.exec_module
+
+        def exec_and_register(module: ModuleType) -> None:
+            exec_module(module)
+            sys.meta_path[:] = [other for other in sys.meta_path if other is not self]
+            _register_with_trl()
+
+        spec.loader.exec_module = exec_and_register
+        return spec
+
+
 def _register_with_trl() -> None:
     """Make `from trl import AMAConfig, AMATrainer` work, as lazily as TRL's own names."""
-    import sys
-
-    import trl
-
+    trl = sys.modules["trl"]
     # TRL's lazy module finds a name's submodule in this table and imports it as `trl.<submodule>`
     if hasattr(trl, "_class_to_module"):
         sys.modules.setdefault("trl.ama", sys.modules[__name__])
         trl._class_to_module.update(AMAConfig="ama", AMATrainer="ama")
 
 
-_register_with_trl()
+if "trl" in sys.modules:
+    _register_with_trl()
+else:
+    sys.meta_path.insert(0, _TRLAwaited())  # first, because Python's own finder answers for every module on the path

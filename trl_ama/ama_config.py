@@ -14,9 +14,11 @@ from .value_types import check_value
 
 _EXCESS_CLIPS = ("pair", "task", "none")
 _SAMPLINGS = ("uniform", "proportional")
+# What says how tasks are mixed, and decides nothing of a training without a mixture
+MIXING_FIELDS = ("mixing", "mixing_lr", "smoothing", "excess_clip", "sampling")
 # Fields that our code computes with; in Python nothing has looked at their types
 _CHECKED = (
-    "mixing", "mixing_lr", "smoothing", "excess_clip", "sampling", "max_length", "truncation_mode", "seed", "data_seed",
+    *MIXING_FIELDS, "max_length", "truncation_mode", "seed", "data_seed",
     "metric_for_best_model", "streaming_buffer",
 )  # fmt: skip
 # Fields that are a number or a word, and convert a number that is text
@@ -123,6 +125,11 @@ class AMAConfig(DPOConfig):
         },
     )
 
+    @property
+    def mixing_options(self) -> dict[str, Any]:
+        """How tasks are mixed, as [`trl_ama.mixing.build_strategy`] and its callers take it."""
+        return {name: getattr(self, name) for name in MIXING_FIELDS}
+
     def __repr__(self) -> str:
         # TRL's masks `hub_token`; a dataclass's own would show it
         clone = copy.copy(self)
@@ -179,6 +186,10 @@ class AMAConfig(DPOConfig):
                 f"specialists maps each task to its adapter, got {short(self.specialists)}. Write it as "
                 '{"helpful": "path/or/hub-id", …}.'
             )
+
+
+# Pickled arguments name the class by its public place, which stays where it is
+AMAConfig.__module__ = "trl_ama"
 
 
 def _without_tokens(kwargs: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -21,19 +21,24 @@ from transformers import (
 from trl.trainer.utils import get_config_model_id
 
 from .ama_config import AMAConfig
-from .broken_pairs import broken_by_themselves
 from .errors import AMAError
+from .exact_resume import ExactResume
 from .held_out import check_eval_dataset, eval_parts
-from .mixing import MixingStrategy
-from .mixture import Mixture
+from .hub_trainer import Published
+from .mixed_training import MixedTraining
+from .mixture import Mixture, strategy_for
+from .pair_batches import COUNTED, broken_on_plain_path
 from .pair_images import has_images
 from .policy_objects import check_is_model, check_specialist_objects
 from .policy_sources import check_policy_source
 from .preference_losses import BATCH_LOSSES, PreferenceLossConfig, excess_losses, pair_losses, untrained_loss
+from .prefix_trainer import PairTrainer
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
-from .reference_trainer import ReferenceLossTrainer
+from .reference_trainer import ReferenceLogProbs
 from .stream_sources import checked_losses, stream_arguments
+from .task_evaluation import EvaluationByTask
 from .tasks import TASK_COLUMN
+from .trainer_card import NAME, PAPER, TAGS, complete_card, template_for_trl
 from .trainer_checks import (
     check_arguments,
     check_best_metric,
@@ -44,26 +49,14 @@ from .trainer_checks import (
     check_token_counts,
     check_train_dataset,
     descends_trl_loss,
-    strategy_for,
 )
 from .training_pairs import default_arguments, training_pairs
-from .uneven_batches import COUNTED
 
 
 logger = get_logger(__name__)
 
-_STATE_KEY = "ama"  # in trainer_state.json's `stateful_callbacks`
 
-
-class _BeginMixing(TrainerCallback):
-    def __init__(self, trainer: "AMATrainer"):
-        self._trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._trainer._begin_mixing()
-
-
-class AMATrainer(ReferenceLossTrainer):
+class AMATrainer(MixedTraining, EvaluationByTask, Published, ExactResume, ReferenceLogProbs, PairTrainer):
     """
     Trainer for AutoMixAlign (AMA): one model that is good at several preference tasks.
 
@@ -102,10 +95,20 @@ peft_config:
         specialists (`dict`, *optional*):
             Task → adapter path, Hub id or model; overrides `args.specialists`.
 
+    Attributes:
+        task_names (`list[str]`): The tasks.
+        strategy (`MixingStrategy`): The mixing strategy.
+        has_reference_losses (`bool`): Whether the pairs are held against their specialists.
+
     Raises:
         AMAError: If the data, the specialists or the configuration do not fit together; before any model is loaded where
             that can be seen.
     """
+
+    numbers_in_batches = LOGP_COLUMNS
+    in_place_of = "DPOTrainer"
+    # Of its card, as TRL writes it
+    _name, _tag_names, _paper, _template_file = NAME, TAGS, PAPER, template_for_trl()
 
     def __init__(
         self,
@@ -132,8 +135,8 @@ peft_config:
         pairs = training_pairs(train_dataset, None if args is None else args.mixing, specialists)
         if args is None:
             args = default_arguments(model_name, pairs)
-        self.task_names, self._have_tasks = pairs.task_names, pairs.have_tasks
-        eval_dataset = self._with_task_names(eval_dataset, "eval_dataset")
+        self.task_names, self.have_tasks = pairs.task_names, pairs.have_tasks
+        eval_dataset = self.with_task_names(eval_dataset, "eval_dataset")
         specialists = check_specialists(specialists, self.task_names)
         if isinstance(model, str):
             check_is_model(model)
@@ -150,13 +153,13 @@ peft_config:
         has_reference, has_specialist = check_columns(pairs.source, eval_dataset, ref_model)
         self.has_reference_losses = has_specialist or specialists is not None
         self._loss_config = PreferenceLossConfig.of_pairs(args)
-        self._pairs_have_losses = bool(self._loss_config.loss_type)
-        strategy = strategy_for(args, pairs.source, self.task_names)
+        self.rows_have_losses = bool(self._loss_config.loss_type)
+        strategy = strategy_for(pairs.source, self.task_names, **args.mixing_options)
         check_arguments(args, strategy, self.has_reference_losses)
         check_best_metric(args, strategy, eval_dataset, has_specialist, specialists is not None)
         if pairs.streams is not None:
             args = stream_arguments(args, strategy, has_reference, has_specialist, specialists)
-        self._reference_given = self._reference_unchecked = has_reference
+        self.reference_given = self.reference_unchecked = has_reference
         # DPOTrainer then loads no reference model, and `_precompute_ref_logps` computes nothing that is there
         is_full = peft_config is None and not (not isinstance(model, str) and is_peft_model(model))
         if has_reference and is_full and not has_images(pairs.dataset):
@@ -180,7 +183,7 @@ peft_config:
         if has_reference and has_images(pairs.dataset):
             self.ref_model = None  # of pairs with images DPOTrainer cannot be told not to load one
         parts = eval_parts(self.eval_dataset)
-        unknown = set() if self._pairs_have_losses else {"loss"}
+        unknown = set() if self.rows_have_losses else {"loss"}
         if pairs.streams is not None:
             self.train_dataset = pairs.streams.prepared(self)
         elif isinstance(self.train_dataset, Dataset):
@@ -191,93 +194,41 @@ peft_config:
             unknown |= {"probability", "weight"}
         for role, part in parts.items():
             check_token_counts(part, role, args.max_length, args.truncation_mode)
-        strategy = strategy_for(args, self.train_dataset, self.task_names)  # over the pairs that are left
+        strategy = strategy_for(
+            self.train_dataset, self.task_names, **args.mixing_options
+        )  # over the pairs that are left
         self._has_excess = self.has_reference_losses or strategy.objective == "excess"
         self.mixture = Mixture(
             strategy, self.task_names, untrained_loss(self._loss_config), self._has_excess, unknown=unknown
         )
-        self._eval_pairs = []
-        self._step_batches = []
-        self.add_callback(_BeginMixing(self))
         if specialists is not None and not has_specialist:
-            self._score_specialists(specialists)
+            self.score_specialists(specialists)
         elif not self.has_reference_losses and self.strategy.objective == "excess":
             logger.warning(
                 "There are no reference losses (no `specialist_*_logps` columns, no `specialists`), so mixing="
                 f"'{args.mixing}' is plain worst-case DPO: it follows the task with the highest loss."
             )
 
-    @property
-    def strategy(self) -> MixingStrategy:
-        """The mixing strategy."""
-        return self.mixture.strategy
-
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        for column in (TASK_COLUMN, *LOGP_COLUMNS) if self._have_tasks else ():
+        for column in (TASK_COLUMN, *LOGP_COLUMNS) if self.have_tasks else ():
             if column not in self._signature_columns:
                 self._signature_columns.append(column)
 
-    # ---- Mixing ----
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
+        if self.is_world_process_zero():
+            complete_card(self)
 
-    @property
-    def _exact_draws(self) -> bool:
-        # Without a mixture that depends on them, DPOTrainer goes on with other data, too; a pipeline's stage never does
-        return self.strategy.uses_own_sampler or self.stage_name is not None
-
-    def _get_train_sampler(self, train_dataset=None):
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if not self.strategy.uses_own_sampler:
-            return super()._get_train_sampler(dataset)
-        return self.mixture.make_sampler(dataset, self.args, self._train_batch_size)
-
-    def _begin_mixing(self) -> None:
-        if self.state.global_step == 0:
-            self.mixture.begin(self.state.max_steps)
-        else:
-            saved = self.state.stateful_callbacks.get(_STATE_KEY)
-            self.mixture.resume(self.state.max_steps, saved, skips_data=not self.args.ignore_data_skip)
-
-    def _save_checkpoint(self, model, trial):
-        # Part of trainer_state.json, so a checkpoint has either both states or neither
-        self.state.stateful_callbacks[_STATE_KEY] = self.mixture.state_dict()
-        super()._save_checkpoint(model, trial)
-
-    def _draws(self):
-        draws = super()._draws()
-        if self.strategy.uses_own_sampler and type(self.strategy).observe is not MixingStrategy.observe:
-            # A loader's processes draw ahead with what the mixture was then: so many steps, it depends on how a step is split
-            ahead = self.args.dataloader_num_workers * (self.args.dataloader_prefetch_factor or 2)
-            draws["read_ahead"] = [ahead, self.args.gradient_accumulation_steps] if ahead else None
-        return draws
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        self._step_batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return self._step_batches, num_items
-
-    def training_step(self, model, *args, **kwargs):
-        loss = super().training_step(model, *args, **kwargs)
-        if self.accelerator.sync_gradients:  # the last micro-batch of an optimizer step
-            figures, warnings = self.mixture.finish_step(self.accelerator)
-            broken = self.mixture.broken_pairs
-            if broken and self.prefix_sharing.mode is not False:
-                broken = broken_by_themselves(self, model, self._step_batches) or broken
-            self._broken_pairs = (broken, self.mixture.step_pairs) if self.mixture.step_pairs else None
-            if not self._have_tasks:
-                return loss
-            # Only where there are some: nearly always zero, it would be one more curve for every task
-            figures |= {f"ama/not_finite/{task}": float(count) for task, count in broken.items()}
-            for name, value in figures.items():
-                self._metrics["train"][name].append(value)
-            for message in warnings:
-                logger.warning(message)
-        return loss
+    def broken_by_themselves(self, model: torch.nn.Module, batches: list[dict[str, Any]]) -> dict[str, int]:
+        # In a packed row, a NaN reaches its neighbours
+        return {} if self.prefix_sharing.mode is False else broken_on_plain_path(self, model, batches)
 
     # ---- Loss ----
 
     def tasks_of(self, inputs: dict[str, Any]) -> torch.Tensor | None:
         """The task numbers of a batch, `None` if it does not tell them. # (B,)"""
-        if self._have_tasks:
+        if self.have_tasks:
             return inputs.get(TASK_COLUMN)
         return inputs["input_ids"].new_zeros(len(inputs["input_ids"]) // 2)  # chosen and rejected rows
 
@@ -290,7 +241,7 @@ peft_config:
         if REFERENCE_COLUMNS[0] not in inputs and self.ref_model is None and not is_peft_model(self.model):
             why = (
                 "the training pairs carry theirs, so none was loaded. Give the held-out pairs these columns too (`trl ama-losses` does)"
-                if self._reference_given
+                if self.reference_given
                 else "they were computed before training (precompute_ref_log_probs). Let your data_collator pass these columns on"
             )
             raise AMAError(f"These pairs lack {list(REFERENCE_COLUMNS)} and there is no reference model: {why}.")
@@ -298,7 +249,7 @@ peft_config:
         with self.reference_from_inputs():
             result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
         training = self.model.training
-        if not training and not self._have_tasks or task_ids is None:  # as DPOTrainer does
+        if not training and not self.have_tasks or task_ids is None:  # as DPOTrainer does
             if training and not descends_trl_loss(self.strategy):
                 raise AMAError(
                     f"The training batches have no 'task', by which mixing='{self.args.mixing}' weighs pairs. If you make the loader, take that "
@@ -308,8 +259,8 @@ peft_config:
         loss = result[0] if return_outputs else result
 
         pairs = forward.log_probs(inputs, self.ld_alpha)
-        if self._reference_unchecked and training:
-            self._check_reference(pairs)
+        if self.reference_unchecked and training:
+            self.check_reference(pairs)
         losses = pair_losses(pairs, self._loss_config)  # (B,)
         if specialist[0] is None:
             baseline = torch.zeros_like(losses)
@@ -319,11 +270,9 @@ peft_config:
         excess = excess_losses(losses, baseline, self.args.excess_clip)  # (B,)
 
         if not training:
-            self._eval_knows_excess &= specialist[0] is not None or (
-                self._has_excess and not self.has_reference_losses
-            )
+            knows_excess = specialist[0] is not None or (self._has_excess and not self.has_reference_losses)
             margins = self.beta * (pairs.chosen_logratios - pairs.rejected_logratios)
-            self._record_eval(task_ids, losses, margins, excess)
+            self.record_eval(task_ids, losses, margins, excess, knows_excess)
             return result
         whole, own = losses, len(losses) if counted is None else counted[0]
         if own < len(losses):
@@ -336,7 +285,7 @@ peft_config:
             return (loss, result[1]) if return_outputs else loss
         # The Trainer divides by the number of micro-batches, and gradients are averaged over processes; dividing by a
         # micro-batch's mean size here makes it (1/|B|) Σ over the step's pairs, also where an epoch ends with smaller ones
-        mean_micro_batch = float(np.mean(self._pairs_of_rounds)) / self.accelerator.num_processes
+        mean_micro_batch = float(np.mean(self.pairs_of_rounds)) / self.accelerator.num_processes
         weights = torch.as_tensor(self.strategy.loss_weights(), dtype=losses.dtype, device=losses.device)[task_ids]
         objective = excess if self.strategy.objective == "excess" else losses
         loss = (weights * objective).sum() / mean_micro_batch

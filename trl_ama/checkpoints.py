@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from .errors import AMAError
+from .run_names import STATE_FILE
 from .safe_files import check_seal, describe_files, first_damage, read_json, sealed, sync, write_json
 
 
@@ -133,7 +134,7 @@ def newest_good_checkpoint(
     for path in checkpoints_in(folder):
         reason = damage_of(path, by_size)
         note = read_manifest(path) if reason is None else None
-        if reason is None and note is None and (not unlisted or not (path / "trainer_state.json").is_file()):
+        if reason is None and note is None and (not unlisted or not (path / STATE_FILE).is_file()):
             reason = _INCOMPLETE
         if reason is None and exact and note is not None and note["lacks"]:
             reason = f"it lacks {note['lacks']}, without which the numbers would be others"
@@ -151,7 +152,7 @@ def best_of(checkpoint: Path) -> Path | None:
 
     By what the state says of the folder, as the step with the best metric (`best_global_step`) need not have been saved.
     """
-    named = (read_json(checkpoint / "trainer_state.json") or {}).get("best_model_checkpoint")
+    named = (read_json(checkpoint / STATE_FILE) or {}).get("best_model_checkpoint")
     if not named:
         return None
     return checkpoint.with_name(PurePosixPath(named.replace("\\", "/")).name)  # the folder may have moved since
@@ -177,7 +178,7 @@ def half_of(folder: Path) -> str | None:
     except AMAError:
         return None  # damaged, or of a newer version: not for us to judge
     if note is None:
-        return None if (folder / "trainer_state.json").is_file() else _HALF
+        return None if (folder / STATE_FILE).is_file() else _HALF
     if not note["complete"]:
         return _INCOMPLETE
     return None if all((folder / name).exists() for name in note["files"]) else _HALF

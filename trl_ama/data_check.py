@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Value
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .ama_config import AMAConfig
 from .data_account import judge_account
@@ -25,6 +25,7 @@ from .pair_forms import PAIR_COLUMNS, TEMPLATE_COLUMNS
 from .pair_images import has_images
 from .pair_tokens import SAME_AFTER_CUT, SAME_TEXT, SAME_TOKENS, equal_answers, token_counts, tokenise
 from .row_account import RowAccount
+from .run_recipe import Recipe
 from .run_settings import RunSettings
 from .stage_rehearsal import model_problem
 from .task_loading import read_tasks
@@ -84,18 +85,18 @@ def check_data(settings: RunSettings, show: int = 2, sample: int | None = SAMPLE
     Raises:
         AMAError: If there are no tasks, or the tokenizer cannot be read. What is wrong with a task is in the result.
     """
-    args = settings.training_args
-    if not settings.task_args.tasks:
-        raise no_tasks(settings.task_args)
-    tokenizer = settings.tokenizer
-    ready = settings.ready_pairs()
+    recipe, inputs = settings.recipe, settings.inputs
+    args = recipe.training_args
+    if not recipe.task_args.tasks:
+        raise no_tasks(recipe.task_args)
+    processor, ready = inputs.processor, inputs.ready_pairs()
     checked, loaded = [], {}
-    for task in settings.task_args.tasks:
+    for task in recipe.task_args.tasks:
         figures = TaskFigures(task.task)
         checked.append(figures)
         # Without what the pipeline drops, to count it; and by itself, so that one bad task does not hide the others
         alone = dataclasses.replace(
-            settings.task_args, tasks=[task], drop_truncated=False, max_train_pairs=None, max_eval_pairs=None
+            recipe.task_args, tasks=[task], drop_truncated=False, max_train_pairs=None, max_eval_pairs=None
         )
         try:
             found = read_tasks(alone, args.seed, None, ready)
@@ -111,21 +112,21 @@ def check_data(settings: RunSettings, show: int = 2, sample: int | None = SAMPLE
             )
             continue
         pairs = loaded[task.task] = found.pairs
-        _look_at(figures, pairs, found.accounts[task.task], settings, tokenizer, show, sample)
-        _check_specialist_length(figures, settings, task)
+        _look_at(figures, pairs, found.accounts[task.task], recipe, processor, show, sample)
+        _check_specialist_length(figures, recipe, task)
     hashes = {task: {split: text_hashes(part) for split, part in pairs.items()} for task, pairs in loaded.items()}
     found = duplicates(hashes) if hashes else {}
     for figures in checked:
         figures.duplicates = found.get(figures.task, {})
-        judge(figures, args.max_length, settings.task_args.drop_truncated)
+        judge(figures, args.max_length, recipe.task_args.drop_truncated)
         judge_account(figures, args.max_length)
     judge_sizes(checked)
     _check_together(checked, loaded)
     for figures in checked:
         figures.problems.sort(key=lambda problem: ["fatal", "look", "note"].index(problem.level))
-    data = DataCheck(settings.model_name, args.max_length, args.truncation_mode, args.seed, sample, checked)
+    data = DataCheck(recipe.model_name, args.max_length, args.truncation_mode, args.seed, sample, checked)
     if data.trains:
-        data.model_problem = model_problem(settings, loaded)
+        data.model_problem = model_problem(recipe, inputs, loaded)
     return data
 
 
@@ -133,12 +134,13 @@ def _look_at(
     figures: TaskFigures,
     pairs: DatasetDict,
     accounts: dict[str, RowAccount],
-    settings: RunSettings,
-    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    processor: PreTrainedTokenizerBase | ProcessorMixin,
     show: int,
     sample: int | None,
 ) -> None:
-    args, tokens = settings.training_args, _special_tokens(tokenizer)
+    args, tokenizer = recipe.training_args, getattr(processor, "tokenizer", processor)
+    tokens = _special_tokens(tokenizer)
     answers: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
     for split, part in pairs.items():
         rows = np.arange(len(part))
@@ -160,22 +162,22 @@ def _look_at(
             "mistakes": {kind: (count, *first[kind]) for kind, count in mistakes.items()},
         }
         try:
-            tokenised = tokenise(part.select(rows), settings.processor, settings, rows.tolist())
+            tokenised = tokenise(part.select(rows), processor, args, rows.tolist())
         except AMAError as error:
             figures.add("fatal", "template", f"Of the {_SPLITS[split]} pairs: {error}", "")
             continue
-        limit = settings.task_args.max_train_pairs if split == "train" else settings.task_args.max_eval_pairs
+        limit = recipe.task_args.max_train_pairs if split == "train" else recipe.task_args.max_eval_pairs
         figures.splits[split] |= _lengths(tokenised, args.max_length)
         drops = args.truncation_mode == "keep_start" and not has_images(part)
         same = equal_answers(tokenised, read, args)
-        figures.splits[split]["left"] = _left(tokenised, same, len(part), settings, limit, drops)
+        figures.splits[split]["left"] = _left(tokenised, same, len(part), recipe, limit, drops)
         figures.splits[split]["unknown_tokens"] = unknown_tokens(tokenised, read, tokenizer)
-        if has_images(part) and not settings.task_args.drop_truncated:
+        if has_images(part) and not recipe.task_args.drop_truncated:
             _check_image_room(figures, split, token_counts(tokenised)[:, 0], args.max_length)
         if split == "train" and show:
             some = np.random.default_rng(args.seed).permutation(len(read))[:show]
             figures.shown = [
-                _shown(tokenised[row], int(rows[row]), tokenizer, args, settings.task_args.drop_truncated, drops)
+                _shown(tokenised[row], int(rows[row]), tokenizer, args, recipe.task_args.drop_truncated, drops)
                 for row in np.sort(some).tolist()
             ]
     figures.rules = trivial_rules(answers["train"], answers["test"])
@@ -219,18 +221,18 @@ def _lengths(tokenised: Dataset, max_length: int | None) -> dict[str, Any]:
 
 
 def _left(
-    tokenised: Dataset, same: list[str | None], total: int, settings: RunSettings, limit: int | None, drops: bool
+    tokenised: Dataset, same: list[str | None], total: int, recipe: Recipe, limit: int | None, drops: bool
 ) -> dict[str, Any]:
     """What the pipeline drops, in its order, and how much of the rest teaches nothing, as both answers are the same.
 
     Counted on the sample and scaled if there are more pairs than it holds. `drops` says whether DPOTrainer drops pairs whose
     prompt fills `max_length`.
     """
-    args = settings.training_args
+    args = recipe.training_args
     prompt, chosen, rejected = token_counts(tokenised).T
     rows, scale = np.arange(len(prompt)), total / len(prompt)
     dropped = {"drop_truncated": 0, "max_pairs": 0, "prompt_fills_max_length": 0}
-    if settings.task_args.drop_truncated and args.max_length is not None:
+    if recipe.task_args.drop_truncated and args.max_length is not None:
         rows = rows[(prompt + np.maximum(chosen, rejected))[rows] <= args.max_length]
         dropped["drop_truncated"] = total - round(len(rows) * scale)
     kept = total - dropped["drop_truncated"]
@@ -291,12 +293,12 @@ def _times(found: re.Match) -> str:
     return f"{found[1]}×{found[0].count(found[1])}"
 
 
-def _check_specialist_length(figures: TaskFigures, settings: RunSettings, task: Any) -> None:
+def _check_specialist_length(figures: TaskFigures, recipe: Recipe, task: Any) -> None:
     """`check_recipe`'s rule: a specialist whose own `max_length` every prompt fills cannot be trained."""
-    args, lengths = settings.specialist_arguments(task), figures.splits["train"].get("lengths")
+    args, lengths = recipe.specialist_arguments(task), figures.splits["train"].get("lengths")
     if lengths and args.max_length is not None and args.truncation_mode == "keep_start":
         shortest = figures.splits["train"]["shortest_prompt"]
-        if shortest >= args.max_length != settings.training_args.max_length:
+        if shortest >= args.max_length != recipe.training_args.max_length:
             figures.add(
                 "fatal", "specialist_max_length",
                 f"The prompts of all pairs fill the max_length ({args.max_length}) of specialist_args alone.",

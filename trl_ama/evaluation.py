@@ -9,29 +9,15 @@ from datasets import Dataset
 
 from .errors import AMAError
 from .metrics import task_metrics, worst_and_mean
-from .model_identity import model_identity
 from .pair_scores import save_margins
 from .policies import trained_policy
 from .preference_losses import PairLogProbs, PreferenceLossConfig, excess_losses, pair_losses
+from .prefix_trainer import ScoringTrainer
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
-from .reference_losses import joined_data, reference_losses_of
+from .run_losses import joined_data
 from .run_settings import RunSettings
-from .scoring import ScoringTrainer, score_pairs
-from .tasks import TASK_COLUMN, pairs_identity
-
-
-def evaluation_fingerprint(settings: RunSettings, policies: dict[str, str]) -> dict[str, Any]:
-    """Everything that decides the figures of [`evaluate_policies`], as JSON types."""
-    parts = reference_losses_of(settings)
-    config = PreferenceLossConfig.from_args(settings.training_args)
-    return {
-        "policies": {name: model_identity(source) for name, source in policies.items()},
-        "reference_losses": {
-            part.task: {name: file["sha256"] for name, file in part.note["files"].items()} for part in parts
-        },
-        "held_out": pairs_identity(settings.data["test"]),
-        "preference_loss": str(config),
-    }
+from .scoring import score_pairs
+from .tasks import TASK_COLUMN
 
 
 def evaluate_policies(settings: RunSettings, policies: dict[str, str]) -> dict[str, Any]:
@@ -48,7 +34,8 @@ def evaluate_policies(settings: RunSettings, policies: dict[str, str]) -> dict[s
     Raises:
         AMAError: If there are no held-out pairs, or a policy cannot be read.
     """
-    if "test" not in settings.data:
+    recipe, inputs = settings.recipe, settings.inputs
+    if "test" not in inputs.data:
         raise AMAError(
             "No task has held-out pairs, so there is nothing to evaluate on. Set `eval_split` of the tasks, or "
             "`test_split_size` for all."
@@ -56,16 +43,16 @@ def evaluate_policies(settings: RunSettings, policies: dict[str, str]) -> dict[s
     held_out = joined_data(settings)["test"]
     if len(held_out) == 0:
         raise AMAError(
-            f"The prompts of all held-out pairs fill max_length ({settings.training_args.max_length}), so there is nothing "
+            f"The prompts of all held-out pairs fill max_length ({recipe.training_args.max_length}), so there is nothing "
             "to evaluate on. Raise max_length."
         )
     trainer = ScoringTrainer(
-        model=settings.model_name,
-        args=settings.scoring_arguments(),
+        model=recipe.model_name,
+        args=recipe.scoring_arguments(inputs.has_images),
         train_dataset=held_out,
-        processing_class=settings.processing_class,
-        quantization_config=settings.quantization_config(),
-        peft_config=settings.peft_config(),
+        processing_class=inputs.processing_class,
+        quantization_config=recipe.quantization_config(),
+        peft_config=inputs.peft_config(),
     )
     pairs = trainer.train_dataset
     known = {name: np.asarray(pairs[name], dtype=np.float32) for name in LOGP_COLUMNS}
@@ -81,19 +68,19 @@ def evaluate_policies(settings: RunSettings, policies: dict[str, str]) -> dict[s
         collator = trainer.data_collator
         masks = [collator([pairs[row]])["completion_mask"].sum(dim=1).numpy() for row in range(len(pairs))]
         tokens = tuple(np.array([mask[side] for mask in masks]) for side in (0, 1))
-    config = PreferenceLossConfig.from_args(settings.training_args)
+    config = PreferenceLossConfig.from_args(recipe.training_args)
     everyone = {
         "base": tuple(known[name] for name in REFERENCE_COLUMNS),
         "specialists": tuple(known[name] for name in SPECIALIST_COLUMNS),
         **scored,
     }
-    save_margins(settings, pairs, everyone)
+    save_margins(settings.folder.margins, recipe.task_names, config.beta, pairs, everyone)
     for name, logps in everyone.items():
-        by_task = _figures(pairs, logps, known, tokens, config, settings)
+        by_task = _figures(pairs, logps, known, tokens, config, recipe.task_names)
         result[name] = {"by_task": by_task, "summary": worst_and_mean(by_task)}
     del trainer
     gc.collect()
-    return {"tasks": settings.task_names, "policies": result}
+    return {"tasks": recipe.task_names, "policies": result}
 
 
 def _figures(
@@ -102,7 +89,7 @@ def _figures(
     known: dict[str, np.ndarray],
     tokens: tuple[np.ndarray, np.ndarray],
     config: PreferenceLossConfig,
-    settings: RunSettings,
+    tasks: list[str],
 ) -> dict[str, dict[str, float]]:
     lengths = [torch.as_tensor(count) for count in tokens]
     references = [torch.as_tensor(known[name]) for name in REFERENCE_COLUMNS]
@@ -112,6 +99,4 @@ def _figures(
     # Clipped by pair whatever the training used: one definition for every column of the table
     excess = excess_losses(losses, pair_losses(specialist, config), "pair")
     margins = config.beta * (policy.chosen_logratios - policy.rejected_logratios)
-    return task_metrics(
-        np.asarray(pairs[TASK_COLUMN]), losses.numpy(), margins.numpy(), excess.numpy(), settings.task_names
-    )
+    return task_metrics(np.asarray(pairs[TASK_COLUMN]), losses.numpy(), margins.numpy(), excess.numpy(), tasks)

@@ -1,4 +1,4 @@
-"""Trainers whose checkpoints are whole, and from which a training goes on to the same bits; also when a signal asks to leave.
+"""A trainer whose checkpoints are whole, and from which a training goes on to the same bits; also when a signal asks to leave.
 
 The Trainer restores weights, optimizer, scheduler, random numbers, log and position in the data. What it does not, `resume_progress.py`
 restores, and here what the end of an epoch still has to do.
@@ -8,9 +8,11 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
 
@@ -41,17 +43,17 @@ class _CheckpointFlow(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._due = False
-        self._trainer._restore_progress()
+        self._trainer.progress.restore()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._trainer._handles_signals and interruption.asked(self._trainer.accelerator):
             self._trainer._leaving = True
             if args.save_strategy == SaveStrategy.NO:
                 self._trainer._leave("save_strategy is 'no'")
-            if not getattr(self._trainer, "may_save", lambda: True)():
+            if not self._trainer.may_save():
                 self._trainer._leave("the policy gives no finite numbers there")
             if not control.should_save and args.save_strategy != SaveStrategy.BEST:
-                self._trainer._only_for_a_signal.add(state.global_step)
+                self._trainer.progress.only_for_a_signal.add(state.global_step)
             control.should_save = True
         # Where the end of an epoch evaluates or logs, what is saved before would have to do that when it is resumed
         ends = control.should_training_stop or float(state.epoch).is_integer()
@@ -61,21 +63,29 @@ class _CheckpointFlow(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if control.should_save:  # without a signal too
-            self._trainer._only_for_a_signal.discard(state.global_step)
+            self._trainer.progress.only_for_a_signal.discard(state.global_step)
         if self._due:
             control.should_save, self._due = True, False
 
 
-class ExactResume(ResumedProgress):
+class ExactResume:
     """
-    A mixin for [`~trl.DPOTrainer`]: checkpoints that are whole, exact resuming, and leaving on SIGTERM and Ctrl-C.
+    A part of a trainer of TRL's: checkpoints that are whole, exact resuming, and leaving on SIGTERM and Ctrl-C.
+
+    Attributes:
+        stage_name (`str`, *optional*): What is trained, for messages; `None` in a script of the user's own.
+        progress ([`ResumedProgress`]): What is kept in a checkpoint beside the Trainer's own state.
+        exact_draws (`bool`): Whether a run may only be resumed if its draws can go on.
+        in_place_of (`str`): Who goes on with other draws then, for a message.
 
     Raises:
         AMAError: From `train`, if the checkpoint to resume from is damaged, or of other data or another batch size; or if one
             could not be written. The older ones are as they were then.
     """
 
-    stage_name: str | None = None  # what is trained, for messages; `None` in a script of the user's own
+    stage_name: str | None = None
+    exact_draws = True
+    in_place_of = "the Trainer"
     _leaving = _saving = False
     _saved_at: Path | None = None  # the last complete checkpoint of this training
 
@@ -85,7 +95,7 @@ class ExactResume(ResumedProgress):
             # transformers' own saves in the middle of a step, when the mixture has seen the step and the weights have not
             kwargs["args"] = copy.copy(given)
             kwargs["args"].enable_jit_checkpoint = False
-        self._only_for_a_signal = set()
+        self.progress = ResumedProgress(self)
         super().__init__(*args, **kwargs)
         self.add_callback(_CheckpointFlow(self))
 
@@ -93,9 +103,8 @@ class ExactResume(ResumedProgress):
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         checkpoint = self._checked(resume_from_checkpoint)
-        self._leaving, self._resumed, self._saved_at = False, False, None
-        self._only_for_a_signal.clear()
-        self._resumed_from = Path(checkpoint) if isinstance(checkpoint, str) else None
+        self._leaving, self._saved_at = False, None
+        self.progress.begin(Path(checkpoint) if isinstance(checkpoint, str) else None)
         with contextlib.ExitStack() as stack:
             if self._handles_signals:
                 stack.enter_context(interruption.caught())
@@ -110,7 +119,7 @@ class ExactResume(ResumedProgress):
 
     @property
     def _handles_signals(self) -> bool:
-        return getattr(self.args, "save_on_signal", False)  # a `DPOConfig` has no such field
+        return getattr(self.args, "save_on_signal", False)  # TRL's own arguments have no such field
 
     def _checked(self, checkpoint: str | bool | None) -> str | bool | None:
         """The checkpoint to resume from, which is whole."""
@@ -147,9 +156,23 @@ class ExactResume(ResumedProgress):
         super()._run_epoch(*args, **kwargs)
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
-        if skip_scheduler and self._resumed:  # eval_on_start, which is in the log already
+        if skip_scheduler and self.progress.resumed:  # eval_on_start, which is in the log already
             return {}
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+
+    def draws(self) -> dict[str, Any]:
+        """What decides which pairs are in which step, as JSON types; other parts may add to it."""
+        args = self.args
+        return {
+            "pairs_per_step": self._train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "pairs": len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else None,  # not of streams
+            "seed": args.seed if args.data_seed is None else args.data_seed,
+        }
+
+    def log(self, logs, start_time=None):
+        if self.progress.resumed and "train_loss" in logs:
+            logs["train_loss"] = self.progress.mean_loss()
+        super().log(logs, start_time)
 
     def _load_best_model(self):
         best = Path(self.state.best_model_checkpoint)
@@ -163,6 +186,11 @@ class ExactResume(ResumedProgress):
 
     # ---- Saving ----
 
+    def may_save(self) -> bool:
+        """Whether a checkpoint of now is worth having: if no part below says otherwise."""
+        below = getattr(super(), "may_save", None)
+        return below is None or below()
+
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         limit, self._saved_at, self._saving = self.args.save_total_limit, None, True
@@ -170,7 +198,7 @@ class ExactResume(ResumedProgress):
             if self.args.should_save:
                 remove_checkpoint(folder)  # of an earlier training, or incomplete
                 begin_checkpoint(folder)
-            self.state.stateful_callbacks[KEY] = self._progress()  # all processes meet here, and then write
+            self.state.stateful_callbacks[KEY] = self.progress.state_dict()  # all processes meet here, and then write
             with self._unwanted_best_hidden():
                 super()._save_checkpoint(model, trial)
             self._complete(folder)
@@ -187,7 +215,7 @@ class ExactResume(ResumedProgress):
     def _unwanted_best_hidden(self) -> Iterator[None]:
         """The Trainer takes the folder of the best step for the best checkpoint, if there is one, whyever it was saved."""
         best = self.state.best_global_step
-        if best in self._only_for_a_signal:
+        if best in self.progress.only_for_a_signal:
             self.state.best_global_step = None
         try:
             yield

@@ -1,4 +1,4 @@
-"""A DPOTrainer whose policy takes no step along a gradient that is not finite.
+"""A trainer whose model takes no step along a gradient that is not finite.
 
 One NaN in a batch makes every gradient NaN, the next optimizer step every weight, and the checkpoint after it replaces one
 that was good. So such a step is left out: weights and optimizer stay as they were, and the run goes on. If it happens again
@@ -14,7 +14,6 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from .errors import AMAError
-from .start_errors import StartErrorsTrainer
 
 
 logger = get_logger(__name__)
@@ -25,7 +24,7 @@ MOST_IN_A_ROW = 5  # left-out steps; a rare overflow does not meet five batches 
 class _NoBrokenSaves(TrainerCallback):
     """Comes after the Trainer's own callback, which says when to save."""
 
-    def __init__(self, trainer: "FiniteStepTrainer"):
+    def __init__(self, trainer: "FiniteSteps"):
         self._trainer = trainer
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -35,16 +34,21 @@ class _NoBrokenSaves(TrainerCallback):
     on_epoch_end = on_step_end
 
 
-class FiniteStepTrainer(StartErrorsTrainer):
+class FiniteSteps:
     """
-    A [`~trl.DPOTrainer`] that leaves out the optimizer steps whose gradient is not finite.
+    A part of a [`~transformers.Trainer`]: it leaves out the optimizer steps whose gradient is not finite.
 
     fp16's loss scaling does so itself, and DeepSpeed steps within the backward pass, where nothing can be left out; the run
     ends after [`trl_ama.finite_steps.MOST_IN_A_ROW`] steps there, too.
+
+    Attributes:
+        what (`str`): Who is trained, for messages.
+        broken_pairs (`tuple[dict[str, int], int]`, *optional*): Of the step under way, where another part can tell pairs apart: those
+            without a finite loss, by task, and how many there were. It is forgotten with the step.
     """
 
-    # Of the step under way, where pairs can be told apart: those without a finite loss, by task, and how many there were
-    _broken_pairs: tuple[dict[str, int], int] | None = None
+    what = "The policy"
+    broken_pairs: tuple[dict[str, int], int] | None = None
     _left_out = _in_a_row = _verified_step = 0
     _gives_no_number = _may_be_one_pair = False
 
@@ -53,7 +57,7 @@ class FiniteStepTrainer(StartErrorsTrainer):
         self.add_callback(_NoBrokenSaves(self))
 
     def train(self, *args, **kwargs):
-        """As [`~trl.DPOTrainer.train`].
+        """As [`~transformers.Trainer.train`].
 
         Raises:
             AMAError: If several steps in a row had no finite gradient, or the policy gives no finite number at the end.
@@ -69,7 +73,7 @@ class FiniteStepTrainer(StartErrorsTrainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        known, self._broken_pairs = self._broken_pairs, None
+        known, self.broken_pairs = self.broken_pairs, None
         broken, pairs = known or ({}, 0)
         scales = getattr(self.accelerator, "scaler", None) is not None
         if not broken and (norm is None or math.isfinite(norm) or scales):

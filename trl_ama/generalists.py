@@ -6,30 +6,18 @@ from transformers import set_seed
 
 from .ama_trainer import AMATrainer
 from .errors import AMAError
-from .fingerprint import package_versions
 from .processes import from_main
-from .reference_losses import joined_data, reference_losses_of
-from .run_fingerprints import relevant_arguments
+from .run_fingerprints import generalist_fingerprint
+from .run_losses import joined_data, reference_losses_of
 from .run_settings import RunSettings
-from .tasks import pairs_identity
 from .training_stage import TrainingStage
 
 
 def generalist_stage(settings: RunSettings, strategy: str) -> TrainingStage:
     """The stage that trains one strategy's generalist."""
-    arguments = relevant_arguments(settings.with_arguments(mixing=strategy), settings.model_args)
-    arguments.pop("model_name_or_path", None)
-    fingerprint = {
-        "base_model": settings.base_identity,
-        "reference_losses": {
-            part.task: {key: value for key, value in part.fingerprint.items() if key not in ("versions", "data")}
-            for part in reference_losses_of(settings)
-        },
-        "pairs": {task: pairs_identity(settings.pairs_of(task, "train")) for task in settings.task_names},
-        **arguments,
-        "versions": package_versions(),
-    }
-    return TrainingStage(settings.generalist_dir(strategy), f"The generalist '{strategy}'", fingerprint)
+    losses = reference_losses_of(settings)
+    fingerprint = generalist_fingerprint(settings.recipe, settings.inputs, losses, strategy)
+    return TrainingStage(settings.folder.generalist(strategy), f"The generalist '{strategy}'", fingerprint)
 
 
 class GeneralistTrainer(AMATrainer):
@@ -42,7 +30,7 @@ class GeneralistTrainer(AMATrainer):
         self.hub_model_id = self.args.hub_model_id
         self.push_in_progress = None
 
-    def _report_foreign_reference(self, message):
+    def report_foreign_reference(self, message):
         raise AMAError(message)
 
 
@@ -66,8 +54,9 @@ def train_generalist(settings: RunSettings, strategy: str, repo_id: str | None =
     done = from_main(lambda: stage.result)  # of one opinion, whatever a network filesystem shows the others by now
     if done is not None:
         return done
-    pushes = repo_id is not None and strategy == settings.training_args.mixing
-    args = settings.with_arguments(
+    recipe, inputs = settings.recipe, settings.inputs
+    pushes = repo_id is not None and strategy == recipe.training_args.mixing
+    args = recipe.with_arguments(
         mixing=strategy,
         output_dir=str(stage.folder),
         push_to_hub=pushes,
@@ -76,22 +65,22 @@ def train_generalist(settings: RunSettings, strategy: str, repo_id: str | None =
     data = joined_data(settings)
     set_seed(args.seed)  # fresh adapters are drawn here, whatever was or was not done before in this process
     trainer = GeneralistTrainer(
-        model=settings.model_name,
+        model=recipe.model_name,
         args=args,
         train_dataset=data["train"],
         eval_dataset=data.get("test") if args.eval_strategy != "no" else None,
-        processing_class=settings.processing_class,
-        quantization_config=settings.quantization_config(),
-        peft_config=settings.peft_config(),
+        processing_class=inputs.processing_class,
+        quantization_config=recipe.quantization_config(),
+        peft_config=inputs.peft_config(),
     )
     trainer.what = stage.what
     stage.train(trainer)
-    settings.restore_template(stage.folder)
+    inputs.restore_template(stage.folder)
     summary = trainer.state.log_history[-1]
     result = {"steps": trainer.state.global_step, **{key: summary.get(key) for key in ("train_loss", "train_runtime")}}
     # While the trackers' runs are open, whose addresses are in the card
     trainer.create_model_card(
-        model_name=repo_id.split("/")[-1] if pushes else " ".join(f"{settings.output_dir.name}-{strategy}".split())
+        model_name=repo_id.split("/")[-1] if pushes else " ".join(f"{settings.folder.path.name}-{strategy}".split())
     )
     stage.finish(result)
     del trainer

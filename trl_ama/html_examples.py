@@ -5,24 +5,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from .pair_scores import MARGINS_FILE
+from .run_names import rows_file
 
 
 EXAMPLES = 4  # of each task
 _TOTAL = 240  # of all tasks
 _TEXTS = ("prompt", "chosen", "rejected")
 _LOGPS = ("specialist_chosen_logps", "specialist_rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
+_HELD_OUT = rows_file("test")
 _LONGEST = 20_000  # characters of a text; the page shows fewer
 
 
 def examples_of(
-    folder: Path, losses: dict[str, Path], tasks: list[str], main: str | None, results: dict[str, Any] | None
+    path: Path, losses: dict[str, Path], tasks: list[str], main: str | None, results: dict[str, Any] | None
 ) -> tuple[dict[str, list[dict[str, Any]]], str | None]:
     """Of each task the pairs with the largest difference of reward margins between specialist and `main`, largest first.
 
     Args:
-        folder (`Path`): The run's folder.
+        path (`Path`): Where the margins are.
         losses (`dict[str, Path]`): Task → folder of its reference losses, where the texts are.
         tasks (`list[str]`): Names of the tasks.
         main (`str`, *optional*): The strategy whose generalist is compared.
@@ -33,7 +36,7 @@ def examples_of(
     """
     if results is None or main is None or main not in results["policies"]:
         return {}, None  # said already
-    scores = _read(folder / MARGINS_FILE, None)
+    scores = _read(path, None)
     again = "Delete results.json and run `trl ama-eval --config …` for examples."
     if scores is None or not {"task", "pair_id", "specialists", main} <= set(scores):
         return {}, f"The margins of single held-out pairs were not kept, so there are no examples. {again}"
@@ -88,9 +91,6 @@ def _same_evaluation(names: np.ndarray, margins: dict[str, np.ndarray], results:
 
 def _read(path: Path, columns: list[str] | None, **options: Any) -> dict[str, list[Any]] | None:
     """Columns of a Parquet file as lists; `None` if it has not got them, or cannot be read."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     if not path.is_file():
         return None
     try:
@@ -103,14 +103,14 @@ def _texts(folder: Path | None, pair_ids: list[str]) -> dict[str, dict[str, list
     """Id of a pair → its texts, each a list of (role, content)."""
     if folder is None or not pair_ids:
         return {}
-    table = _read(folder / "test.parquet", ["pair_id", *_TEXTS], filters=[("pair_id", "in", pair_ids)])
+    table = _read(folder / _HELD_OUT, ["pair_id", *_TEXTS], filters=[("pair_id", "in", pair_ids)])
     if table is None or not all(name in table for name in ("pair_id", "chosen", "rejected")):
         return {}
     texts = {
         pair_id: {name: _messages(table[name][row]) for name in _TEXTS if name in table}
         for row, pair_id in enumerate(table["pair_id"])
     }
-    for pair_id, count in _image_counts(folder / "test.parquet", pair_ids).items():
+    for pair_id, count in _image_counts(folder / _HELD_OUT, pair_ids).items():
         if count and "prompt" in texts.get(pair_id, {}):
             seen = f"{count} image{'s'[: count > 1]}, not shown here"
             texts[pair_id]["prompt"].insert(0, ("", seen))
@@ -174,7 +174,7 @@ def loss_stderr(folder: Path | None, fingerprint: dict[str, Any]) -> float | Non
         and fingerprint.get("f_divergence_type", "reverse_kl") == "reverse_kl"
         and isinstance(fingerprint.get("beta"), (int, float))
     )
-    table = _read(folder / "test.parquet", list(_LOGPS)) if folder is not None and plain else None
+    table = _read(folder / _HELD_OUT, list(_LOGPS)) if folder is not None and plain else None
     if table is None or set(table) != set(_LOGPS) or len(table[_LOGPS[0]]) < 2:
         return None
     own_chosen, own_rejected, chosen, rejected = (np.asarray(table[name], dtype=np.float64) for name in _LOGPS)

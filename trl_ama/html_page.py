@@ -13,10 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
 from .errors import AMAError
 from .html_charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, chart, look, value_range
 from .html_report import FIGURES, collect
 from .html_tables import comparison, result_tables
+from .run_names import RunFolder
 from .safe_files import remove_abandoned, write_file
 from .versions import __version__
 
@@ -46,7 +50,7 @@ def write_page(folder: str | Path, path: str | Path | None = None) -> Path:
     Raises:
         AMAError: If the folder holds nothing of a run, or the page cannot be written.
     """
-    path = Path(path) if path is not None else Path(folder) / "report" / "index.html"
+    path = Path(path) if path is not None else RunFolder(folder).page
     return save_page(path, render_run(collect(folder)))
 
 
@@ -189,9 +193,6 @@ def _small_enough(render: Callable[[int, int, int], str], curves: int) -> str:
 @functools.cache
 def _environment() -> Any:
     """Compiles each template once: a run writes its page after every stage."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -207,8 +208,6 @@ def _environment() -> Any:
 def _render(
     template: str, title: str, contents: list[tuple[str, str]], charts: list[dict[str, Any]], **values: Any
 ) -> str:
-    from markupsafe import Markup
-
     style, script = ((_TEMPLATES / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     colours = {line["name"]: line["colour"] for one in charts for line in one["lines"]}
     data = {
@@ -288,7 +287,7 @@ def _commands(run: dict[str, Any]) -> list[tuple[str, str]]:
         ),
     ]
     if main is not None:
-        name, revision = f"{run['place']}/generalists/{main}", ""
+        name, revision = str(RunFolder(run["place"]).generalist(main)), ""
         if place:
             name, _, revision = place.partition("@")
         library, kind = (

@@ -11,8 +11,8 @@ from typing import Any
 from .errors import AMAError
 from .html_examples import examples_of, loss_stderr
 from .html_stages import missing_sentences, stage_rows
-from .run_folder import RunFolder, as_dict, as_names, flat, last_checkpoint, number
-from .run_note import NOTE_FILE
+from .run_folder import RunReader, as_dict, as_names, flat, last_checkpoint, number, parts
+from .run_names import FINGERPRINT_FILE, STAGE_FILE, STATE_FILE, RunFolder
 from .secrets import is_secret, without_secrets
 
 
@@ -37,20 +37,21 @@ def collect(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     if not folder.is_dir():
         raise AMAError(f"There is no folder '{folder}'. Give the output_dir of a run.")
-    run = RunFolder(folder)
-    losses, specialists, generalists = map(run.parts, ("reference_losses", "specialists", "generalists"))
-    note = run.json(folder / NOTE_FILE)
-    there = note or losses or specialists or generalists or run.unfinished_losses()
-    if not there and not (folder / "results.json").exists():
+    names = RunFolder(folder)
+    run = RunReader(names)
+    losses, specialists, generalists = map(parts, (names.losses, names.specialists, names.generalists))
+    note = run.json(names.note)
+    there = note or losses or specialists or generalists or names.tasks_with_shards()
+    if not there and not names.results.exists():
         raise AMAError(
             f"'{folder}' holds nothing of a run: no specialists, reference_losses, generalists or results.json. Give the "
             "output_dir of a run."
         )
-    results = _results(run.json(folder / "results.json"))
-    notes = {name: run.json(path / "fingerprint.json") for name, path in losses.items()}
+    results = _results(run.json(names.results))
+    notes = {name: run.json(path / FINGERPRINT_FILE) for name, path in losses.items()}
     stages = {
-        kind: {name: run.json(path / "stage.json") for name, path in parts.items()}
-        for kind, parts in (("specialists", specialists), ("generalists", generalists))
+        kind: {name: run.json(path / STAGE_FILE) for name, path in trained.items()}
+        for kind, trained in (("specialists", specialists), ("generalists", generalists))
     }
     tasks = as_names(note.get("tasks")) or (results or {}).get("tasks") or _tasks_of(notes, specialists)
     evaluated = [name for name in (results or {}).get("policies", ()) if name not in ("base", "specialists")]
@@ -89,7 +90,7 @@ def collect(folder: str | Path) -> dict[str, Any]:
         _specialist(task, stages["specialists"].get(task, {}), results, note, losses.get(task)) for task in tasks
     ]
     data["stages"] = stage_rows(run, note, stages, data)
-    data["examples"], why = examples_of(folder, losses, tasks, main, results)
+    data["examples"], why = examples_of(names.margins, losses, tasks, main, results)
     data["missing"] = missing_sentences(run, note, data, why)
     return data
 
@@ -129,12 +130,12 @@ def _results(content: dict[str, Any]) -> dict[str, Any] | None:
     return {"tasks": tasks, "policies": policies, "held_out": as_dict(content.get("made_from")).get("held_out")}
 
 
-def _history(run: RunFolder, folder: Path, tasks: list[str]) -> dict[str, Any] | None:
+def _history(run: RunReader, folder: Path, tasks: list[str]) -> dict[str, Any] | None:
     """A generalist's log: `steps`, and of each figure and task a list of as many values, `None` where it was not logged."""
-    path = folder / "trainer_state.json"
+    path = folder / STATE_FILE
     checkpoint = last_checkpoint(folder)
     if not path.is_file() and checkpoint is not None:  # in progress
-        path = checkpoint[1] / "trainer_state.json"
+        path = checkpoint[1] / STATE_FILE
     log = run.json(path).get("log_history")
     rows: dict[int, dict[str, Any]] = {}
     for entry in log if isinstance(log, list) else ():

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .run_folder import RunFolder, as_dict, as_names, last_checkpoint, number
+from .run_folder import RunReader, as_dict, as_names, last_checkpoint, number, parts
 
 
 def _trained(folder: Path, stage: dict[str, Any]) -> str:
@@ -15,21 +15,21 @@ def _trained(folder: Path, stage: dict[str, Any]) -> str:
 
 
 def stage_rows(
-    run: RunFolder, note: dict[str, Any], notes: dict[str, dict[str, dict[str, Any]]], data: dict[str, Any]
+    run: RunReader, note: dict[str, Any], notes: dict[str, dict[str, dict[str, Any]]], data: dict[str, Any]
 ) -> list[tuple[str, str, str]]:
     """Stage, what of it, and how far it is.
 
     Args:
-        run ([`RunFolder`]): The run's folder.
+        run ([`RunReader`]): The run's folder.
         note (`dict`): What the run noted for its page.
         notes (`dict`): `specialists` and `generalists` → name → its `stage.json`.
         data (`dict`): What [`collect`] has found so far.
     """
-    losses, specialists, generalists = map(run.parts, ("reference_losses", "specialists", "generalists"))
+    losses, specialists, generalists = map(parts, (run.folder.losses, run.folder.specialists, run.folder.generalists))
     tasks = data["tasks"]
     rows = []
     external, shared = as_dict(note.get("specialists")), as_dict(note.get("reference_losses"))
-    scored = run.unfinished_losses()
+    scored = run.folder.tasks_with_shards()
     for task in tasks:
         if task in specialists:
             state = _trained(specialists[task], notes["specialists"][task])
@@ -51,9 +51,9 @@ def stage_rows(
     return rows
 
 
-def missing_sentences(run: RunFolder, note: dict[str, Any], data: dict[str, Any], examples: str | None) -> list[str]:
+def missing_sentences(run: RunReader, note: dict[str, Any], data: dict[str, Any], examples: str | None) -> list[str]:
     """What the page would have to show and cannot, in sentences."""
-    generalists = run.parts("generalists")
+    generalists = parts(run.folder.generalists)
     sentences = list(run.missing)
     if not generalists:
         sentences.append("No generalist is trained yet, so there is no mixture to show. Run `trl ama --config …`.")

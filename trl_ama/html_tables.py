@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import yaml
+
 from .errors import AMAError
 from .run_folder import flat
 
@@ -148,8 +150,6 @@ def _labels(runs: list[dict[str, Any]]) -> list[str]:
 
 def _settings(run: dict[str, Any]) -> dict[str, Any]:
     """Everything that a run has noted of its settings: its fingerprint, and its recipe where that says more."""
-    import yaml
-
     settings = dict(run["fingerprint"])
     try:
         recipe = yaml.safe_load(run["recipe"] or "{}")

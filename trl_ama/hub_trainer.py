@@ -1,35 +1,14 @@
-"""A trainer's card and repository: what `AMATrainer` does otherwise than the Trainer when it publishes."""
+"""A trainer's card and repository: what is done otherwise than in the Trainer when it publishes."""
 
-import textwrap
 from pathlib import Path
 
-from .exact_resume import ExactResume
-from .generalist_card import complete_card, template_for_trl
 from .hub import HubTarget, check_login, full_id, prepare, time_limit
-from .prefix_trainer import PrefixSharingTrainer
 
 
-class HubTrainer(ExactResume, PrefixSharingTrainer):
+class Published:
     """
-    A [`~trl.DPOTrainer`] with AMA's card, whose pushes survive a bad network and can never hold a run up for ever.
+    A part of a [`~transformers.Trainer`]: its pushes survive a bad network and can never hold a run up for ever.
     """
-
-    _tag_names = ["trl", "dpo", "ama"]
-    _name = "AMA"
-    _template_file = template_for_trl()
-    _paper = {
-        "title": "AutoMixAlign: Adaptive Data Mixing for Multi-Task Preference Optimization in LLMs",
-        "id": "2506.00569",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @inproceedings{corrado2025automixalign,
-                title        = {{AutoMixAlign: Adaptive Data Mixing for Multi-Task Preference Optimization in LLMs}},
-                author       = {Nicholas E. Corrado and Julian Katz-Samuels and Adithya Devraj and Hyokun Yun and Chao Zhang and Yi Xu and Yi Pan and Bing Yin and Trishul Chilimbi},
-                year         = 2025,
-                booktitle    = {Proceedings of the 63rd Annual Meeting of the Association for Computational Linguistics (ACL)},
-                eprint       = {2506.00569},
-            }"""),
-    }
 
     # The repository is created as the Trainer does it, with retries, and one sentence rather than the client's traceback
     def init_hf_repo(self, token=None, private=None):
@@ -56,5 +35,3 @@ class HubTrainer(ExactResume, PrefixSharingTrainer):
         if model_name is None:  # the one that a checkpoint's card has
             model_name = Path(self.args.hub_model_id or self.args.output_dir).name
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
-        if self.is_world_process_zero():
-            complete_card(self)

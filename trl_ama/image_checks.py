@@ -8,9 +8,9 @@ from datasets import Dataset
 from .ama_config import AMAConfig
 from .errors import AMAError
 from .image_tokens import check_takes_images
-from .pair_images import has_images
 from .processes import from_main
-from .run_settings import RunSettings
+from .run_inputs import RunInputs
+from .run_recipe import Recipe
 from .task_loading import prompt_fits_into
 
 
@@ -19,26 +19,26 @@ _SAMPLE = (
 )
 
 
-def check_images(settings: RunSettings) -> None:
+def check_images(recipe: Recipe, inputs: RunInputs) -> None:
     """Raise an `AMAError` if the run's pairs have images, and its model or its arguments cannot take them."""
-    if not any(map(has_images, settings.data.values())):
+    if not inputs.has_images:
         return
-    check_takes_images(settings.processor)
-    _check_arguments(settings.training_args, "")
-    for task in settings.task_args.tasks:
-        args = settings.specialist_arguments(task)
+    check_takes_images(inputs.processor)
+    _check_arguments(recipe.training_args, "")
+    for task in recipe.task_args.tasks:
+        args = recipe.specialist_arguments(task)
         _check_arguments(args, f" (specialist_args of task '{task.task}')")
-        limits = {args.max_length, settings.training_args.max_length} - {None}
-        if not limits or (settings.task_args.drop_truncated and min(limits) == settings.training_args.max_length):
+        limits = {args.max_length, recipe.training_args.max_length} - {None}
+        if not limits or (recipe.task_args.drop_truncated and min(limits) == recipe.training_args.max_length):
             continue
         # Unlike those of plain text, DPOTrainer does not drop them: the images' tokens would be cut, or all of an answer
-        fits = prompt_fits_into(settings.processor, min(limits))
-        for split in settings.data:
-            pairs = settings.pairs_of(task.task, split)
+        fits = prompt_fits_into(inputs.processor, min(limits))
+        for split in inputs.data:
+            pairs = inputs.pairs_of(task.task, split)
             if pairs is None:
                 continue
             if len(pairs) > _SAMPLE:
-                pairs = pairs.shuffle(seed=settings.training_args.seed).select(range(_SAMPLE))
+                pairs = pairs.shuffle(seed=recipe.training_args.seed).select(range(_SAMPLE))
             count = from_main(partial(_count_misfits, pairs, fits))
             if count:
                 raise AMAError(

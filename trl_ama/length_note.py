@@ -2,18 +2,21 @@
 
 import numpy as np
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from .ama_config import AMAConfig
 from .errors import AMAError
 from .pair_images import has_images
 from .pair_tokens import equal_answers, token_counts, tokenise
-from .run_settings import RunSettings
+from .run_inputs import RunInputs
+from .run_recipe import Recipe
 
 
 _SAMPLE = 2000  # pairs of a run that are tokenised for this: about two seconds
 _FEWEST = 10  # of a task
 
 
-def length_lines(settings: RunSettings) -> list[str]:
+def length_lines(recipe: Recipe, inputs: RunInputs) -> list[str]:
     """A line for each chosen task some of whose training pairs `max_length` drops or cuts, or have answers that are the same tokens.
 
     What `drop_truncated` drops is counted. The rest is looked for in a sample, the first pairs of each task, so that a run of a
@@ -22,22 +25,23 @@ def length_lines(settings: RunSettings) -> list[str]:
     Every process has to call this at the same time: DPOTrainer's tokenisation waits for the main process.
 
     Args:
-        settings ([`RunSettings`]): The run.
+        recipe ([`Recipe`]): What the run is told.
+        inputs ([`RunInputs`]): What it reads.
 
     Raises:
         AMAError: If a pair cannot be tokenised.
     """
-    args = settings.training_args
+    args = recipe.training_args
     limit = args.max_length
     lines = []
-    for task in settings.chosen_tasks:
-        pairs = settings.pairs_of(task, "train")
+    for task in recipe.chosen_tasks:
+        pairs = inputs.pairs_of(task, "train")
         most = _SAMPLE // (10 if has_images(pairs) else 1)  # which take more than ten times as long
-        looked_at = min(len(pairs), max(_FEWEST, most // len(settings.chosen_tasks)))
+        looked_at = min(len(pairs), max(_FEWEST, most // len(recipe.chosen_tasks)))
         sample = pairs.select(range(looked_at))
-        tokenised = _tokenised(settings, task, sample)
+        tokenised = _tokenised(sample, task, inputs.processor, args)
         filled = np.zeros(looked_at, dtype=bool)
-        dropped = settings.dropped_truncated.get(task, {})
+        dropped = inputs.dropped_truncated.get(task, {})
         if limit is not None:
             prompt, chosen, rejected = token_counts(tokenised).T
             # DPOTrainer drops a pair whose prompt leaves no room, if it cuts at the end (with images, `check_images` refuses it)
@@ -64,12 +68,14 @@ def _of_all(count: int, looked_at: int, total: int) -> str:
     return f"{'' if looked_at == total else 'about '}{round(int(count) * total / looked_at)} of {total}"
 
 
-def _tokenised(settings: RunSettings, task: str, pairs: Dataset) -> Dataset:
+def _tokenised(
+    pairs: Dataset, task: str, processor: PreTrainedTokenizerBase | ProcessorMixin, args: AMAConfig
+) -> Dataset:
     """The pairs as `DPOTrainer` prepares them, without a bar for each of a thousand tasks."""
     quiet = are_progress_bars_disabled()
     disable_progress_bars()
     try:
-        return tokenise(pairs, settings.processor, settings)
+        return tokenise(pairs, processor, args)
     except AMAError as error:
         raise AMAError(f"Task '{task}', training pairs: {error}") from error
     finally:

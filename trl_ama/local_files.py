@@ -99,6 +99,39 @@ def exact_source(task: TaskConfig, source: dict[str, Any]) -> dict[str, Any]:
     return {**source, "data_dir": glob.escape(root)} if glob.has_magic(root) else source
 
 
+def missing_file(task: TaskConfig) -> str | None:
+    """The first of a task's local files that is not there; `None` if all are, or that is for the loader to say.
+
+    Args:
+        task ([`TaskConfig`]): With a `path`, and read without `tasks_dir`.
+    """
+    if task.path not in ("json", "csv", "parquet"):
+        return None
+    root = os.path.realpath(os.path.expanduser(task.data_dir or ""))
+    for name in _names(task.data_files):
+        path = os.path.join(root, name)
+        if "://" in name or "::" in name or glob.has_magic(path) or os.path.isdir(path):
+            return None
+        if not os.path.lexists(path):
+            return path
+    return None
+
+
+def cannot_load(task: TaskConfig, split: str, where: Any, said: str) -> AMAError:
+    """The error for a task whose rows cannot be read.
+
+    Args:
+        task ([`TaskConfig`]): The task.
+        split (`str`): As the recipe names it.
+        where (`Any`): Its `data_files`, or its `path`.
+        said (`str`): What the loader says of it, as whole sentences.
+    """
+    return AMAError(
+        f"Task '{task.task}' cannot be loaded: split '{split}' of {where!r}: {said} Check `path`, `data_files` and "
+        "`split` of the task, or point it at local files with --tasks_dir."
+    )
+
+
 def _map_paths(files: Any, change: Any) -> Any:
     if isinstance(files, dict):
         return {split: _map_paths(entry, change) for split, entry in files.items()}

@@ -9,6 +9,7 @@ from .cards import hub_name, identity_link, template
 from .errors import AMAError
 from .hub import say
 from .markdown import code, escape, fence, fill, table
+from .run_names import rows_file
 
 
 # Fields of a fingerprint that every task has for itself; the others are the same within a config (run)
@@ -87,7 +88,7 @@ def _data_files(name: str, run: dict[str, Any]) -> dict[str, Any]:
     ]
     return {
         "config_name": name,
-        "data_files": [{"split": split, "path": f"{name}/*/{split}.parquet"} for split in splits],
+        "data_files": [{"split": split, "path": f"{name}/*/{rows_file(split)}"} for split in splits],
     }
 
 

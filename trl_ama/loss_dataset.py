@@ -20,14 +20,14 @@ from .loss_checks import check_file, read_rows, sha256, shown
 from .pair_features import is_plain, unite_features
 from .pair_forms import EXTRA_COLUMNS, PAIR_COLUMNS
 from .pair_images import IMAGE_COLUMNS, embedded
+from .run_names import FINGERPRINT_FILE, rows_file
 from .safe_files import file_digest, read_json, sync, write_json
 from .task_config import check_task_names
 from .tasks import PAIR_ID_COLUMN
 from .versions import VERSIONS, is_known, is_newer
 
 
-NOTE_FILE = "fingerprint.json"
-NOTE_VERSION = VERSIONS[NOTE_FILE]
+NOTE_VERSION = VERSIONS[FINGERPRINT_FILE]
 SPLITS = ("train", "test")
 # Of a fingerprint: names of things, each with a hash or commit. The other fields are settings
 _NAMES = ("task", "base_model", "tokenizer", "specialist", "train_pairs", "test_pairs", "data")
@@ -89,7 +89,7 @@ def save_task(
     temporary.mkdir(parents=True)
     files = {}
     for split, table in tables.items():
-        path = temporary / f"{split}.parquet"
+        path = temporary / rows_file(split)
         embedded(_first_of_each_pair(table)).to_parquet(str(path))
         sync(path)
         files[path.name] = {"rows": pq.read_metadata(path).num_rows, "sha256": sha256(path)}
@@ -101,7 +101,7 @@ def save_task(
         "files": files,
         "dropped": dropped,
     }
-    write_json(temporary / NOTE_FILE, note)
+    write_json(temporary / FINGERPRINT_FILE, note)
     before = folder / f".{task}.before"
     shutil.rmtree(before, ignore_errors=True)
     if (folder / task).exists():
@@ -142,10 +142,12 @@ def without_text(losses: TaskLosses, folder: Path) -> None:
 
 def tasks_in(folder: Path) -> list[str]:
     """The tasks that a reference-loss folder holds, in the order of the recipe that made them."""
-    names = [path.parent.name for path in Path(folder).glob(f"*/{NOTE_FILE}") if not path.parent.name.startswith(".")]
+    names = [
+        path.parent.name for path in Path(folder).glob(f"*/{FINGERPRINT_FILE}") if not path.parent.name.startswith(".")
+    ]
     order = {}
     for name in names:
-        note = read_json(Path(folder) / name / NOTE_FILE)
+        note = read_json(Path(folder) / name / FINGERPRINT_FILE)
         place = note.get("order") if isinstance(note, dict) else None
         order[name] = place if isinstance(place, int) else 0
     return sorted(names, key=lambda name: (order[name], name))
@@ -157,20 +159,20 @@ def read_note(folder: Path, where: str | None = None) -> dict[str, Any] | None:
     Raises:
         AMAError: If it is not such a note, or of another version.
     """
-    note = read_json(folder / NOTE_FILE)
+    note = read_json(folder / FINGERPRINT_FILE)
     if note is None:
         return None
     where = where or f"'{folder}'"
     version = note.get("version", 1) if isinstance(note, dict) else None
-    if version is None or not is_known(NOTE_FILE, note):
-        newer = version is not None and is_newer(NOTE_FILE, note)
+    if version is None or not is_known(FINGERPRINT_FILE, note):
+        newer = version is not None and is_newer(FINGERPRINT_FILE, note)
         raise AMAError(
-            f"The reference losses in {where} are of version {shown(repr(version))} ('{NOTE_FILE}'), this trl-ama reads version "
+            f"The reference losses in {where} are of version {shown(repr(version))} ('{FINGERPRINT_FILE}'), this trl-ama reads version "
             f"{NOTE_VERSION}. {'Update trl-ama' if newer else 'Use the trl-ama that made them'}, or compute them again with `trl ama-losses --config …`."
         )
     if not _is_sound(note):
         raise AMAError(
-            f"'{NOTE_FILE}' in {where} is not the note of reference losses: 'fingerprint', 'files', 'dropped' or 'order' is "
+            f"'{FINGERPRINT_FILE}' in {where} is not the note of reference losses: 'fingerprint', 'files', 'dropped' or 'order' is "
             "missing or of the wrong kind. Get an intact copy, or compute them again with `trl ama-losses --config …`."
         )
     return note
@@ -190,7 +192,7 @@ def _is_sound(note: dict[str, Any]) -> bool:
         )
         and all(isinstance(kind, str) for kind in note["texts"].values())
         and isinstance(files, dict)
-        and {f"{SPLITS[0]}.parquet"} <= set(files) <= {f"{split}.parquet" for split in SPLITS}
+        and {rows_file(SPLITS[0])} <= set(files) <= set(map(rows_file, SPLITS))
         and all(
             isinstance(entry, dict) and type(entry.get("rows")) is int and isinstance(entry.get("sha256"), str)
             for entry in files.values()
@@ -264,7 +266,7 @@ def read_task(folder: Path, task: str, where: str | None = None) -> TaskLosses:
         )
     splits = {}
     for split in SPLITS:
-        name = f"{split}.parquet"
+        name = rows_file(split)
         if name in note["files"]:
             what = f"in '{name}' of task '{task}' in {where}"
             check_file(folder / name, note["files"][name], what)

@@ -9,8 +9,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from .errors import AMAError
 from .hub import HUB_ERRORS, check_hub_id, persistently, say, split_revision
 from .loss_card import read_losses_card, specialist_repos
-from .loss_dataset import NOTE_FILE, SPLITS, read_task, tasks_in
+from .loss_dataset import SPLITS, read_task, tasks_in
 from .loss_sharing import DEFAULT_CONFIG, ReferenceLosses
+from .run_names import FINGERPRINT_FILE, rows_file
 from .task_config import check_config_name
 
 
@@ -85,7 +86,7 @@ def _local(path: str, name: str | None) -> tuple[str, Path, str | None]:
         return path, folder, name
     return (
         path,
-        folder / (_choose(path, name, sorted({file.parts[-3] for file in folder.glob(f"*/*/{NOTE_FILE}")}))),
+        folder / (_choose(path, name, sorted({file.parts[-3] for file in folder.glob(f"*/*/{FINGERPRINT_FILE}")}))),
         name,
     )
 
@@ -124,13 +125,14 @@ def _pull(
         )
 
     try:
-        root = persistently(lambda: snapshot([f"*/*/{NOTE_FILE}", "README.md"]))
-        config = _choose(path, name, sorted({file.parts[-3] for file in root.glob(f"*/*/{NOTE_FILE}")}))
+        root = persistently(lambda: snapshot([f"*/*/{FINGERPRINT_FILE}", "README.md"]))
+        config = _choose(path, name, sorted({file.parts[-3] for file in root.glob(f"*/*/{FINGERPRINT_FILE}")}))
         check_config_name(config)
         wanted = [task for task in tasks_in(root / config) if tasks is None or task in tasks]
         root = persistently(
             lambda: snapshot(
-                [f"{config}/{task}/{split}.parquet" for task in wanted for split in SPLITS] + [f"*/*/{NOTE_FILE}"]
+                [f"{config}/{task}/{rows_file(split)}" for task in wanted for split in SPLITS]
+                + [f"*/*/{FINGERPRINT_FILE}"]
             )
         )
     except AMAError:

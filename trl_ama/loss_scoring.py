@@ -14,12 +14,14 @@ from .loss_dataset import save_task
 from .loss_shards import LossShards, remove_shards
 from .loss_sharing import ReferenceLosses
 from .pair_forms import EXTRA_COLUMNS, PAIR_COLUMNS
+from .prefix_trainer import ScoringTrainer
 from .processes import from_main
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS, TOKEN_COLUMNS
-from .reference_losses import reference_fingerprint, reference_losses_done, reference_losses_of, shards_folder
+from .run_fingerprints import reference_fingerprint
+from .run_losses import reference_losses_done, reference_losses_of
 from .run_settings import RunSettings
 from .scored_rows import count_tokens, scored_columns, unit_of
-from .scoring import ScoringTrainer, score_reference_and_specialist
+from .scoring import score_reference_and_specialist
 from .tasks import PAIR_ID_COLUMN, TASK_COLUMN
 
 
@@ -35,27 +37,26 @@ def compute_reference_losses(settings: RunSettings) -> ReferenceLosses:
     Raises:
         AMAError: If a specialist is missing or of another base model, or losses that are there were made by other settings.
     """
-    remaining = from_main(
-        lambda: [task for task in settings.chosen_tasks if not reference_losses_done(settings, task)]
-    )
+    recipe, inputs = settings.recipe, settings.inputs
+    remaining = from_main(lambda: [task for task in recipe.chosen_tasks if not reference_losses_done(settings, task)])
     if PartialState().is_main_process:
-        for task in set(settings.chosen_tasks) - set(remaining):  # a run may have been stopped between the two
-            remove_shards(shards_folder(settings, task))
+        for task in set(recipe.chosen_tasks) - set(remaining):  # a run may have been stopped between the two
+            remove_shards(settings.folder.shards(task))
     if remaining:
-        numbers = [settings.task_names.index(task) for task in remaining]
+        numbers = [recipe.task_names.index(task) for task in remaining]
         parts = {
             split: part.filter(lambda batch: [task in numbers for task in batch[TASK_COLUMN]], batched=True)
-            for split, part in settings.data.items()
+            for split, part in inputs.data.items()
         }
         parts = {split: part for split, part in parts.items() if len(part)}
         trainer = ScoringTrainer(
-            model=settings.model_name,
-            args=settings.scoring_arguments(),
+            model=recipe.model_name,
+            args=recipe.scoring_arguments(inputs.has_images),
             train_dataset=parts["train"],
             eval_dataset=parts.get("test"),
-            processing_class=settings.processing_class,
-            quantization_config=settings.quantization_config(),
-            peft_config=settings.peft_config(),
+            processing_class=inputs.processing_class,
+            quantization_config=recipe.quantization_config(),
+            peft_config=inputs.peft_config(),
         )
         prepared = {"train": trainer.train_dataset, "test": trainer.eval_dataset}
         prepared = {split: prepared[split] for split in parts}
@@ -70,19 +71,19 @@ def compute_reference_losses(settings: RunSettings) -> ReferenceLosses:
                 _score_task(settings, trainer, task, prepared, overall)
         del trainer
         gc.collect()
-    return ReferenceLosses(reference_losses_of(settings, settings.chosen_tasks))
+    return ReferenceLosses(reference_losses_of(settings, recipe.chosen_tasks))
 
 
 def _score_task(
     settings: RunSettings, trainer: ScoringTrainer, task: str, prepared: dict[str, Dataset], overall: ProgressBar
 ) -> None:
-    number = settings.task_names.index(task)
+    number, shards = settings.recipe.task_names.index(task), settings.folder.shards(task)
     splits = {
         split: part.select(np.flatnonzero(numpy_column(part, TASK_COLUMN) == number))
         for split, part in prepared.items()
     }
     splits = {split: part for split, part in splits.items() if len(part)}
-    given = {split: settings.pairs_of(task, split) for split in settings.data}
+    given = {split: settings.inputs.pairs_of(task, split) for split in settings.inputs.data}
     kept = {split: set(part[PAIR_ID_COLUMN]) for split, part in splits.items()}
     dropped = {
         split: sorted(set(part[PAIR_ID_COLUMN]) - kept.get(split, set()))
@@ -98,13 +99,11 @@ def _score_task(
         settings.specialist_source(task),
         pairs,
         f"Reference losses, {task}",
-        LossShards(
-            shards_folder(settings, task), fingerprint, pairs[PAIR_ID_COLUMN][:], trainer.accelerator.process_index
-        ),
+        LossShards(shards, fingerprint, pairs[PAIR_ID_COLUMN][:], trainer.accelerator.process_index),
         overall,
     )
     for who, columns in (
-        (settings.model_name, REFERENCE_COLUMNS),
+        (settings.recipe.model_name, REFERENCE_COLUMNS),
         (settings.specialist_source(task), SPECIALIST_COLUMNS),
     ):
         bad = ~np.isfinite([scores[column] for column in columns]).all(axis=0)
@@ -116,24 +115,24 @@ def _score_task(
             )
 
     def save() -> None:
-        tables, start = {}, 0
+        tables, start, with_text = {}, 0, settings.recipe.pipeline_args.include_text
         for split, part in splits.items():
             columns = {name: values[start : start + len(part)] for name, values in scores.items()}
-            tables[split] = _table(settings, task, given[split], part[PAIR_ID_COLUMN][:], columns)
+            tables[split] = _table(task, given[split], part[PAIR_ID_COLUMN][:], columns, with_text)
             start += len(part)
-        save_task(settings.losses_dir, task, tables, fingerprint, dropped, number)
-        remove_shards(shards_folder(settings, task))
+        save_task(settings.folder.losses, task, tables, fingerprint, dropped, number)
+        remove_shards(shards)
 
     from_main(save)
 
 
-def _table(settings: RunSettings, task: str, given: Dataset, ids: list[str], scores: dict[str, np.ndarray]) -> Dataset:
+def _table(task: str, given: Dataset, ids: list[str], scores: dict[str, np.ndarray], with_text: bool) -> Dataset:
     """The rows of a split that are saved.
 
     Their texts are the loaded pairs', by id: `DPOTrainer` prepares texts of its own, which end with a special token.
     """
     texts = [name for name in (*PAIR_COLUMNS, *EXTRA_COLUMNS) if name in given.column_names]
-    kept = [PAIR_ID_COLUMN, *(texts if settings.pipeline_args.include_text else ())]
+    kept = [PAIR_ID_COLUMN, *(texts if with_text else ())]
     row_of = {name: row for row, name in enumerate(given[PAIR_ID_COLUMN][:])}
     table = given.select([row_of[name] for name in ids]).select_columns(kept).flatten_indices()
     table = table.add_column(TASK_COLUMN, [task] * len(table), feature=Value("string"))

@@ -21,6 +21,7 @@ from accelerate.logging import get_logger
 
 from .errors import AMAError, first_line, sentence
 from .fingerprint import check_fingerprint
+from .run_names import SHARDS_FILE
 from .safe_files import read_json, sync, unreadable, write_json
 from .versions import VERSIONS, check_version
 
@@ -28,7 +29,6 @@ from .versions import VERSIONS, check_version
 logger = get_logger(__name__)
 
 SHARD_SECONDS = 60.0  # what a stop may cost; a day's sweep is about 1,400 shards of a few kilobytes
-_RUN_FILE = "run.json"
 _RUN_KEY, _ROW, _PAIR_ID = b"run", "row", "pair_id"
 
 
@@ -49,7 +49,7 @@ class LossShards:
         self.folder, self._pair_ids, self._rank = folder, np.asarray(pair_ids), rank
         check_unfinished(folder, fingerprint)
         # What the first start noted, if there was one: a later one may name the same weights by another folder
-        self._note = _read_note(folder) or {"version": VERSIONS[_RUN_FILE], "fingerprint": fingerprint}
+        self._note = _read_note(folder) or {"version": VERSIONS[SHARDS_FILE], "fingerprint": fingerprint}
         self._run = hashlib.sha256(json.dumps(self._note, sort_keys=True).encode()).hexdigest()
         self._rows: list[np.ndarray] = []
         self._scores: dict[str, np.ndarray] = {}
@@ -124,8 +124,8 @@ class LossShards:
             stream = io.BytesIO()
             pq.write_table(table.replace_schema_metadata({_RUN_KEY: self._run.encode()}), stream)
             content = stream.getvalue()
-            if not (self.folder / _RUN_FILE).is_file():
-                write_json(self.folder / _RUN_FILE, self._note)  # makes the folder, too
+            if not (self.folder / SHARDS_FILE).is_file():
+                write_json(self.folder / SHARDS_FILE, self._note)  # makes the folder, too
             number = len(list(self.folder.glob(f"{self._rank:03d}-*.parquet")))
             name = f"{self._rank:03d}-{number:05d}-{_hash(content)}.parquet"
             temporary = self.folder / f".{name}.tmp"
@@ -154,11 +154,11 @@ def _hash(content: bytes) -> str:
 
 
 def _read_note(folder: Path) -> dict[str, Any] | None:
-    note = read_json(folder / _RUN_FILE)
+    note = read_json(folder / SHARDS_FILE)
     if note is not None:
-        check_version(folder / _RUN_FILE, note, "delete that folder, and its pairs are scored again")
+        check_version(folder / SHARDS_FILE, note, "delete that folder, and its pairs are scored again")
     if note is not None and not isinstance(note.get("fingerprint"), dict):
-        raise AMAError(f"'{folder / _RUN_FILE}' is damaged. Delete that folder, and its pairs are scored again.")
+        raise AMAError(f"'{folder / SHARDS_FILE}' is damaged. Delete that folder, and its pairs are scored again.")
     return note
 
 

@@ -12,7 +12,8 @@ from .errors import AMAError
 from .fingerprint import first_difference
 from .hub import HubTarget, check_hub_id, persistently, prepare
 from .loss_card import OWN_FIELDS, losses_card, read_losses_card, specialist_repos
-from .loss_dataset import NOTE_FILE, TaskLosses, read_note, stack, without_text
+from .loss_dataset import TaskLosses, read_note, stack, without_text
+from .run_names import FINGERPRINT_FILE
 from .task_config import check_config_name
 
 
@@ -133,7 +134,7 @@ def _commit(
     place = f"{target.repo_id}@{target.revision}" if target.revision else target.repo_id
     operations = [CommitOperationAdd("README.md", losses_card(place, runs, repos, body, data).encode())]
     for task, folder in folders.items():
-        names = {f"{config_name}/{task}/{name}": folder / name for name in (NOTE_FILE, *notes[task]["files"])}
+        names = {f"{config_name}/{task}/{name}": folder / name for name in (FINGERPRINT_FILE, *notes[task]["files"])}
         operations += [CommitOperationAdd(name, path) for name, path in names.items()]
         operations += [
             CommitOperationDelete(name)
@@ -155,7 +156,7 @@ def _present_notes(target: HubTarget, head: str, files: set[str]) -> dict[str, d
     runs: dict[str, dict[str, dict[str, Any]]] = {}
     for name in sorted(files):
         parts = name.split("/")
-        if len(parts) != 3 or parts[2] != NOTE_FILE:
+        if len(parts) != 3 or parts[2] != FINGERPRINT_FILE:
             continue
         path = target.api.hf_hub_download(target.repo_id, name, repo_type="dataset", revision=head)
         note = read_note(Path(path).parent, f"'{target.repo_id}' ({name})")

@@ -29,6 +29,7 @@ from .merged_folder import NOTE_FILE, whole_or_not
 from .merged_weights import Merged, Training, merged_model
 from .policy_files import ADAPTER_WEIGHTS, PolicySource, capital, policy_source
 from .policy_sources import check_policy_source
+from .run_names import STAGE_FILE
 from .safe_files import write_json
 from .secrets import public_name
 from .versions import VERSIONS, check_version
@@ -172,9 +173,9 @@ def _differences(
 
 def training_of(place: PolicySource) -> Training | None:
     """What a folder of the pipeline says about the base that its adapter was trained on; `None` if it says nothing."""
-    note = place.json("stage.json")
+    note = place.json(STAGE_FILE)
     if note is not None:
-        check_version("stage.json", note, f"name an adapter that this trl-ama trained; this one is '{place.given}'")
+        check_version(STAGE_FILE, note, f"name an adapter that this trl-ama trained; this one is '{place.given}'")
     noted = (note or {}).get("fingerprint")
     if not isinstance(noted, dict) or "load_in_4bit" not in noted:
         return None

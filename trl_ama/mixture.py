@@ -6,24 +6,44 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 from datasets import Dataset
+from transformers import TrainingArguments
 
-from .ama_config import AMAConfig
 from .columns import numpy_column
 from .errors import AMAError
-from .mixing import MixingStrategy, StepStatistics
+from .mixing import MixingStrategy, StepStatistics, build_strategy
 from .mixing.monitor import MixtureMonitor
-from .sampler import BlockSampler, TaskMixtureSampler
+from .run_names import STATE_FILE
+from .sampler import BlockSampler, TaskMixtureSampler, count_tasks
 from .step_recorder import StepRecorder
 from .streaming import StreamSampler, TaskStreams
 from .tasks import TASK_COLUMN
 from .versions import VERSIONS, check_version
 
 
-_STATE_FILE = "trainer_state.json"  # of a checkpoint, which holds the state
+def strategy_for(
+    dataset: Dataset | Any, task_names: list[str], mixing: str, mixing_lr: float | str = "auto", **options: Any
+) -> MixingStrategy:
+    """Build a strategy over the tasks' numbers of pairs: 1 each if they are streamed or not told.
+
+    Args:
+        dataset (`Dataset`): The training pairs, with `task` numbers.
+        task_names (`list[str]`): Names of those numbers.
+        mixing (`str`): The strategy's name.
+        mixing_lr (`float` or `str`): Its step size; `"auto"` for the regret bound's.
+        options: Further ones of [`build_strategy`].
+
+    Raises:
+        AMAError: If the name or an option is not valid.
+    """
+    if isinstance(dataset, Dataset) and TASK_COLUMN in dataset.column_names:
+        sizes = count_tasks(numpy_column(dataset, TASK_COLUMN), len(task_names))
+    else:
+        sizes = np.ones(len(task_names))
+    return build_strategy(mixing, sizes, mixing_lr=None if mixing_lr == "auto" else mixing_lr, **options)
 
 
 class Mixture:
-    """What an `AMATrainer` keeps beside the model.
+    """What a trainer keeps beside the model.
 
     Args:
         strategy ([`MixingStrategy`]): Decides draws and weights.
@@ -56,7 +76,7 @@ class Mixture:
         self.broken_pairs: dict[str, int] = {}
         self.step_pairs = 0
 
-    def make_sampler(self, dataset: Dataset | TaskStreams, args: AMAConfig, batch_size: int) -> BlockSampler:
+    def make_sampler(self, dataset: Dataset | TaskStreams, args: TrainingArguments, batch_size: int) -> BlockSampler:
         """A new sampler over the dataset's tasks, for one `train()`, whose loaders have batches of `batch_size`."""
         per_loader_step = batch_size * args.world_size
         if isinstance(dataset, TaskStreams):
@@ -99,7 +119,7 @@ class Mixture:
                 "The checkpoint has no mixing state: it was not written by AMATrainer. Start without "
                 "resume_from_checkpoint."
             )
-        check_version(_STATE_FILE, state, "resume with the trl-ama that wrote it, or start a new output_dir")
+        check_version(STATE_FILE, state, "resume with the trl-ama that wrote it, or start a new output_dir")
         if state.get("task_names") != self._task_names:
             raise AMAError(
                 f"The checkpoint's mixing state has task_names={state.get('task_names')!r}, this run has "
@@ -119,7 +139,7 @@ class Mixture:
     def state_dict(self) -> dict[str, Any]:
         """Strategy and sampler, as JSON types."""
         return {
-            "version": VERSIONS[_STATE_FILE],
+            "version": VERSIONS[STATE_FILE],
             "task_names": self._task_names,
             "strategy": self.strategy.state_dict(),
             "sampler": None if self.sampler is None else self.sampler.state_dict(),

@@ -1,6 +1,7 @@
 """Pairs as the tokens that DPOTrainer makes of them, without a trainer: what `ama-plan` counts and `ama-check` shows."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,6 @@ from .image_tokens import check_takes_images, image_pair_ids
 from .pair_forms import EXTRA_COLUMNS, PAIR_COLUMNS
 from .pair_images import has_images
 from .pair_rows import first_failure
-from .run_settings import RunSettings
 
 
 PAIR_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -27,7 +27,7 @@ SAME_TEXT, SAME_TOKENS, SAME_AFTER_CUT = "same_text", "same_tokens", "same_after
 def tokenise(
     pairs: Dataset,
     processor: PreTrainedTokenizerBase | ProcessorMixin,
-    settings: RunSettings,
+    args: AMAConfig,
     rows: Sequence[int] | None = None,
 ) -> Dataset:
     """Pairs as `DPOTrainer` prepares them, none dropped and none cut: `prompt_ids`, `chosen_ids` and `rejected_ids`.
@@ -35,7 +35,7 @@ def tokenise(
     Args:
         pairs (`Dataset`): `prompt`, `chosen`, `rejected`, and what else travels with a pair.
         processor (`PreTrainedTokenizerBase` or `ProcessorMixin`): The base model's.
-        settings ([`RunSettings`]): The recipe.
+        args ([`AMAConfig`]): The recipe's training arguments.
         rows (`Sequence[int]`, *optional*): The pairs' numbers, for messages; from 0 on by default.
 
     Raises:
@@ -51,7 +51,7 @@ def tokenise(
     held = pairs if has_images(pairs) else Dataset.from_list(pairs.to_list(), features=pairs.features)
     # Its own method, of which the trainer itself is only asked for the end-of-sequence token: no model is needed
     trainer = SimpleNamespace(_tokenizer=tokenizer)
-    args = settings.with_arguments(max_length=None, dataset_num_proc=None)
+    args = replace(args, max_length=None, dataset_num_proc=None)
 
     def prepare(part: Dataset) -> Dataset:
         if has_images(part):  # which DPOTrainer does not prepare

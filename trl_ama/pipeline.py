@@ -14,7 +14,7 @@ from trl import ModelConfig
 from . import interruption
 from .ama_config import AMAConfig
 from .errors import AMAError, first_line
-from .evaluation import evaluate_policies, evaluation_fingerprint
+from .evaluation import evaluate_policies
 from .generalist_card import write_card
 from .generalists import train_generalist
 from .hub import check_login, time_limit
@@ -25,8 +25,13 @@ from .pipeline_arguments import PipelineArguments
 from .processes import from_main, main_first
 from .publishing import Publisher
 from .report import plot_mixture, result_table
+from .run_fingerprints import evaluation_fingerprint
+from .run_inputs import RunInputs
 from .run_lock import folder_held
+from .run_losses import reference_losses_of
+from .run_names import RunFolder
 from .run_note import leave_page
+from .run_recipe import Recipe
 from .run_settings import RunSettings
 from .run_start import STAGES, check_recipe, describe_plan
 from .safe_files import check_seal, is_full, read_json, sealed, write_json
@@ -72,23 +77,24 @@ def run_pipeline(
         user = from_main(lambda: check_login(training_args.hub_token))
     with main_first():  # which downloads, tokenises and caches; the others find it
         settings = RunSettings(pipeline_args, training_args, model_args, task_args)
-        given, stages = stages, _stages_of(settings, stages)
+        recipe, inputs, folder = settings.recipe, settings.inputs, settings.folder
+        given, stages = stages, _stages_of(recipe, stages)
     with (
         interruption.caught(training_args.save_on_signal),
-        folder_held(settings.output_dir, _tasks_alone(settings, stages)),
-        _disk_errors_told(settings),
+        folder_held(folder.path, _tasks_alone(recipe, stages)),
+        _disk_errors_told(folder.path),
     ):
         with main_first():
             check_recipe(settings, stages)
-        rehearse_stages(settings, stages)
+        rehearse_stages(recipe, inputs, stages)
         plan = from_main(lambda: describe_plan(settings, stages))
         makes_something = set(stages) - {"eval"}  # else `max_length` has been told of
-        _say("\n".join([*plan, *(length_lines(settings) if makes_something else [])]))
+        _say("\n".join([*plan, *(length_lines(recipe, inputs) if makes_something else [])]))
         with time_limit():
             publisher = Publisher(settings, stages, user)
             results = _run_stages(settings, publisher, stages)
-        if pipeline_args.only_tasks:
-            _say(_what_is_left(settings, given))
+        if recipe.pipeline_args.only_tasks:
+            _say(_what_is_left(recipe, inputs, folder, given))
         publisher.finish()
     return results
 
@@ -98,52 +104,50 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
-def _stages_of(settings: RunSettings, stages: Sequence[str]) -> Sequence[str]:
+def _stages_of(recipe: Recipe, stages: Sequence[str]) -> Sequence[str]:
     """The stages that a run with `only_tasks` can do, of those that it was asked for."""
-    if not settings.pipeline_args.only_tasks:
+    if not recipe.pipeline_args.only_tasks:
         return stages
     own = [stage for stage in stages if stage in ("specialists", "losses")]
     if not own:
         raise AMAError(
-            f"only_tasks {settings.pipeline_args.only_tasks} chooses specialists and reference losses, but this command makes "
+            f"only_tasks {recipe.pipeline_args.only_tasks} chooses specialists and reference losses, but this command makes "
             "neither: generalist and evaluation are of all tasks. Leave it out."
         )
     return own
 
 
-def _what_is_left(settings: RunSettings, stages: Sequence[str]) -> str:
-    there = {*tasks_in(settings.losses_dir), *settings.shared_tasks}
-    missing = [task for task in settings.task_names if task not in there]
+def _what_is_left(recipe: Recipe, inputs: RunInputs, folder: RunFolder, stages: Sequence[str]) -> str:
+    there = {*tasks_in(folder.losses), *inputs.shared_tasks}
+    missing = [task for task in recipe.task_names if task not in there]
     left = f"reference losses are still missing of {missing}" if missing else "all reference losses are there"
     ended = ", so there is no generalist" if "train" in stages else ""
     return (
-        f"only_tasks was {settings.chosen_tasks}{ended}; {left}. `trl ama --config …` without only_tasks makes what is missing, "
+        f"only_tasks was {recipe.chosen_tasks}{ended}; {left}. `trl ama --config …` without only_tasks makes what is missing, "
         "the generalist and the page."
     )
 
 
-def _tasks_alone(settings: RunSettings, stages: Sequence[str]) -> list[str] | None:
+def _tasks_alone(recipe: Recipe, stages: Sequence[str]) -> list[str] | None:
     """The tasks of a run that writes nothing but theirs, and shares its folder with others like it; `None` for any other."""
-    tasks = getattr(settings.pipeline_args, "only_tasks", None)
+    tasks = recipe.pipeline_args.only_tasks
     if not tasks:
-        tasks = settings.task_names if set(stages) <= {"specialists", "losses"} else []
+        tasks = recipe.task_names if set(stages) <= {"specialists", "losses"} else []
     return list(tasks) if 0 < len(tasks) <= _MOST_LOCKS else None
 
 
 @contextlib.contextmanager
-def _disk_errors_told(settings: RunSettings) -> Iterator[None]:
+def _disk_errors_told(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        place = error.filename or str(settings.output_dir)
+        place = error.filename or str(folder)
         if is_full(error):
             raise AMAError(
                 f"The disk of '{place}' is full ({first_line(error)}). What was finished is intact: make room, and run the "
                 "same command again to go on."
             ) from error
-        inside = error.filename is not None and Path(error.filename).absolute().is_relative_to(
-            settings.output_dir.absolute()
-        )
+        inside = error.filename is not None and Path(error.filename).absolute().is_relative_to(folder.absolute())
         if not inside or error.strerror is None:
             raise
         raise AMAError(
@@ -162,12 +166,12 @@ def _run_stages(settings: RunSettings, publisher: Publisher, stages: Sequence[st
         publisher.losses()
         _leave_page(settings, publisher)
     if "train" in stages:
-        for strategy in settings.strategies:
+        for strategy in settings.recipe.strategies:
             train_generalist(settings, strategy, publisher.generalist_id)
             _leave_page(settings, publisher)
     results = None
     if "eval" in stages:
-        if "test" in settings.data:
+        if "test" in settings.inputs.data:
             results = evaluate(settings, publisher.published)
         else:
             _say("No task has held-out pairs (`eval_split`, `test_split_size`), so there is nothing to evaluate on.")
@@ -180,7 +184,7 @@ def _run_stages(settings: RunSettings, publisher: Publisher, stages: Sequence[st
 
 def _leave_page(settings: RunSettings, publisher: Publisher) -> None:
     # Jobs side by side leave the page, which is of the whole run, to the one that does the rest
-    if not settings.pipeline_args.only_tasks:
+    if not settings.recipe.pipeline_args.only_tasks:
         leave_page(settings, publisher.published)
 
 
@@ -191,9 +195,10 @@ def evaluate(settings: RunSettings, published: dict[str, str] | None = None) -> 
         settings ([`RunSettings`]): The run.
         published (`dict[str, str]`, *optional*): Hub ids of what the run publishes, for the card's links.
     """
-    policies = {strategy: str(settings.generalist_dir(strategy)) for strategy in settings.strategies}
-    made_from = evaluation_fingerprint(settings, policies)
-    path = settings.output_dir / "results.json"
+    recipe, folder = settings.recipe, settings.folder
+    policies = {strategy: str(folder.generalist(strategy)) for strategy in recipe.strategies}
+    made_from = evaluation_fingerprint(recipe, settings.inputs, reference_losses_of(settings), policies)
+    path = folder.results
     results = from_main(lambda: _results_in(path))
     if results is None or results.get("made_from") != made_from:
         results = sealed(
@@ -233,12 +238,13 @@ def report(settings: RunSettings, results: dict[str, Any] | None, published: dic
         results (`dict`, *optional*): What [`evaluate_policies`] returns; `None` if there was nothing to evaluate on.
         published (`dict[str, str]`): Hub ids of what the run publishes, for the card's links.
     """
+    recipe, folder = settings.recipe, settings.folder
     if results is not None:
         table = result_table(results)
-        (settings.output_dir / "results.md").write_text(table, encoding="utf-8")
-        print(f"\n{table}\nResults: {settings.output_dir / 'results.md'}")
-    plot = settings.output_dir / "plots" / "mixture.png"
-    plot_mixture(settings, plot)
-    print(f"Plot:    {plot}")
-    print(f"Card:    {write_card(settings, results, plot, published)}")
+        folder.result_table.write_text(table, encoding="utf-8")
+        print(f"\n{table}\nResults: {folder.result_table}")
+    generalists = {strategy: folder.generalist(strategy) for strategy in recipe.strategies}
+    plot_mixture(generalists, recipe.task_names, folder.plot)
+    print(f"Plot:    {folder.plot}")
+    print(f"Card:    {write_card(settings, results, folder.plot, published)}")
     print(f"Page:    {leave_page(settings, published)}")

@@ -75,10 +75,11 @@ def make_plan(settings: RunSettings, device: str = "cuda", processes: int = 1, s
 
 class _Planner:
     def __init__(self, settings: RunSettings, device: str, processes: int, sharding: str | None):
-        self.settings, self.device, self.processes, self.sharding = settings, device, processes, sharding
-        self.args = settings.training_args
-        self.model = PlannedModel(settings, device, distributed=processes > 1 and sharding is None)
-        self.lengths, self.notes = count_lengths(settings, self.args.max_length)
+        self.recipe, self.inputs = settings.recipe, settings.inputs
+        self.device, self.processes, self.sharding = device, processes, sharding
+        self.args = self.recipe.training_args
+        self.model = PlannedModel(self.recipe, device, distributed=processes > 1 and sharding is None)
+        self.lengths, self.notes = count_lengths(self.recipe, self.inputs, self.args.max_length)
 
     def plan(self) -> Plan:
         if not self.parts("train"):
@@ -90,7 +91,7 @@ class _Planner:
         variants = self.variants()
         self.add_notes(next(stage.memory for stage in stages if stage.name == "generalists"))
         steps = self.steps(self.args, _count(self.parts("train")))
-        return Plan(self.settings.model_name, self.device, self.processes, stages, variants, steps, self.notes)
+        return Plan(self.recipe.model_name, self.device, self.processes, stages, variants, steps, self.notes)
 
     def add_notes(self, generalist: StageMemory) -> None:
         if generalist.activations is None:
@@ -134,11 +135,11 @@ class _Planner:
     # ---- Stages ----
 
     def specialists(self) -> StagePlan:
-        needed = [task for task in self.settings.task_args.tasks if self.settings.needs_specialist(task.task)]
+        needed = [task for task in self.recipe.task_args.tasks if self.inputs.needs_specialist(task.task)]
         steps, tokens, work = 0, 0, 0.0
         largest: dict[Any, tuple] = {}  # settings of memory → the largest batch under them
         for task in needed:
-            args = self.settings.specialist_arguments(task)
+            args = self.recipe.specialist_arguments(task)
             parts = self.parts("train", [task.task], args)
             if not parts:
                 self.notes.append(f"No pair of task '{task.task}' is left, so its specialist cannot be trained.")
@@ -163,13 +164,13 @@ class _Planner:
 
     def losses(self) -> StagePlan:
         """Base and specialist in one sweep over each task's pairs, training and held-out ones alike."""
-        tasks = [task for task in self.settings.task_names if task not in self.settings.shared_tasks]
+        tasks = [task for task in self.recipe.task_names if task not in self.inputs.shared_tasks]
         sweeps = [[part for split in self.lengths for part in self.parts(split, [task])] for task in tasks]
         return self.sweeps("reference losses", len(tasks), 2, sweeps)
 
     def generalists(self) -> StagePlan:
         args, parts = self.args, self.parts("train")
-        strategies = self.settings.strategies
+        strategies = self.recipe.strategies
         steps, tokens, work = 0, 0, 0.0
         for strategy in strategies:
             own = self.steps(args, _count(parts))
@@ -190,7 +191,7 @@ class _Planner:
 
     def evaluation(self) -> StagePlan:
         """A sweep of each generalist over all held-out pairs; what base and specialists have is known by then."""
-        strategies = self.settings.strategies
+        strategies = self.recipe.strategies
         return self.sweeps("evaluation", len(strategies), len(strategies), [self.parts("test")])
 
     def sweeps(self, name: str, runs: int, passes: int, sweeps: list[list[Lengths]]) -> StagePlan:

@@ -12,7 +12,8 @@ from .errors import AMAError, sentence
 from .pair_images import has_images
 from .pair_tokens import token_counts, tokenise
 from .prefix_sharing import WORTH_SHARING
-from .run_settings import RunSettings
+from .run_inputs import RunInputs
+from .run_recipe import Recipe
 
 
 SAMPLE = 2000  # pairs of a task and split that are counted; beyond, a longer one may be among those that are not
@@ -80,22 +81,23 @@ def assumed(max_length: int, count: int | None) -> Lengths:
     return Lengths(np.array([[prompt, max_length - prompt, max_length - prompt]]), count, assumed=True)
 
 
-def count_lengths(settings: RunSettings, max_length: int | None) -> tuple[dict[str, dict[str, Lengths]], list[str]]:
+def count_lengths(
+    recipe: Recipe, inputs: RunInputs, max_length: int | None
+) -> tuple[dict[str, dict[str, Lengths]], list[str]]:
     """Lengths of all tasks before anything is cut, split → task → lengths, and what to tell the user about them.
 
     Raises:
         AMAError: If the tokenizer cannot be read, or a pair cannot be tokenised or has images.
     """
-    processor = settings.processor
+    processor = inputs.processor
     try:
-        data = settings.data
+        data = inputs.data
     except AMAError as error:
         if max_length is None:
             raise
-        counts = {"train": settings.task_args.max_train_pairs, "test": settings.task_args.max_eval_pairs}
+        counts = {"train": recipe.task_args.max_train_pairs, "test": recipe.task_args.max_eval_pairs}
         parts = {
-            split: {task: assumed(max_length, count) for task in settings.task_names}
-            for split, count in counts.items()
+            split: {task: assumed(max_length, count) for task in recipe.task_names} for split, count in counts.items()
         }
         unknown = (
             ""
@@ -114,14 +116,14 @@ def count_lengths(settings: RunSettings, max_length: int | None) -> tuple[dict[s
     lengths: dict[str, dict[str, Lengths]] = {split: {} for split in data}
     sampled = []
     for split in data:
-        for task in settings.task_names:
-            rows = settings.pairs_of(task, split)
+        for task in recipe.task_names:
+            rows = inputs.pairs_of(task, split)
             if rows is None:
                 continue
             if len(rows) > SAMPLE:
                 sampled.append(task)
             try:
-                tokenised = tokenise(_sample(rows, task), processor, settings)
+                tokenised = tokenise(_sample(rows, task), processor, recipe.training_args)
             except AMAError as error:
                 raise AMAError(f"Task '{task}', {split} pairs: {sentence(error)}") from error
             beginning = os.path.commonprefix(tokenised["prompt_ids"][:])
@@ -160,7 +162,7 @@ def largest_batch(parts: list[Lengths], size: int, packed: bool = True) -> list[
 
 
 def scoring_batch(parts: list[Lengths], size: int, packed: bool) -> list[Pair]:
-    """The first and largest batch of a sweep; see `_Sweep.batches` in scoring.py: longest first, as many pairs as hold no more
+    """The first and largest batch of a sweep; see `Sweep.batches` in sweep.py: longest first, as many pairs as hold no more
     tokens, packed, than the `size` longest have, padded."""
     longest = max(int(part.longest.max()) for part in parts)
     budget = 2 * size * longest

@@ -16,14 +16,14 @@ from .plan_cost import Products
 from .plan_empty import MemorySettings, empty_model
 from .plan_lengths import Pair
 from .prefix_rules import broken_rule
-from .run_settings import RunSettings
+from .run_recipe import Recipe
 
 
 class PlannedModel:
     """The base model without weights, as a recipe trains it on a device.
 
     Args:
-        settings ([`RunSettings`]): The parsed recipe.
+        recipe ([`Recipe`]): The parsed recipe.
         device (`str`): `"cuda"` or `"cpu"`.
         distributed (`bool`): Whether several processes average gradients by DistributedDataParallel.
 
@@ -31,10 +31,10 @@ class PlannedModel:
         AMAError: From any property, if the configuration cannot be read or the settings do not go together.
     """
 
-    def __init__(self, settings: RunSettings, device: str, distributed: bool):
-        self.settings, self.device, self.distributed = settings, device, distributed
-        self.args = settings.training_args
-        self.peft_config = get_peft_config(settings.model_args)
+    def __init__(self, recipe: Recipe, device: str, distributed: bool):
+        self.recipe, self.device, self.distributed = recipe, device, distributed
+        self.args = recipe.training_args
+        self.peft_config = get_peft_config(recipe.model_args)
         self._memories: dict[Any, StageMemory] = {}
 
     @cached_property
@@ -43,11 +43,11 @@ class PlannedModel:
         init = self.args.model_init_kwargs
         try:
             return AutoConfig.from_pretrained(
-                self.settings.model_name, revision=init.get("revision"), trust_remote_code=self.args.trust_remote_code
+                self.recipe.model_name, revision=init.get("revision"), trust_remote_code=self.args.trust_remote_code
             )
         except (OSError, ValueError) as error:
             raise AMAError(
-                f"The configuration of '{self.settings.model_name}' cannot be read: {sentence(error)} Check model_name_or_path."
+                f"The configuration of '{self.recipe.model_name}' cannot be read: {sentence(error)} Check model_name_or_path."
             ) from error
 
     @cached_property
@@ -55,7 +55,7 @@ class PlannedModel:
         """The recipe's, or the one that the weights are stored in."""
         stored = getattr(self.config, "quantization_config", None)
         try:
-            asked = self.settings.quantization_config()
+            asked = self.recipe.quantization_config()
             if asked is not None or stored is None:
                 return asked
             stored = stored if isinstance(stored, dict) else stored.to_dict()
@@ -64,7 +64,7 @@ class PlannedModel:
         except (ImportError, ValueError, TypeError) as error:
             raise AMAError(f"The quantisation cannot be planned: {sentence(error)} Install bitsandbytes.") from error
         raise AMAError(
-            f"The weights of '{self.settings.model_name}' are stored as '{stored.get('quant_method')}', and a plan knows bitsandbytes "
+            f"The weights of '{self.recipe.model_name}' are stored as '{stored.get('quant_method')}', and a plan knows bitsandbytes "
             "alone. Plan the model that they were made from, with load_in_4bit or load_in_8bit."
         )
 

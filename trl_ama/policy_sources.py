@@ -8,7 +8,9 @@ from transformers import AutoConfig
 from .adapter_keys import keys_problem, saved_shapes
 from .errors import AMAError, first_line, sentence
 from .hub import is_commit, split_revision
+from .model_identity import weights_identity
 from .policy_files import ADAPTER_WEIGHTS, PolicySource, capital, hub_commit, policy_source
+from .run_names import STAGE_FILE
 
 
 __all__ = ["check_policy_source", "split_revision"]
@@ -122,13 +124,11 @@ def _same_weights(ours: str, revision: str | None, place: PolicySource) -> bool 
     """
     if place.commit is not None and not os.path.isdir(ours):
         return None  # a commit is in the adapter's configuration, too: no more of the Hub is asked for
-    note = place.json("stage.json")
+    note = place.json(STAGE_FILE)
     fingerprint = note.get("fingerprint") if note is not None else None
     noted = fingerprint.get("base_model") if isinstance(fingerprint, dict) else None
     if not isinstance(noted, str) or not (os.path.isdir(ours) or "@sha256:" in noted):
         return None
-    from .model_identity import weights_identity
-
     theirs, known = weights_identity(*noted.rpartition("@")[::2]), weights_identity(ours, revision)
     return None if theirs is None or known is None else theirs == known
 

@@ -1,4 +1,5 @@
-"""DPOTrainer with the faster forward pass of `prefix_sharing.py`, and on several processes with the numbers of one."""
+"""The trainers of pairs: DPOTrainer with the faster forward pass of `prefix_sharing.py`, and on several processes with the numbers
+of one."""
 
 import atexit
 import contextlib
@@ -14,19 +15,21 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import TrainerCallback
+from trl import DPOTrainer
 
 from .errors import AMAError, first_line
 from .exact_resume import ExactResume
-from .finite_steps import FiniteStepTrainer
+from .finite_steps import FiniteSteps
 from .own_adapter import OwnBase
+from .pair_batches import COUNTED, RecordedForward, mark_repeats
+from .pair_images import has_images
 from .pair_rows import first_failure
 from .policy_objects import check_is_model, check_policy
 from .preference_losses import PreferenceLossConfig, pair_losses
 from .prefix_support import PrefixSharing
-from .processes import from_main
+from .processes import from_main, is_sharded, whole_models
 from .quantized import keep_weights
-from .recorded_forward import RecordedForward
-from .uneven_batches import COUNTED, mark_repeats
+from .start_errors import StartErrors
 
 
 _TEMPORARY = "_reference_logps-"
@@ -54,13 +57,18 @@ class _ProveAgain(TrainerCallback):
         self._sharing.forget()
 
 
-class PrefixSharingTrainer(FiniteStepTrainer):
+class PairTrainer(FiniteSteps, StartErrors, DPOTrainer):
     """
     A [`~trl.DPOTrainer`] whose reference log-probs come from the fast path.
 
     TRL runs the reference inside of its loss, out of reach of a stand-in for the model, so they are computed before it and
     handed over as precomputed ones are. And they are those of the base as it was, where the policy's adapter changes it: see
     [`OwnBase`].
+
+    Attributes:
+        own_base ([`OwnBase`]): What differs between the base under the policy and the base as it was.
+        pairs_of_rounds (`list[int]`): Of the optimizer step under way, the pairs that count in each round of micro-batches, on all
+            processes together. # (M,)
     """
 
     def __init__(self, model, ref_model=None, *args, **kwargs):
@@ -78,7 +86,7 @@ class PrefixSharingTrainer(FiniteStepTrainer):
         for model in (self.model, self.ref_model):
             if model is not None:
                 keep_weights(model)
-        self._pairs_of_rounds = [self.accelerator.num_processes]  # of a batch outside of training, its sum
+        self.pairs_of_rounds = [self.accelerator.num_processes]  # of a batch outside of training, its sum
         self.add_callback(_SetEpoch())
         self.add_callback(_ProveAgain(self.prefix_sharing))
 
@@ -94,7 +102,7 @@ class PrefixSharingTrainer(FiniteStepTrainer):
         """As DPOTrainer's, whose errors are those of a chat template or a tokenizer; here the row is named, too."""
 
         def prepare(part):
-            return super(PrefixSharingTrainer, self)._prepare_dataset(part, processing_class, args, dataset_name)
+            return super(PairTrainer, self)._prepare_dataset(part, processing_class, args, dataset_name)
 
         try:
             return prepare(dataset)
@@ -145,8 +153,7 @@ class PrefixSharingTrainer(FiniteStepTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         known = isinstance(self.train_dataset, Dataset) and not self.args.dataloader_drop_last
-        # How many pairs each round of micro-batches has over all processes # (M,)
-        self._pairs_of_rounds = mark_repeats(batches, self.accelerator, len(self.train_dataset) if known else None)
+        self.pairs_of_rounds = mark_repeats(batches, self.accelerator, len(self.train_dataset) if known else None)
         return batches, num_items
 
     def loss_without_repeats(self, losses: torch.Tensor, counted: tuple[int, int], outputs: Any) -> torch.Tensor:
@@ -187,7 +194,7 @@ class PrefixSharingTrainer(FiniteStepTrainer):
             self.precompute_ref_logps = before
 
 
-class SpecialistTrainer(ExactResume, PrefixSharingTrainer):
+class SpecialistTrainer(ExactResume, PairTrainer):
     """
     Trainer of one task's specialist: TRL's DPO, with every forward pass on the fast path and checkpoints that are exact.
 
@@ -204,6 +211,25 @@ class SpecialistTrainer(ExactResume, PrefixSharingTrainer):
             return result
         losses = pair_losses(forward.log_probs(inputs, self.ld_alpha), PreferenceLossConfig.from_args(self.args))
         return self.loss_without_repeats(losses, counted, forward.outputs)
+
+
+class ScoringTrainer(PairTrainer):
+    """A `DPOTrainer` that only scores: everything but training (loading, tokenisation, device, precision) is TRL's.
+
+    Its whole difference: no second model is loaded, nothing is computed for the reference, and every process has the whole
+    model, so that each scores pairs of its own.
+    """
+
+    def __init__(self, *args, **kwargs):
+        with whole_models():
+            super().__init__(*args, **kwargs)
+        if has_images(self.train_dataset):
+            self.ref_model = None  # of pairs with images DPOTrainer cannot be told not to load one
+        if is_sharded(self.accelerator):  # where the Trainer leaves it to be placed when it is shared out
+            self.model.to(self.accelerator.device)
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        return dataset
 
 
 def _temporary_folder(parent: str) -> str:

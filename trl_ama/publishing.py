@@ -11,17 +11,20 @@ from typing import Any
 from accelerate import PartialState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint
 
-from .cards import write_specialist_card
 from .errors import AMAError
 from .hub import HUB_ERRORS, HubTarget, check_login, full_id, persistently, prepare, say
 from .loss_sharing import DEFAULT_CONFIG, ReferenceLosses
 from .processes import from_main
-from .reference_losses import reference_losses_of
+from .run_inputs import RunInputs
+from .run_losses import reference_losses_of
+from .run_names import STATE_FILE
+from .run_recipe import Recipe
 from .run_settings import RunSettings
+from .specialist_card import write_specialist_card
 
 
 # As the Trainer's own pushes, but for the training's log, which holds local paths
-_LEFT_OUT = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "trainer_state.json", ".*"]
+_LEFT_OUT = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", STATE_FILE, ".*"]
 _PICKLES = ["*.bin", "*.pt", "*.pth", "*.pkl"]
 _COMMANDS = {("specialists",): "trl ama-specialists", ("losses",): "trl ama-losses", ("eval",): "trl ama-eval"}
 
@@ -40,24 +43,27 @@ class Publisher:
 
     def __init__(self, settings: RunSettings, stages: Iterable[str], user: dict[str, Any] | None = None):
         self.settings = settings
+        recipe, inputs = settings.recipe, settings.inputs
         self.command = _COMMANDS.get(tuple(stages), "trl ama")  # a part of it would leave out links between the cards
         self.failures: list[str] = []
         self.targets: dict[str, HubTarget] = {}  # by task (or "" for the generalist, "/losses")
         # Places of what this run publishes, or has published by an earlier command, for links: `org/name[@branch]`
         self.published: dict[str, str] = {}
-        if not settings.training_args.push_to_hub:
+        if not recipe.training_args.push_to_hub:
             return
-        pushed = set(repository_ids(settings, stages))
-        if settings.pipeline_args.only_tasks:  # the losses are one dataset of all tasks
-            pushed &= set(settings.chosen_tasks)
+        pushed = set(repository_ids(recipe, inputs, settings.folder.path, stages))
+        if recipe.pipeline_args.only_tasks:  # the losses are one dataset of all tasks
+            pushed &= set(recipe.chosen_tasks)
         self.targets, self.published = from_main(lambda: self._prepare(pushed, user))
 
     def _prepare(self, pushed: set[str], user: dict[str, Any] | None) -> tuple[dict[str, HubTarget], dict[str, str]]:
         """Create the repositories of the keys in `pushed`; return targets and places of what is published."""
-        settings, args = self.settings, self.settings.training_args
+        settings, args = self.settings, self.settings.recipe.training_args
         user = user or check_login(args.hub_token)
         seen: dict[tuple[str, str], str] = {}
-        for key, (name, field) in repository_ids(settings, ("specialists", "losses", "train")).items():
+        all_stages = ("specialists", "losses", "train")
+        ids = repository_ids(settings.recipe, settings.inputs, settings.folder.path, all_stages)
+        for key, (name, field) in ids.items():
             repo_type = "dataset" if key == "/losses" else "model"
             target = HubTarget(
                 full_id(name, user, field), repo_type, args.hub_private_repo, args.hub_revision, args.hub_token
@@ -87,7 +93,7 @@ class Publisher:
         target = self.targets.get(task)
         if target is None:
             return
-        folder = self.settings.specialist_dir(task)
+        folder = self.settings.folder.specialist(task)
 
         def push():
             write_specialist_card(self.settings, task, result, self.published[task])
@@ -100,34 +106,34 @@ class Publisher:
         target = self.targets.get("/losses")
         if target is None:
             return
-        settings = self.settings
-        own = [task for task in settings.task_names if task not in settings.shared_tasks]
+        settings, recipe, inputs = self.settings, self.settings.recipe, self.settings.inputs
+        own = [task for task in recipe.task_names if task not in inputs.shared_tasks]
         specialists = {task: self.published[task] for task in own if task in self.published}
 
         def push():
             ReferenceLosses(reference_losses_of(settings, own)).push_to_hub(
                 target.repo_id,
-                settings.pipeline_args.losses_config or DEFAULT_CONFIG,
+                recipe.pipeline_args.losses_config or DEFAULT_CONFIG,
                 private=target.private,
                 token=target.token,
                 revision=target.revision,
-                include_text=settings.pipeline_args.include_text,
+                include_text=recipe.pipeline_args.include_text,
                 specialists=specialists,
             )
 
-        self._attempt("/losses", settings.losses_dir, push)
+        self._attempt("/losses", settings.folder.losses, push)
 
     def generalist(self) -> None:
         """Push the recipe's own generalist, and its checkpoints if `hub_strategy` asks for them."""
         target = self.targets.get("")
         if target is None:
             return
-        settings = self.settings
-        folder = settings.generalist_dir(settings.training_args.mixing)
+        args = self.settings.recipe.training_args
+        folder = self.settings.folder.generalist(args.mixing)
 
         def push():
             self._push_folder(target, folder, "End of training", _LEFT_OUT)
-            for checkpoint, place in _checkpoints(folder, settings.training_args.hub_strategy):
+            for checkpoint, place in _checkpoints(folder, args.hub_strategy):
                 # PEFT's empty card names a local base model by its path, which the Hub refuses
                 self._push_folder(target, checkpoint, f"Checkpoint {checkpoint.name}", ["README.md"], place)
 
@@ -194,17 +200,19 @@ def _checkpoints(folder: Path, strategy: HubStrategy) -> list[tuple[Path, str]]:
     return [(path, path.name) for path in sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")) if path.is_dir()]
 
 
-def repository_ids(settings: RunSettings, stages: Iterable[str]) -> dict[str, tuple[str, str]]:
+def repository_ids(
+    recipe: Recipe, inputs: RunInputs, output_dir: Path, stages: Iterable[str]
+) -> dict[str, tuple[str, str]]:
     """Key → the Hub id that the recipe gives or implies, and the field that decides it."""
-    args, pipeline_args = settings.training_args, settings.pipeline_args
-    base = args.hub_model_id or settings.output_dir.resolve().name
+    args, pipeline_args = recipe.training_args, recipe.pipeline_args
+    base = args.hub_model_id or output_dir.resolve().name
     ids = {}
     pattern = pipeline_args.hub_specialist_id or base + "-{task}"
-    own = [task for task in settings.task_names if settings.needs_specialist(task)]
+    own = [task for task in recipe.task_names if inputs.needs_specialist(task)]
     if "specialists" in stages:
         field = "hub_specialist_id" if pipeline_args.hub_specialist_id else "hub_model_id"
         ids = {task: (pattern.replace("{task}", task), field) for task in own}
-    if "losses" in stages and any(task not in settings.shared_tasks for task in settings.task_names):
+    if "losses" in stages and any(task not in inputs.shared_tasks for task in recipe.task_names):
         field = "hub_losses_id" if pipeline_args.hub_losses_id else "hub_model_id"
         ids["/losses"] = (pipeline_args.hub_losses_id or f"{base}-reference-losses", field)
     if "train" in stages or "eval" in stages:

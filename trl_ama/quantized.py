@@ -6,19 +6,15 @@ whenever they are used: in training, in evaluation, and when an adapter is merge
 
 import importlib.util
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate.logging import get_logger
 from peft import PeftModel
 from peft.utils.integrations import dequantize_bnb_weight
-from transformers import Trainer, TrainingArguments
+from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
 
 from .errors import AMAError, first_line, sentence
 
-
-if TYPE_CHECKING:
-    from .run_settings import RunSettings
 
 logger = get_logger(__name__)
 
@@ -66,24 +62,28 @@ def dequantized_weight(layer: torch.nn.Module) -> torch.Tensor:
     return dequantize_bnb_weight(layer.weight, getattr(layer, "state", None))
 
 
-def check_quantization(settings: "RunSettings") -> None:
-    """Find out before anything is trained whether the recipe's quantisation runs on this machine.
+def check_quantization(config: BitsAndBytesConfig | None, uses_peft: bool) -> None:
+    """Find out before anything is trained whether a quantisation runs on this machine.
+
+    Args:
+        config (`BitsAndBytesConfig`, *optional*): Of the base model; `None` if it is not quantised.
+        uses_peft (`bool`): Whether an adapter is trained on it.
 
     Raises:
         AMAError: If it does not: bitsandbytes is missing, or has nothing for this device, or there is no adapter to train.
     """
-    if settings.quantization_config() is None:
+    if config is None:
         return
-    asked = "load_in_4bit" if settings.model_args.load_in_4bit else "load_in_8bit"
+    asked = "load_in_4bit" if config.load_in_4bit else "load_in_8bit"
     if importlib.util.find_spec("bitsandbytes") is None:
         raise AMAError(f"{asked} needs bitsandbytes, which is not installed. {_INSTALL}, or set {asked}: false.")
-    from transformers.integrations import validate_bnb_backend_availability
+    from transformers.integrations import validate_bnb_backend_availability  # which loads the optional bitsandbytes
 
     try:
         validate_bnb_backend_availability(raise_exception=True)
     except (RuntimeError, ImportError) as error:
         raise AMAError(f"{asked} does not run here: {sentence(error)} Set {asked}: false.") from error
-    if not settings.model_args.use_peft:
+    if not uses_peft:
         raise AMAError(
             f"{asked} is set without use_peft, and weights of so few bits cannot be trained themselves. Set use_peft: true, or "
             f"{asked}: false."

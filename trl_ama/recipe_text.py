@@ -1,18 +1,19 @@
-"""The recipe of a run as YAML to publish: what differs from the defaults, without secrets and without this machine's paths."""
+"""What a user wrote, to publish it: the recipe as YAML and the command, without secrets and without this machine's paths."""
 
 import dataclasses
+import importlib.resources
 import os
+import re
+import shlex
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
+from .ama_config import MIXING_FIELDS
+from .run_recipe import Recipe
 from .secrets import is_secret, without_secrets
-
-
-if TYPE_CHECKING:
-    from .run_settings import RunSettings
 
 
 # Where results go and how they are shown, which is not what made them
@@ -37,29 +38,34 @@ _NOT_SHOWN = {
 }
 
 
-def recipe_yaml(settings: "RunSettings", task: str | None = None) -> str:
+_SCRIPTS = Path(str(importlib.resources.files("trl_ama"))).resolve() / "scripts"
+_ASSIGNS_SECRET = re.compile(r"(?i)(token|secret|passw(or)?d|api_?key|credential)\w*[\"']?\s*[:=]")
+_FOLDERS = re.compile(r"(?<![\w.:/])~?/(?:[^\s/'\",}]+/)+")  # the way to a file, which is this machine's
+
+
+def recipe_yaml(recipe: Recipe, task: str | None = None) -> str:
     """The recipe of a run, or of one task's specialist in it."""
-    model = _changed(settings.model_args)
+    model = _changed(recipe.model_args)
     if task is None:
-        training = settings.given_args
-        pipeline = _changed(settings.pipeline_args)
-        tasks = [_changed(entry) for entry in settings.task_args.tasks]
+        training = recipe.given_args
+        pipeline = _changed(recipe.pipeline_args)
+        tasks = [_changed(entry) for entry in recipe.task_args.tasks]
     else:
-        config = next(entry for entry in settings.task_args.tasks if entry.task == task)
-        training = settings.specialist_arguments(config)
+        config = recipe.task(task)
+        training = recipe.specialist_arguments(config)
         pipeline = {}
         tasks = [{key: value for key, value in _changed(config).items() if not key.startswith("specialist")}]
-    mixture = {key: value for key, value in _changed(settings.task_args).items() if key != "tasks"}
+    mixture = {key: value for key, value in _changed(recipe.task_args).items() if key != "tasks"}
     shown = _changed(training)
-    shown["model_init_kwargs"] = settings.given_args.model_init_kwargs
+    shown["model_init_kwargs"] = recipe.given_args.model_init_kwargs
     if task is not None:
-        for name in ("mixing", "mixing_lr", "smoothing", "excess_clip", "sampling", "specialists"):
+        for name in (*MIXING_FIELDS, "specialists"):
             shown.pop(name, None)
     else:
         shown = {"mixing": training.mixing, **shown}
-    recipe = {**model, "tasks": tasks, **mixture, **pipeline, **shown}
+    content = {**model, "tasks": tasks, **mixture, **pipeline, **shown}
     return yaml.safe_dump(
-        _public(recipe, settings.training_args.hub_token), sort_keys=False, allow_unicode=True, width=110
+        _public(content, recipe.training_args.hub_token), sort_keys=False, allow_unicode=True, width=110
     ).strip()
 
 
@@ -96,3 +102,21 @@ def _public(value: Any, token: str | None = None) -> Any:
         or (os.sep in text and os.path.exists(text))
     )
     return without_secrets(Path(text).name if is_path else text, token)
+
+
+def public_arguments(argv: list[str]) -> str | None:
+    """The arguments of one of our scripts as a shell takes them, without secrets and the folders of this machine; `None` if
+    another program runs."""
+    if not argv or Path(argv[0]).resolve().parent != _SCRIPTS:
+        return None
+    shown, skips = [], False
+    for item in argv[1:]:
+        flag, equals, value = item.partition("=") if item.startswith("--") else ("", "", item)
+        if flag:
+            skips = is_secret(flag.lstrip("-"))
+        if skips:
+            continue
+        if value:
+            value = "…" if _ASSIGNS_SECRET.search(value) else _FOLDERS.sub("", without_secrets(value))
+        shown.append(shlex.quote(f"{flag}{equals}{value}"))
+    return " ".join(shown)

@@ -1,16 +1,17 @@
-"""The four log-prob columns that let a dataset carry its reference losses, and what may be wrong with them."""
+"""The four log-prob columns that let a dataset carry its reference losses: what may be wrong with them, and how pairs get them.
+
+They hold summed log-probs, not losses, so β and most loss types can change without computing anything again. They are joined
+with a user's pairs by `pair_id`, never by position: `DPOTrainer` drops pairs whose prompt fills `max_length`.
+"""
 
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Value
-from trl import DPOTrainer
 
 from .columns import numpy_column
 from .errors import AMAError
-from .policies import trained_policy
-from .scoring import score_pairs, score_reference_and_specialist
-from .tasks import TASK_COLUMN
+from .tasks import PAIR_ID_COLUMN, TASK_COLUMN, add_pair_ids, task_names_of, with_task_labels
 
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
@@ -53,40 +54,41 @@ def has_columns(dataset: Dataset | Any, columns: tuple[str, ...], role: str) -> 
     return True
 
 
-def add_logp_columns(
-    trainer: DPOTrainer, dataset: Dataset, task_names: list[str], specialists: dict, split: str
-) -> Dataset:
-    """Add the columns of `LOGP_COLUMNS` that are missing, each pair scored by the reference and its task's specialist.
+def join_reference_losses(dataset: Dataset, losses: Dataset, dropped: dict[str, set[str]] | None = None) -> Dataset:
+    """Add the log-prob columns to a dataset of pairs, by task and `pair_id`.
 
     Args:
-        trainer (`DPOTrainer`): Holds the base model.
-        dataset (`Dataset`): Prepared pairs with `task` numbers. # N rows
-        task_names (`list[str]`): Names of those numbers.
-        specialists (`dict`): Task name to adapter path, Hub id or model.
-        split (`str`): For the progress bars.
+        dataset (`Dataset`): Pairs with `task`, and `pair_id` or the texts to make it from. # N rows
+        losses (`Dataset`): Reference losses with `task` names, `pair_id` and the columns of `LOGP_COLUMNS`.
+        dropped (`dict[str, set[str]]`, *optional*): Pairs that are known to be left out, by task; they leave `dataset` too.
+
+    Returns:
+        `Dataset` with the columns added. # at most N rows
+
+    Raises:
+        AMAError: If a pair that is not known to be dropped has no reference losses, or they are not finite.
     """
-    given = REFERENCE_COLUMNS[0] in dataset.column_names
-    missing = SPECIALIST_COLUMNS if given else LOGP_COLUMNS
-    columns = {column: np.zeros(len(dataset), dtype=np.float32) for column in missing}
-    tasks = numpy_column(dataset, TASK_COLUMN)
-    for index, task in enumerate(task_names):
-        rows = np.flatnonzero(tasks == index)
-        if len(rows) == 0:
-            continue
-        who, pairs, text = (
-            f"the specialist of task '{task}'",
-            dataset.select(rows),
-            f"Reference losses, {task}, {split}",
-        )
-        if given:
-            with trained_policy(trainer, who, specialists[task]) as model:
-                scores = {
-                    f"specialist_{key}": values for key, values in score_pairs(trainer, model, pairs, text).items()
-                }
-        else:
-            scores = score_reference_and_specialist(trainer, who, specialists[task], pairs, text)
-        for column, values in columns.items():
-            values[rows] = scores[column]
-    for column, values in columns.items():
-        dataset = dataset.add_column(column, values)
-    return dataset
+    has_columns(losses, LOGP_COLUMNS, "The reference-loss dataset")
+    names = task_names_of(dataset, "The dataset of pairs")
+    dataset = add_pair_ids(with_task_labels(dataset, names, "The dataset of pairs"))
+    names = dataset.features[TASK_COLUMN].names
+    row_of = {key: row for row, key in enumerate(zip(losses[TASK_COLUMN][:], losses[PAIR_ID_COLUMN][:], strict=True))}
+    keys = [(names[task], name) for task, name in zip(dataset[TASK_COLUMN], dataset[PAIR_ID_COLUMN], strict=True)]
+    for task in names:
+        lacking = [name for owner, name in keys if owner == task and (owner, name) not in row_of]
+        lacking = [name for name in lacking if name not in (dropped or {}).get(task, ())]
+        if lacking:
+            count = sum(owner == task for owner, _ in keys)
+            raise AMAError(
+                f"The reference losses lack {len(lacking)} of the {count} pairs of task '{task}' (the first is "
+                f"'{lacking[0]}'). Run `trl ama-losses --config …` on this data, or use the data they were made from."
+            )
+    kept = [row for row, key in enumerate(keys) if key in row_of]
+    rows = np.array([row_of[keys[row]] for row in kept], dtype=np.int64)
+    joined = dataset.select(kept).flatten_indices() if len(kept) < len(keys) else dataset
+    for column in LOGP_COLUMNS:
+        joined = joined.add_column(column, np.asarray(losses[column][:], dtype=np.float32)[rows])
+    for column in TOKEN_COLUMNS:  # AMATrainer holds them against its own tokenisation
+        if column in losses.column_names:
+            joined = joined.add_column(column, np.asarray(losses[column][:], dtype=np.int32)[rows])
+    return joined

@@ -32,8 +32,8 @@ from trl.trainer.utils import create_model_from_path
 
 from .adapter_settings import check_adapter, check_head, explain_adapter
 from .ama_config import AMAConfig
+from .empty_models import fill_with_fakes
 from .errors import AMAError
-from .memory_trace import fill_with_fakes
 from .others_errors import told
 
 

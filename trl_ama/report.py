@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .markdown import escape, table
-from .run_settings import RunSettings
+from .run_names import STATE_FILE
 from .safe_files import read_json
 
 
@@ -54,7 +54,7 @@ def _cell(figures: dict[str, float] | None, key: str) -> str:
 
 def mixture_history(folder: Path, tasks: list[str]) -> dict[str, dict[str, list[tuple[int, float]]]]:
     """Read a generalist's log: figure (`probability`, `weight`, `excess`, …) → task → [(step, value)]."""
-    state = read_json(folder / "trainer_state.json") or {"log_history": []}
+    state = read_json(folder / STATE_FILE) or {"log_history": []}
     history: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for entry in state["log_history"]:
         for key, value in entry.items():
@@ -64,28 +64,32 @@ def mixture_history(folder: Path, tasks: list[str]) -> dict[str, dict[str, list[
     return history
 
 
-def plot_mixture(settings: RunSettings, path: Path) -> None:
-    """Plot sampling probability and excess loss of each task over the steps of each generalist, as one PNG."""
-    import matplotlib
+def plot_mixture(folders: dict[str, Path], tasks: list[str], path: Path) -> None:
+    """Plot sampling probability and excess loss of each task over the steps of each generalist, as one PNG.
+
+    Args:
+        folders (`dict[str, Path]`): Strategy → folder of its generalist; those that are not trained are left out.
+        tasks (`list[str]`): Names of the tasks.
+        path (`Path`): Where it goes.
+    """
+    import matplotlib  # here, because it takes a second, and whoever imports the pipeline for a stage needs none of it
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    strategies = [
-        name for name in settings.strategies if (settings.generalist_dir(name) / "trainer_state.json").is_file()
-    ]
+    strategies = [name for name, folder in folders.items() if (folder / STATE_FILE).is_file()]
     if not strategies:
         return
     figure, axes = pyplot.subplots(
         2, len(strategies), figsize=(3.2 * len(strategies) + 1, 5.2), sharex=True, sharey="row", squeeze=False
     )
     for column, strategy in enumerate(strategies):
-        history = mixture_history(settings.generalist_dir(strategy), settings.task_names)
+        history = mixture_history(folders[strategy], tasks)
         for row, (key, label) in enumerate(
             (("probability", "sampling probability"), ("excess", "excess loss (train)"))
         ):
             axis = axes[row][column]
-            for index, task in enumerate(settings.task_names):
+            for index, task in enumerate(tasks):
                 points = history.get(key, {}).get(task, [])
                 steps, values = [step for step, _ in points], [value for _, value in points]
                 # Dashes of several lengths, so that equal curves show each other

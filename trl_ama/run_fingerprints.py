@@ -6,8 +6,17 @@ import math
 from enum import Enum
 from typing import Any
 
-from .fingerprint import PAIRS_PER_STEP, SPLIT
+from .ama_config import MIXING_FIELDS
+from .fingerprint import PAIRS_PER_STEP, SPLIT, package_versions
+from .loss_dataset import TaskLosses
+from .model_identity import model_identity
+from .preference_losses import PreferenceLossConfig
+from .run_inputs import RunInputs
+from .run_recipe import Recipe
+from .run_settings import RunSettings
 from .secrets import is_secret
+from .tasks import pairs_identity
+from .training_stage import result_in
 
 
 # What `load_best_model_at_end` chooses the saved weights by
@@ -64,3 +73,84 @@ def relevant_arguments(*configs: Any) -> dict[str, Any]:
             elif dataclasses.is_dataclass(value):
                 result[name] = str(value)
     return json.loads(json.dumps(result, default=str))
+
+
+def specialist_fingerprint(recipe: Recipe, inputs: RunInputs, task: str) -> dict[str, Any]:
+    """Everything that decides the weights of a task's specialist."""
+    arguments = relevant_arguments(recipe.specialist_arguments(recipe.task(task)), recipe.model_args)
+    for name in (*MIXING_FIELDS, "model_name_or_path", "model_revision"):
+        arguments.pop(name, None)
+    return {
+        "base_model": inputs.base_identity,
+        "tokenizer": inputs.tokenizer_identity,
+        "pairs": pairs_identity(inputs.pairs_of(task, "train")),
+        **arguments,
+        "versions": package_versions(),
+    }
+
+
+def reference_fingerprint(settings: RunSettings, task: str) -> dict[str, Any]:
+    """Everything in this run that decides the log-probs of a task's pairs.
+
+    Of ready reference losses the pairs do not count, because every pair is joined by its id, and the specialist only if the
+    recipe names one.
+    """
+    recipe, inputs = settings.recipe, settings.inputs
+    args, quantization = recipe.training_args, recipe.quantization_config()
+    fingerprint = {
+        "task": task,
+        "base_model": inputs.base_identity,
+        "tokenizer": inputs.tokenizer_identity,
+        "max_length": args.max_length,
+        "truncation_mode": args.truncation_mode,
+        "ld_alpha": args.ld_alpha,
+        "dtype": args.model_init_kwargs["dtype"],
+        "mixed_precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "no",
+        "quantization": str(quantization.to_diff_dict()) if quantization else None,
+        "attn_implementation": args.model_init_kwargs.get("attn_implementation"),
+    }
+    if {fingerprint["dtype"], fingerprint["mixed_precision"]} != {"float32", "no"} or fingerprint["quantization"]:
+        # In 16 bits the two paths round differently, by as much as a small excess; in 32 they agree
+        fingerprint["prefix_sharing"] = args.prefix_sharing is not False
+    if task in recipe.external_specialists or result_in(settings.folder.specialist(task)) is not None:
+        fingerprint["specialist"] = model_identity(settings.specialist_source(task))
+    if task not in inputs.shared_tasks:
+        held_out = inputs.pairs_of(task, "test")
+        fingerprint |= {
+            "train_pairs": pairs_identity(inputs.pairs_of(task, "train")),
+            "test_pairs": None if held_out is None else pairs_identity(held_out),
+            "data": inputs.data_source(task),
+        }
+    return {**fingerprint, "versions": package_versions()}
+
+
+def generalist_fingerprint(
+    recipe: Recipe, inputs: RunInputs, losses: list[TaskLosses], strategy: str
+) -> dict[str, Any]:
+    """Everything that decides the weights of one strategy's generalist; `losses` are those of all tasks."""
+    arguments = relevant_arguments(recipe.with_arguments(mixing=strategy), recipe.model_args)
+    arguments.pop("model_name_or_path", None)
+    return {
+        "base_model": inputs.base_identity,
+        "reference_losses": {
+            part.task: {key: value for key, value in part.fingerprint.items() if key not in ("versions", "data")}
+            for part in losses
+        },
+        "pairs": {task: pairs_identity(inputs.pairs_of(task, "train")) for task in recipe.task_names},
+        **arguments,
+        "versions": package_versions(),
+    }
+
+
+def evaluation_fingerprint(
+    recipe: Recipe, inputs: RunInputs, losses: list[TaskLosses], policies: dict[str, str]
+) -> dict[str, Any]:
+    """Everything that decides the figures of [`evaluate_policies`], as JSON types; `losses` are those of all tasks."""
+    return {
+        "policies": {name: model_identity(source) for name, source in policies.items()},
+        "reference_losses": {
+            part.task: {name: file["sha256"] for name, file in part.note["files"].items()} for part in losses
+        },
+        "held_out": pairs_identity(inputs.data["test"]),
+        "preference_loss": str(PreferenceLossConfig.from_args(recipe.training_args)),
+    }

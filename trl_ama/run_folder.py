@@ -5,20 +5,21 @@ import re
 from pathlib import Path
 from typing import Any
 
+from .run_names import RunFolder
 from .versions import is_newer
 
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,12})")
 
 
-class RunFolder:
+class RunReader:
     """Reads the files of a run's folder and collects what is to be said about those that cannot be read.
 
     Args:
-        folder (`Path`): The run's output folder.
+        folder ([`RunFolder`]): Where they are.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: RunFolder):
         self.folder = folder
         self.missing: list[str] = []
 
@@ -31,26 +32,23 @@ class RunFolder:
         except (OSError, ValueError, RecursionError):
             content = None
         if not isinstance(content, dict):
-            self.missing.append(f"{path.relative_to(self.folder)} is damaged and was left out.")
+            self.missing.append(f"{path.relative_to(self.folder.path)} is damaged and was left out.")
             return {}
         if is_newer(path.name, content):
             self.missing.append(
-                f"{path.relative_to(self.folder)} is of version {content['version']:.3g}, newer than this trl-ama, and was left out."
+                f"{path.relative_to(self.folder.path)} is of version {content['version']:.3g}, newer than this trl-ama, and was left out."
             )
             return {}
         return content
 
-    def parts(self, kind: str) -> dict[str, Path]:
-        """The folders within one of the run's, by name. Names in files are looked up here and never joined to a path."""
-        try:
-            paths = sorted((self.folder / kind).iterdir())
-        except OSError:
-            return {}
-        return {path.name: path for path in paths if path.is_dir() and not path.name.startswith(".")}
 
-    def unfinished_losses(self) -> list[str]:
-        """The tasks of which some pairs are scored."""
-        return [path.name[1:].removesuffix(".shards") for path in (self.folder / "reference_losses").glob(".*.shards")]
+def parts(folder: Path) -> dict[str, Path]:
+    """The folders within a folder, by name. Names in files are looked up here and never joined to a path."""
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError:
+        return {}
+    return {path.name: path for path in paths if path.is_dir() and not path.name.startswith(".")}
 
 
 def as_dict(value: Any) -> dict[str, Any]:

@@ -24,13 +24,13 @@ from accelerate.utils import broadcast_object_list
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from .errors import AMAError, first_line
-from .run_note import public_arguments
+from .recipe_text import public_arguments
+from .run_names import LOCKS, RUN_LOCK, RunFolder, task_lock
 from .safe_files import PARTIAL, remove_partial, write_json
 
 
 logger = get_logger(__name__)
 
-LOCKS = ".locks"
 _PATIENCE = 2.0  # seconds for those who only look whether a lock is held
 _LAST_BREATH = (
     15.0  # seconds for the helpers of a process that was killed: data loaders look for their parent every five
@@ -71,16 +71,17 @@ def folder_held(folder: Path, tasks: list[str] | None = None) -> Iterator[None]:
 
 def _remove_unused(folder: Path, tasks: list[str] | None, new: list[Path]) -> None:
     """Leave nothing behind of a run that was refused before it wrote anything: the folders that the locks made go again."""
-    own = {f"{name}{suffix}" for name in _names(tasks) for suffix in (".lock", ".json")} | {"run.lock"}
+    run = RunFolder(folder)
+    own = {path.name for name in _names(tasks) for path in (run.lock(name), run.lock_note(name))}
     with contextlib.suppress(OSError):
-        if os.listdir(folder) == [LOCKS] and set(os.listdir(folder / LOCKS)) <= own:
-            shutil.rmtree(folder / LOCKS)
+        if os.listdir(folder) == [LOCKS] and set(os.listdir(run.locks)) <= {*own, run.lock(RUN_LOCK).name}:
+            shutil.rmtree(run.locks)
             for path in new:
                 path.rmdir()
 
 
 def _names(tasks: list[str] | None) -> list[str]:
-    return ["run"] if tasks is None else [f"task-{task}" for task in sorted(tasks)]
+    return [RUN_LOCK] if tasks is None else [task_lock(task) for task in sorted(tasks)]
 
 
 def _take(folder: Path, tasks: list[str] | None, locks: contextlib.ExitStack) -> None:
@@ -88,12 +89,12 @@ def _take(folder: Path, tasks: list[str] | None, locks: contextlib.ExitStack) ->
         locks.enter_context(_Lock(folder, name).held())
     if tasks is None:
         # Ours first, then a look at the others': of two that come at the same time, at least one sees the other
-        for path in sorted((folder / LOCKS).glob("task-*.lock")):
+        for path in RunFolder(folder).task_locks():
             with _Lock(folder, path.stem).held(noted=False):
                 pass
         remove_partial(folder)  # nobody else writes here
     else:
-        with _Lock(folder, "run").held(noted=False):
+        with _Lock(folder, RUN_LOCK).held(noted=False):
             pass
         for place in [path for path in folder.iterdir() if path.is_dir() and path.name != LOCKS]:
             for task in tasks:  # which nobody else touches; of the rest, others may be writing
@@ -105,8 +106,8 @@ class _Lock:
     """One lock, with a note beside it of who holds it."""
 
     def __init__(self, folder: Path, name: str):
-        self.folder, self.name = folder, name
-        self.path, self.note = folder / LOCKS / f"{name}.lock", folder / LOCKS / f"{name}.json"
+        self.folder, self.name = RunFolder(folder), name
+        self.path, self.note = self.folder.lock(name), self.folder.lock_note(name)
 
     @contextlib.contextmanager
     def held(self, noted: bool = True) -> Iterator[None]:
@@ -121,7 +122,7 @@ class _Lock:
                 write_json(self.note, _ourselves())
         except OSError as error:
             raise AMAError(
-                f"The output folder '{self.folder}' cannot be written to ({first_line(error)}). Make it writable, or choose "
+                f"The output folder '{self.folder.path}' cannot be written to ({first_line(error)}). Make it writable, or choose "
                 "another output_dir."
             ) from error
         try:
@@ -175,13 +176,13 @@ class _Lock:
             return None
 
     def _conflict(self, holder: dict[str, Any] | None) -> AMAError:
-        what = f"The folder '{self.folder}'"
-        if self.name != "run":
-            what = f"Task '{self.name.removeprefix('task-')}' in '{self.folder}'"
+        what = f"The folder '{self.folder.path}'"
+        if self.name != RUN_LOCK:
+            what = f"Task '{self.name.removeprefix(task_lock(''))}' in '{self.folder.path}'"
         who = "another process" if holder is None else _words(holder)
         far = ""
         if holder is not None and not _is_here(holder):
-            far = f" If nothing runs on {holder['host']} any more, delete '{self.folder / LOCKS}'."
+            far = f" If nothing runs on {holder['host']} any more, delete '{self.folder.locks}'."
         return AMAError(f"{what} is in use by {who}. Wait until it is done, or choose another output_dir.{far}")
 
 

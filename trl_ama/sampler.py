@@ -96,7 +96,7 @@ class BlockSampler(Sampler[int]):
     """What samplers of tasks share: blocks, what is drawn ahead of training, and the state.
 
     Every process of a distributed run holds the same sampler in the same state and draws the same rows; Accelerate's
-    shards split them. Subclasses say in `_take` what a draw of a task yields.
+    shards split them. Subclasses say in `take` what a draw of a task yields.
 
     Args:
         strategy ([`MixingStrategy`]): Asked for its probabilities before each block.
@@ -105,6 +105,11 @@ class BlockSampler(Sampler[int]):
         length (`int`): Draws of an epoch.
         epoch_draws (`int`, *optional*): Draws of an epoch that reach the trainer; less than `length` when the last,
             incomplete batch is dropped.
+
+    Attributes:
+        seed, block_size: As given.
+        cursors (`list[int]`): Pairs taken of each task, over all its passes. # (k,)
+        ahead (`deque[Block]`): Blocks that were drawn and not yet trained on.
 
     Raises:
         AMAError: If `block_size` is not positive.
@@ -116,21 +121,21 @@ class BlockSampler(Sampler[int]):
         if block_size < 1:
             raise AMAError(f"block_size is the number of pairs of an optimizer step, got {block_size}.")
         self._strategy = strategy
-        self._block_size = block_size
-        self._seed = seed
+        self.block_size = block_size
+        self.seed = seed
         self._length = length
         self._epoch_draws = self._length if epoch_draws is None else epoch_draws
         self._blocks_drawn = 0  # over the whole run: the counter of the allocation's random stream
-        self._cursors = [0] * strategy.num_tasks  # pairs taken of each task, over all its passes
-        self._ahead: deque[Block] = deque()  # drawn and not yet trained on
+        self.cursors = [0] * strategy.num_tasks
+        self.ahead: deque[Block] = deque()
         self._trained_draws = 0  # of this epoch
         self._resume_at: int | None = None
         # Its first block, which several processes repeat where the epoch's end is uneven
         self._epoch_start: list[int] = []
 
     @abstractmethod
-    def _take(self, task: int) -> int:
-        """What draw number `self._cursors[task]` of a task yields."""
+    def take(self, task: int) -> int:
+        """What draw number `self.cursors[task]` of a task yields."""
 
     def __len__(self) -> int:
         return self._length
@@ -138,19 +143,19 @@ class BlockSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         """Yield an epoch's rows. After `load_state_dict`, first stand-ins for what the trainer will skip."""
         if self._resume_at is None:
-            self._ahead.clear()  # what a dropped last batch left over
+            self.ahead.clear()  # what a dropped last batch left over
             self._trained_draws = 0
             position = 0
         else:
             # `skip_first_batches` throws these away unread: row 0 stands in for the rows that were trained on
             position, self._resume_at = self._resume_at, None
             yield from islice(chain(self._epoch_start, repeat(0)), position)
-            for block in list(self._ahead):
+            for block in list(self.ahead):
                 position = self._begin_block(block, position)
                 yield from block.indices
         while position < self._length:
-            block = self._draw(min(self._block_size, self._length - position))
-            self._ahead.append(block)
+            block = self._draw(min(self.block_size, self._length - position))
+            self.ahead.append(block)
             position = self._begin_block(block, position)
             yield from block.indices
 
@@ -162,13 +167,13 @@ class BlockSampler(Sampler[int]):
 
     def pop_trained(self) -> np.ndarray:
         """Forget the oldest block, because its step is done, and return the p that it was drawn with. # (k,)"""
-        block = self._ahead.popleft()
+        block = self.ahead.popleft()
         self._trained_draws += len(block.indices)
         return np.asarray(block.probabilities)
 
     def _draw(self, size: int) -> Block:
         probabilities = self._strategy.probabilities()
-        rng = np.random.default_rng([_ALLOCATION_STREAM, self._seed, self._blocks_drawn])
+        rng = np.random.default_rng([_ALLOCATION_STREAM, self.seed, self._blocks_drawn])
         self._blocks_drawn += 1
         # Systematic allocation: one uniform shift of an even grid. Each task gets size * p_i draws, rounded up or down
         # so that the expectation is exact, with far less variance than independent draws.
@@ -177,26 +182,26 @@ class BlockSampler(Sampler[int]):
         rng.shuffle(tasks)  # else every micro-batch would hold a single task
         rows = tasks.tolist()
         for place, task in enumerate(rows):
-            rows[place] = self._take(task)
-            self._cursors[task] += 1
+            rows[place] = self.take(task)
+            self.cursors[task] += 1
         return Block(rows, probabilities.tolist())
 
     def state_dict(self) -> dict[str, Any]:
         """State at the head of the draws plus the blocks drawn ahead and not yet trained on, as JSON types."""
         return {
-            "seed": self._seed,
+            "seed": self.seed,
             "length": self._length,
-            "block_size": self._block_size,
+            "block_size": self.block_size,
             "blocks_drawn": self._blocks_drawn,
-            "cursors": list(self._cursors),
+            "cursors": list(self.cursors),
             "trained_draws": self._trained_draws,
             "epoch_start": list(self._epoch_start),
-            "ahead": [dict(vars(block)) for block in self._ahead],
+            "ahead": [dict(vars(block)) for block in self.ahead],
         }
 
-    def _must_equal(self) -> dict[str, Any]:
+    def must_equal(self) -> dict[str, Any]:
         """What a state must have been written with to be continued."""
-        return {"seed": self._seed, "length": self._length, "block_size": self._block_size, "buffer": None}
+        return {"seed": self.seed, "length": self._length, "block_size": self.block_size, "buffer": None}
 
     def load_state_dict(self, state: dict[str, Any], skips_data: bool = True) -> None:
         """Continue from a `state_dict`: the next `__iter__` goes on where training stopped.
@@ -209,17 +214,17 @@ class BlockSampler(Sampler[int]):
         Raises:
             AMAError: If the data, the seed or the pairs per optimizer step are not those of the state.
         """
-        for field, value in self._must_equal().items():
+        for field, value in self.must_equal().items():
             if state.get(field) != value:
                 raise AMAError(
                     f"The checkpoint was written with {_NAMES[field]} {state.get(field)}, this run has {value}, so its draws "
                     "cannot be continued. Resume with the same settings and data, or start a new output_dir."
                 )
         self._blocks_drawn = state["blocks_drawn"]
-        self._cursors = list(state["cursors"])
+        self.cursors = list(state["cursors"])
         self._trained_draws = state["trained_draws"]
         self._epoch_start = list(state.get("epoch_start", ()))  # not in the states of trl-ama 0.1
-        self._ahead = deque(Block(**block) for block in state["ahead"])
+        self.ahead = deque(Block(**block) for block in state["ahead"])
         if self._trained_draws >= self._epoch_draws:  # the checkpoint was written at an epoch's end
             self._resume_at = None
         else:
@@ -251,12 +256,12 @@ class TaskMixtureSampler(BlockSampler):
 
     def _forget_passes(self) -> None:
         # What is left of each task's pass, which is made when the task is drawn
-        self._passes: list[Iterator[int]] = [iter(()) for _ in self._cursors]
+        self._passes: list[Iterator[int]] = [iter(()) for _ in self.cursors]
 
-    def _take(self, task: int) -> int:
+    def take(self, task: int) -> int:
         row = next(self._passes[task], None)
         if row is None:
-            self._passes[task] = self._pass_from(task, self._cursors[task])
+            self._passes[task] = self._pass_from(task, self.cursors[task])
             row = next(self._passes[task])
         return row
 
@@ -265,7 +270,7 @@ class TaskMixtureSampler(BlockSampler):
         task_pass, position = divmod(cursor, int(self._rows.sizes[task]))
         rows = self._rows.copy_of(task)
         # Shuffling the rows themselves gives `rows[rng.permutation(n)]`, without a second array
-        shuffle_stream(self._seed, task, task_pass).shuffle(rows)
+        shuffle_stream(self.seed, task, task_pass).shuffle(rows)
         return iter(memoryview(rows)[position:])  # hands out Python integers, made as they are drawn
 
     def load_state_dict(self, state: dict[str, Any], skips_data: bool = True) -> None:

@@ -10,43 +10,23 @@ import torch
 from transformers import set_seed
 from trl import DPOTrainer
 
-from .cards import write_specialist_card
 from .errors import AMAError
-from .fingerprint import package_versions
 from .metrics import task_metrics
 from .policies import reference_policy
 from .preference_losses import PairLogProbs, PreferenceLossConfig, pair_losses, untrained_loss
 from .prefix_trainer import SpecialistTrainer
 from .processes import from_main
-from .run_fingerprints import relevant_arguments
+from .run_fingerprints import specialist_fingerprint
 from .run_settings import RunSettings
 from .scoring import score_pairs
-from .tasks import pairs_identity
+from .specialist_card import write_specialist_card
 from .training_stage import TrainingStage
 
 
 def specialist_stage(settings: RunSettings, task: str) -> TrainingStage:
     """The stage that trains a task's specialist."""
-    config = next(entry for entry in settings.task_args.tasks if entry.task == task)
-    arguments = relevant_arguments(settings.specialist_arguments(config), settings.model_args)
-    for name in (
-        "mixing",
-        "mixing_lr",
-        "smoothing",
-        "excess_clip",
-        "sampling",
-        "model_name_or_path",
-        "model_revision",
-    ):
-        arguments.pop(name, None)
-    fingerprint = {
-        "base_model": settings.base_identity,
-        "tokenizer": settings.tokenizer_identity,
-        "pairs": pairs_identity(settings.pairs_of(task, "train")),
-        **arguments,
-        "versions": package_versions(),
-    }
-    folder = settings.specialist_dir(task)
+    fingerprint = specialist_fingerprint(settings.recipe, settings.inputs, task)
+    folder = settings.folder.specialist(task)
     reuse = (
         "To keep this specialist while the generalist changes, set its old value in `specialist_args`, or choose another output_dir "
         f"and name it there: `specialists: {{{task}: {folder}}}`."
@@ -69,18 +49,18 @@ def train_specialist(settings: RunSettings, task: str) -> dict[str, float]:
     done = from_main(lambda: stage.result)  # of one opinion, whatever a network filesystem shows the others by now
     if done is not None:
         return done
-    config = next(entry for entry in settings.task_args.tasks if entry.task == task)
-    args = settings.specialist_arguments(config)
-    held_out = settings.pairs_of(task, "test")
+    recipe, inputs = settings.recipe, settings.inputs
+    args = recipe.specialist_arguments(recipe.task(task))
+    held_out = inputs.pairs_of(task, "test")
     set_seed(args.seed)  # fresh adapters are drawn here, whatever was or was not done before in this process
     trainer = SpecialistTrainer(
-        model=settings.model_name,
+        model=recipe.model_name,
         args=args,
-        train_dataset=settings.pairs_of(task, "train").remove_columns("task"),
+        train_dataset=inputs.pairs_of(task, "train").remove_columns("task"),
         eval_dataset=None if held_out is None else held_out.remove_columns("task"),
-        processing_class=settings.processing_class,
-        quantization_config=settings.quantization_config(),
-        peft_config=settings.peft_config(),
+        processing_class=inputs.processing_class,
+        quantization_config=recipe.quantization_config(),
+        peft_config=inputs.peft_config(),
     )
     trainer.what = stage.what
     if len(trainer.train_dataset) == 0:
@@ -89,7 +69,7 @@ def train_specialist(settings: RunSettings, task: str) -> dict[str, float]:
             "Raise max_length, or remove the task."
         )
     stage.train(trainer)
-    settings.restore_template(stage.folder)
+    inputs.restore_template(stage.folder)
     history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     result = {"steps": trainer.state.global_step, "train_loss": history[-1] if history else None}
     if held_out is not None and len(trainer.eval_dataset):
@@ -157,8 +137,8 @@ def train_specialists(
         Task → the specialist's figures.
     """
     results = {}
-    for task in settings.chosen_tasks:
-        if not settings.needs_specialist(task):
+    for task in settings.recipe.chosen_tasks:
+        if not settings.inputs.needs_specialist(task):
             continue
         results[task] = train_specialist(settings, task)
         if done is not None:
@@ -173,13 +153,13 @@ def require_specialists(settings: RunSettings) -> None:
     """Raise an `AMAError` that names the chosen tasks whose specialist is missing."""
     there = [
         task
-        for task in settings.chosen_tasks
-        if not settings.needs_specialist(task) or specialist_stage(settings, task).result is not None
+        for task in settings.recipe.chosen_tasks
+        if not settings.inputs.needs_specialist(task) or specialist_stage(settings, task).result is not None
     ]
-    missing = [task for task in settings.chosen_tasks if task not in there]
+    missing = [task for task in settings.recipe.chosen_tasks if task not in there]
     if missing:
         also = f" (nor have {missing[1:]})" if len(missing) > 1 else ""
         raise AMAError(
-            f"Task '{missing[0]}' has no specialist in '{settings.specialist_dir(missing[0])}'{also}; found {there}. Run "
+            f"Task '{missing[0]}' has no specialist in '{settings.folder.specialist(missing[0])}'{also}; found {there}. Run "
             "`trl ama-specialists --config …` first, or name one with `specialist:` in the task."
         )

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from trl import get_peft_config
 
 from .adapter_settings import check_adapter
-from .ama_config import AMAConfig
+from .ama_config import MIXING_FIELDS, AMAConfig
 from .errors import AMAError
 from .model_identity import tokenizer_identity
 from .others_errors import told
@@ -18,7 +18,8 @@ from .pair_images import has_images
 from .pair_tokens import tokenise
 from .quantized import check_quantization
 from .rehearsal import check_batches, check_optimization, empty_policy, read_config, rehearse
-from .run_settings import RunSettings
+from .run_inputs import RunInputs
+from .run_recipe import Recipe
 from .tasks import TASK_COLUMN
 from .token_limits import TokenLimits
 
@@ -26,12 +27,13 @@ from .token_limits import TokenLimits
 _PAIRS = 2  # of a stage's own that are tokenised; what is looked at is the settings
 # What differs between stages, and nobody below AMATrainer looks at
 _OWN = ("output_dir", "run_name", "logging_dir", "seed", "data_seed", "max_steps", "num_train_epochs", "hub_model_id", "push_to_hub",
-        "mixing", "mixing_lr", "smoothing", "excess_clip", "sampling", "specialists", "streaming_buffer", "save_strategy")  # fmt: skip
+        *MIXING_FIELDS, "specialists", "streaming_buffer", "save_strategy")  # fmt: skip
 _passed: set[str] = set()  # by this process
 
 
 def rehearse_stages(
-    settings: RunSettings,
+    recipe: Recipe,
+    inputs: RunInputs,
     stages: Sequence[str],
     pairs: Mapping[str, DatasetDict] | None = None,
     runs_batch: bool = False,
@@ -39,7 +41,8 @@ def rehearse_stages(
     """Rehearse the specialists and generalists that a run is going to train; equal ones once in a process.
 
     Args:
-        settings ([`RunSettings`]): The run.
+        recipe ([`Recipe`]): What the run is told.
+        inputs ([`RunInputs`]): What it reads.
         stages (`Sequence[str]`): Its stages.
         pairs (`Mapping`, *optional*): Task → its pairs by split, if they were read already.
         runs_batch (`bool`): Whether a batch is run, too, which takes seconds for a model of many layers.
@@ -47,17 +50,15 @@ def rehearse_stages(
     Raises:
         AMAError: If one of them could not be trained.
     """
-    planned = _stages(settings, stages)
+    planned = _stages(recipe, inputs, stages)
     if not planned:
         return
     if pairs is None:
-        parts = {
-            task: {split: settings.pairs_of(task, split) for split in settings.data} for task in settings.task_names
-        }
+        parts = {task: {split: inputs.pairs_of(task, split) for split in inputs.data} for task in recipe.task_names}
         pairs = {task: {split: part for split, part in own.items() if part is not None} for task, own in parts.items()}
-    base = [settings.model_name, _config(settings), tokenizer_identity(settings.tokenizer)]
+    base = [recipe.model_name, _config(recipe), tokenizer_identity(inputs.tokenizer)]
     with told("The adapter cannot be made", "the lora_* keys"):
-        peft_config = get_peft_config(settings.model_args)
+        peft_config = get_peft_config(recipe.model_args)
     for what, tasks, args in planned:
         first = pairs[tasks[0]]["train"]
         check_batches(what, args, sum(len(pairs[task]["train"]) for task in tasks), first.column_names)
@@ -65,7 +66,7 @@ def rehearse_stages(
         if is_shared_out:
             continue
         if has_images(first):  # no batch of them is run without weights
-            model = _model(settings)
+            model = _model(recipe)
             if model is not None:
                 check_optimization(args, model)
                 if peft_config is not None:
@@ -73,75 +74,76 @@ def rehearse_stages(
             continue
         rows = first.select(range(min(_PAIRS, len(first)))).remove_columns(TASK_COLUMN)
         values = {name: value for name, value in args.to_dict().items() if name not in _OWN}
-        key = _key(base, settings.quantization_config(), peft_config, values, rows.features, runs_batch)
+        key = _key(base, recipe.quantization_config(), peft_config, values, rows.features, runs_batch)
         if key in _passed:
             continue
-        model = _model(settings)
+        model = _model(recipe)
         if model is None:
             return
-        rehearse(what, model, args, rows, settings.tokenizer, peft_config, runs_batch)
+        rehearse(what, model, args, rows, inputs.tokenizer, peft_config, runs_batch)
         _passed.add(key)
     key = _key(base, "tokens")
-    if key not in _passed and _check_tokens(settings, pairs):
+    if key not in _passed and _check_tokens(recipe, inputs, pairs):
         _passed.add(key)
 
 
-def model_problem(settings: RunSettings, pairs: Mapping[str, DatasetDict]) -> str | None:
+def model_problem(recipe: Recipe, inputs: RunInputs, pairs: Mapping[str, DatasetDict]) -> str | None:
     """Why the recipe's model, adapter and training arguments do not go together, found without weights; `None` if they do.
 
     Args:
-        settings ([`RunSettings`]): The run.
+        recipe ([`Recipe`]): What the run is told.
+        inputs ([`RunInputs`]): What it reads.
         pairs (`Mapping`): Task → its pairs by split.
     """
     try:
-        check_quantization(settings)
-        rehearse_stages(settings, ("specialists", "train"), pairs, runs_batch=True)
+        check_quantization(recipe.quantization_config(), recipe.uses_peft)
+        rehearse_stages(recipe, inputs, ("specialists", "train"), pairs, runs_batch=True)
     except AMAError as error:
         return str(error)
     return None
 
 
-def _stages(settings: RunSettings, stages: Sequence[str]) -> list[tuple[str, list[str], AMAConfig]]:
+def _stages(recipe: Recipe, inputs: RunInputs, stages: Sequence[str]) -> list[tuple[str, list[str], AMAConfig]]:
     """Each stage's name for messages, the tasks whose pairs it trains on, and its arguments."""
     found = []
     if "specialists" in stages:
-        for task in settings.task_args.tasks:
-            if task.task in settings.chosen_tasks and settings.needs_specialist(task.task):
-                found.append(
-                    (f"The specialist of task '{task.task}'", [task.task], settings.specialist_arguments(task))
-                )
+        for task in recipe.task_args.tasks:
+            if task.task in recipe.chosen_tasks and inputs.needs_specialist(task.task):
+                found.append((f"The specialist of task '{task.task}'", [task.task], recipe.specialist_arguments(task)))
     if "train" in stages:
-        for strategy in settings.strategies:
-            args = settings.with_arguments(mixing=strategy)
-            found.append((f"The generalist '{strategy}'", settings.task_names, args))
+        for strategy in recipe.strategies:
+            args = recipe.with_arguments(mixing=strategy)
+            found.append((f"The generalist '{strategy}'", recipe.task_names, args))
     return found
 
 
-def _config(settings: RunSettings) -> dict[str, Any]:
-    init_kwargs = settings.training_args.model_init_kwargs
-    trust = settings.training_args.trust_remote_code
-    return read_config(settings.model_name, revision=init_kwargs.get("revision"), trust_remote_code=trust).to_dict()
+def _config(recipe: Recipe) -> dict[str, Any]:
+    init_kwargs = recipe.training_args.model_init_kwargs
+    trust = recipe.training_args.trust_remote_code
+    return read_config(recipe.model_name, revision=init_kwargs.get("revision"), trust_remote_code=trust).to_dict()
 
 
-def _model(settings: RunSettings) -> PreTrainedModel | None:
-    init_kwargs = settings.training_args.model_init_kwargs
-    trust = settings.training_args.trust_remote_code
-    return empty_policy(settings.model_name, init_kwargs, settings.quantization_config(), trust)
+def _model(recipe: Recipe) -> PreTrainedModel | None:
+    init_kwargs = recipe.training_args.model_init_kwargs
+    trust = recipe.training_args.trust_remote_code
+    return empty_policy(recipe.model_name, init_kwargs, recipe.quantization_config(), trust)
 
 
 def _key(*made_of: Any) -> str:
     return json.dumps(made_of, default=repr, sort_keys=True)
 
 
-def _check_tokens(settings: RunSettings, pairs: Mapping[str, DatasetDict]) -> bool:
+def _check_tokens(recipe: Recipe, inputs: RunInputs, pairs: Mapping[str, DatasetDict]) -> bool:
     """Tokenise all pairs if the model's embeddings may not hold them; `True` if they hold whatever comes, as nearly always."""
-    model = _model(settings)
-    limits = None if model is None else TokenLimits(model, settings.tokenizer)
-    if limits is None or not limits.apply(settings.training_args.max_length):
+    model = _model(recipe)
+    limits = None if model is None else TokenLimits(model, inputs.tokenizer)
+    if limits is None or not limits.apply(recipe.training_args.max_length):
         return True
-    for task in settings.chosen_tasks:
+    for task in recipe.chosen_tasks:
         for split, part in pairs[task].items():
             if not has_images(part):
                 where = f"the {'held-out' if split == 'test' else 'training'} pairs of task '{task}'"
-                limits.check(tokenise(part, settings.tokenizer, settings), where, settings.training_args.max_length)
+                limits.check(
+                    tokenise(part, inputs.tokenizer, recipe.training_args), where, recipe.training_args.max_length
+                )
     return False

@@ -1,11 +1,10 @@
-"""A DPOTrainer whose errors at the start, which are those of the libraries below it, are one sentence each."""
+"""A `DPOTrainer` whose errors at the start, which are those of the libraries below it, are one sentence each."""
 
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from trl import DPOTrainer
 
 from .adapter_settings import check_adapter, check_head
 from .errors import AMAError
@@ -14,9 +13,9 @@ from .rehearsal import check_batches, check_kind, check_tokenizer, empty_policy,
 from .token_limits import TokenLimits
 
 
-class StartErrorsTrainer(DPOTrainer):
+class StartErrors:
     """
-    A [`~trl.DPOTrainer`] that says in one sentence, naming the keys, why it cannot be made or cannot begin.
+    A part of a [`~trl.DPOTrainer`]: it says in one sentence, naming the keys, why that cannot be made or cannot begin.
 
     What DPOTrainer trains, it trains; an error stays of the kind that DPOTrainer raises.
 

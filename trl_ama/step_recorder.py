@@ -1,48 +1,10 @@
-"""What the trainer needs to see of each batch: the task columns, and per-task sums of a step."""
-
-from collections.abc import Callable
-from typing import Any
+"""Per-task sums over the batches of an optimizer step."""
 
 import numpy as np
 import torch
 
-from .held_out import task_number
 from .mixing import StepStatistics
 from .processes import sum_of_all
-from .reference_columns import LOGP_COLUMNS
-from .tasks import TASK_COLUMN
-
-
-_OURS = (TASK_COLUMN, *LOGP_COLUMNS)
-
-
-class TaskCollator:
-    """Wraps a preference collator and adds `task` and, where the rows have them, reference losses. # (B,) each
-
-    TRL's collator drops columns that it does not know, and the one for images knows no log-probs.
-
-    Args:
-        inner (`Callable`): The collator, TRL's or the user's own.
-        task_names (`list[str]`, *optional*): Names of the task numbers, for rows that have names.
-    """
-
-    def __init__(self, inner: Callable[[list[dict[str, Any]]], Any], task_names: list[str] | None = None):
-        self.inner = inner
-        self._task_names = task_names or []
-
-    def _number(self, task: Any) -> int:
-        return task_number(task, self._task_names, "A held-out pair") if isinstance(task, str) else task
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        # Before the collator, which may change the rows
-        ours = {column: [row[column] for row in examples] for column in _OURS if column in examples[0]}
-        batch = self.inner(examples)
-        for column, values in ours.items():
-            if column == TASK_COLUMN:
-                batch[column] = torch.tensor([self._number(value) for value in values])
-            elif column not in batch:
-                batch[column] = torch.tensor(values, dtype=torch.float32)
-        return batch
 
 
 class StepRecorder:

@@ -237,13 +237,13 @@ class StreamSampler(BlockSampler):
         super().__init__(strategy, block_size, streams.seed, num_steps * block_size)
         self._streams = streams
 
-    def _take(self, task: int) -> int:
-        return self._streams.index(task, self._cursors[task])
+    def take(self, task: int) -> int:
+        return self._streams.index(task, self.cursors[task])
 
     def _untrained(self) -> list[int]:
         """The number of each task's first draw that was not trained on. # (k,)"""
-        first = np.array(self._cursors)
-        for block in self._ahead:
+        first = np.array(self.cursors)
+        for block in self.ahead:
             first -= np.bincount(np.array(block.indices) % len(first), minlength=len(first))
         return first.tolist()
 
@@ -252,9 +252,9 @@ class StreamSampler(BlockSampler):
         self._streams.forget(self._untrained())
         return probabilities
 
-    def _must_equal(self) -> dict[str, Any]:
+    def must_equal(self) -> dict[str, Any]:
         # Not the length: a run may be given more steps
-        return {"seed": self._seed, "block_size": self._block_size, "buffer": self._streams.buffer}
+        return {"seed": self.seed, "block_size": self.block_size, "buffer": self._streams.buffer}
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -16,7 +16,7 @@ from .errors import AMAError, nearest, sentence
 from .exact_texts import load_texts
 from .image_tokens import image_pair_ids
 from .json_messages import refuse_json_text
-from .local_files import check_text, exact_source, files_of
+from .local_files import cannot_load, check_text, exact_source, files_of
 from .no_tasks import no_tasks
 from .pair_features import unite_features, with_prompts
 from .pair_forms import EXTRA_COLUMNS, PAIR_COLUMNS, says_something
@@ -230,10 +230,7 @@ def _load_split(task: TaskConfig, split: str, **source: Any) -> tuple[Dataset, s
     except Exception as error:  # load_dataset raises a dozen kinds; all mean that this entry cannot be read
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         coding = " Save the file as UTF-8." if isinstance(cause, UnicodeDecodeError) else ""
-        raise AMAError(
-            f"Task '{task.task}' cannot be loaded: split '{split}' of {where!r}: {sentence(cause)}{coding} Check `path`, `data_files` and "
-            "`split` of the task, or point it at local files with --tasks_dir."
-        ) from error
+        raise cannot_load(task, split, where, sentence(cause) + coding) from error
     if len(dataset) == 0:
         raise AMAError(f"Task '{task.task}' has no rows in split '{split}'. Remove the task, or choose another split.")
     return dataset, commit

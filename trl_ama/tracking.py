@@ -13,19 +13,19 @@ from contextvars import ContextVar
 from datetime import datetime
 from pathlib import Path
 
+from transformers import Trainer
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
-from trl import DPOTrainer
 
 
 # What ends the runs of the stage that is open; each takes an exit code. One list, as the trackers' runs are global too
 _finishers: list[Callable[[int], None]] = []
 
 
-def begin_runs(trainer: DPOTrainer, folder: Path) -> None:
+def begin_runs(trainer: Trainer, folder: Path) -> None:
     """Prepare a stage's tracker runs: name them, and keep those that are open already out of their way.
 
     Args:
-        trainer ([`~trl.DPOTrainer`]): The stage's trainer, before `train`. Its `args.run_name` is set.
+        trainer ([`~transformers.Trainer`]): The stage's trainer, before `train`. Its `args.run_name` is set.
         folder (`Path`): The stage's folder, `<output folder>/<kind>s/<name>`.
     """
     finish_runs(exit_code=1)  # of a stage that failed after its training

@@ -13,7 +13,7 @@ from .ama_config import AMAConfig
 from .columns import list_lengths, numpy_column
 from .errors import AMAError, nearest
 from .held_out import eval_parts
-from .mixing import MixingStrategy, build_strategy
+from .mixing import MixingStrategy
 from .preference_losses import check_loss_types
 from .reference_columns import REFERENCE_COLUMNS, SPECIALIST_COLUMNS, TOKEN_COLUMNS, has_columns
 from .sampler import count_tasks
@@ -99,22 +99,6 @@ def check_columns(train_dataset: Dataset | Any, eval_dataset: Any, ref_model: An
             f"train_dataset has the columns {list(REFERENCE_COLUMNS)} and `ref_model` was passed too. Pass one of them."
         )
     return has_reference, has_specialist
-
-
-def strategy_for(args: AMAConfig, train_dataset: Dataset | Any, task_names: list[str]) -> MixingStrategy:
-    """Build the strategy that `args` asks for, over the tasks' numbers of pairs: 1 each if they are streamed or not told."""
-    if isinstance(train_dataset, Dataset) and TASK_COLUMN in train_dataset.column_names:
-        sizes = count_tasks(numpy_column(train_dataset, TASK_COLUMN), len(task_names))
-    else:
-        sizes = np.ones(len(task_names))
-    return build_strategy(
-        args.mixing,
-        sizes,
-        mixing_lr=None if args.mixing_lr == "auto" else args.mixing_lr,
-        smoothing=args.smoothing,
-        excess_clip=args.excess_clip,
-        sampling=args.sampling,
-    )
 
 
 def check_no_task_lost(before: Dataset, after: Dataset, task_names: list[str], max_length: int | None) -> None:

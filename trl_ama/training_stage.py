@@ -5,8 +5,7 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.logging import get_logger
-from transformers import PrinterCallback
-from trl import DPOTrainer
+from transformers import PrinterCallback, Trainer
 
 from .checkpoints import (
     Found,
@@ -20,6 +19,7 @@ from .checkpoints import (
 from .errors import AMAError, first_line
 from .fingerprint import check_fingerprint
 from .processes import from_main
+from .run_names import STAGE_FILE
 from .safe_files import check_seal, describe_files, first_damage, read_json, sealed, sync, write_json
 from .tracking import begin_runs, finish_runs
 from .versions import VERSIONS, check_version
@@ -27,10 +27,9 @@ from .versions import VERSIONS, check_version
 
 logger = get_logger(__name__)
 
-_STAGE_FILE = "stage.json"
 _OLD_KEYS = {"fingerprint", "result"}  # of notes before they had a seal and a list of files
 # Files of the final model that may change later: cards, and what nobody reads as numbers
-_NOT_TRUSTED = {_STAGE_FILE, "README.md", "training_args.bin"}
+_NOT_TRUSTED = {STAGE_FILE, "README.md", "training_args.bin"}
 _named: set[str] = set()  # damages that were told
 
 
@@ -40,7 +39,7 @@ def read_stage(folder: Path) -> dict[str, Any] | None:
     Raises:
         AMAError: If it is damaged, or of a newer version.
     """
-    path = folder / _STAGE_FILE
+    path = folder / STAGE_FILE
     note = read_json(path)
     if note is None:
         return None
@@ -133,10 +132,10 @@ class TrainingStage:
         return str(found.good) if found.good is not None else None
 
     def _note(self, result: dict[str, Any] | None, files: dict[str, dict[str, Any]]) -> None:
-        note = {"version": VERSIONS[_STAGE_FILE], "fingerprint": self.fingerprint, "result": result, "files": files}
-        write_json(self.folder / _STAGE_FILE, sealed(note))
+        note = {"version": VERSIONS[STAGE_FILE], "fingerprint": self.fingerprint, "result": result, "files": files}
+        write_json(self.folder / STAGE_FILE, sealed(note))
 
-    def train(self, trainer: DPOTrainer) -> None:
+    def train(self, trainer: Trainer) -> None:
         """Train from the start or from the newest good checkpoint, and save the model and the trainer's state."""
         checkpoint = from_main(lambda: self._begin(trainer.args.load_best_model_at_end))
         trainer.accelerator.print(
@@ -153,7 +152,7 @@ class TrainingStage:
             finish_runs(exit_code=1)
             raise
 
-    def _save(self, trainer: DPOTrainer) -> None:
+    def _save(self, trainer: Trainer) -> None:
         try:
             trainer.save_model(str(self.folder), _internal_call=True)  # pushed later, with its card
             trainer.save_state()

@@ -46,21 +46,27 @@ def check_value(cls: type, name: str, value: Any, where: str, parses_text: bool)
         parses_text (`bool`): Whether text will be converted, as the command line does.
     """
     hint = _hints(cls).get(name)
-    if hint is None or name in _LOOSE or (parses_text and isinstance(value, str)) or _matches(value, hint):
+    if hint is not None:
+        check_hint(hint, name, value, where, parses_text)
+
+
+def check_hint(hint: Any, name: str, value: Any, where: str, parses_text: bool) -> None:
+    """[`check_value`] of a field that is annotated with `hint`."""
+    if name in _LOOSE or (parses_text and isinstance(value, str)) or _matches(value, hint):
         return
     wanted = list(dict.fromkeys(_NAMES[kind] for kind in _kinds(hint) if kind in _NAMES))
-    hint = ""
+    fix = ""
     if isinstance(value, str) and _is_number(value):
-        hint = (
+        fix = (
             " YAML takes 1e-4 for text: write 1.0e-4."
             if re.fullmatch(r"-?\d+e.*", value, re.I)
             else " Leave the quotes out."
         )
     elif value is None:
-        hint = " Leave the key out for the default."
+        fix = " Leave the key out for the default."
     elif wanted == [_NAMES[str]] and isinstance(value, (int, float)):
-        hint = " Put it in quotes."
-    raise AMAError(f"{where} '{name}' must be {' or '.join(wanted)}, got {short(value, _SHOWN)}.{hint}")
+        fix = " Put it in quotes."
+    raise AMAError(f"{where} '{name}' must be {' or '.join(wanted)}, got {short(value, _SHOWN)}.{fix}")
 
 
 def _is_number(text: str) -> bool:

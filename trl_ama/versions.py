@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import AMAError
+from .run_names import FINGERPRINT_FILE, RESULTS_FILE, SHARDS_FILE, STAGE_FILE, STATE_FILE
 
 
 try:
@@ -15,15 +16,15 @@ except PackageNotFoundError:  # a source tree that was not installed
 # Raised when a file of today would be misread by the release before. A field that readers may do without raises nothing.
 # The first releases wrote no version into `stage.json`, `results.json` and the shards' `run.json`: that is version 1.
 VERSIONS = {
-    "trainer_state.json": 1,  # the mixing state in it
+    STATE_FILE: 1,  # the mixing state in it
     "ama_progress": 1,  # in it, too
-    "stage.json": 1,
-    "results.json": 1,
-    "run.json": 1,  # of shards, and of a run's page
-    "fingerprint.json": 2,
+    STAGE_FILE: 1,
+    RESULTS_FILE: 1,
+    SHARDS_FILE: 1,  # of shards, and of a run's page
+    FINGERPRINT_FILE: 2,
     "ama_merge.json": 1,
 }
-OLDEST = {"fingerprint.json": 2}  # version 1 lacks the files' hashes, without which nothing is trusted
+OLDEST = {FINGERPRINT_FILE: 2}  # version 1 lacks the files' hashes, without which nothing is trusted
 
 
 def is_newer(name: str, content: dict[str, Any]) -> bool:

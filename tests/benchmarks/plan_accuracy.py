@@ -104,7 +104,7 @@ def measure(name: str, options: argparse.Namespace) -> dict:
         disable_tqdm=True,
     )
     trainer = AMATrainer(options.model, args=args, train_dataset=pairs, peft_config=lora() if is_lora else None)
-    trainer._reference_unchecked = False  # made-up reference log-probs
+    trainer.reference_unchecked = False  # made-up reference log-probs
     model = trainer.accelerator.prepare_model(trainer.model)
     if checkpoints:  # which `train` does, and a single step does not
         trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)

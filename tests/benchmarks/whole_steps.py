@@ -75,7 +75,7 @@ def step_times(
             dataset = dataset.add_column(column, np.full(len(dataset), -60.0))
         peft_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if lora else None
         trainer = AMATrainer(model, args=args, train_dataset=dataset, callbacks=[Stamp()], peft_config=peft_config)
-        trainer._reference_unchecked = False  # made-up reference log-probs
+        trainer.reference_unchecked = False  # made-up reference log-probs
         trainer.train()
     return np.diff(ends).tolist()
 

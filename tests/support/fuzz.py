@@ -330,12 +330,12 @@ class World:
 
             # What the first stage does with the pairs
             def prepare(settings):
-                for task in settings.task_names:
+                for task in settings.recipe.task_names:
                     SpecialistTrainer(
-                        model=settings.model_name,
-                        args=settings.specialist_arguments(settings.task_args.tasks[0]),
-                        train_dataset=settings.pairs_of(task, "train").remove_columns("task"),
-                        peft_config=settings.peft_config(),
+                        model=settings.recipe.model_name,
+                        args=settings.recipe.specialist_arguments(settings.recipe.task_args.tasks[0]),
+                        train_dataset=settings.inputs.pairs_of(task, "train").remove_columns("task"),
+                        peft_config=settings.inputs.peft_config(),
                     )
 
             return outcome_of(lambda: prepare(self._last_settings), is_new=False)

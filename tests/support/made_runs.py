@@ -1,22 +1,25 @@
 """A finished run's files, made without a model."""
 
+import html
 import json
+import re
+import shutil
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from tiny_pairs import make_rows
 
-from trl_ama.pair_scores import MARGINS_FILE, write_margins
+from trl_ama.html_page import write_page
+from trl_ama.pair_scores import write_margins
+from trl_ama.run_names import MARGINS_FILE
 
 
 TASKS = ["helpful", "code"]
-
-
 STRATEGIES = ["ama_s", "proportional"]
-
-
 FINGERPRINT = {
     "base_model": "base@sha256:1234",
     "reference_losses": {task: {"task": task, "test_pairs": f"pairs of {task}"} for task in TASKS},
@@ -28,8 +31,6 @@ FINGERPRINT = {
     "pad_token": "<pad>",
     "versions": {"trl": "1.16.0"},
 }
-
-
 # Every way out of an element, an attribute, a script or the reading direction that a text may try
 HOSTILE = [
     "<script>window.sentinel = 1</script>",
@@ -134,3 +135,56 @@ def make_run(folder: Path, tasks=TASKS, strategies=STRATEGIES, steps=30, pairs=1
         write(folder / "generalists" / strategy / "stage.json", note)
         write(folder / "generalists" / strategy / "adapter_config.json", {})
     return folder
+
+
+class Tree(HTMLParser):
+    """The page's elements with their attributes, the text of each, and whether every one is closed."""
+
+    VOID = {"meta", "br", "img", "link", "input"}
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict]] = []
+        self.texts: list[tuple[str, str]] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, (tag, self.open[-3:])
+        self.open.pop()
+
+    def handle_data(self, data):
+        self.texts.append((self.open[-1] if self.open else "", data))
+
+    def all(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def page_of(folder: Path) -> str:
+    return write_page(folder).read_text(encoding="utf-8")
+
+
+def words(page: str) -> str:
+    """What is to be read on a page."""
+    body = re.sub(r"(?s)<(script|style)[ >].*?</\1>", "", page)
+    body = re.sub(r"</?(?:b|bdi|code|em|small|span|strong)\b[^>]*>", "", body)
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", body)).split())
+
+
+@pytest.fixture(name="finished", scope="module")
+def finished_fixture(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "mine")
+
+
+@pytest.fixture(name="copy")
+def copy_fixture(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "mine")

@@ -199,7 +199,7 @@ def adapter():
 
 def recording(base):
     """A trainer class that notes which pairs of each optimizer step counted in this process, by their reference log-probs."""
-    from trl_ama.uneven_batches import COUNTED
+    from trl_ama.pair_batches import COUNTED
 
     class Recording(base):
         def compute_loss(self, model, inputs, *args, **kwargs):
@@ -330,10 +330,10 @@ def scoring(world, name):
     import torch
 
     from trl_ama import scoring
-    from trl_ama.prefix_trainer import PrefixSharingTrainer
+    from trl_ama.prefix_trainer import PairTrainer
     from trl_ama.scoring import score_pairs
 
-    class NotWhole(PrefixSharingTrainer):
+    class NotWhole(PairTrainer):
         def _precompute_ref_logps(self, dataset, name, batch_size):
             return dataset
 
@@ -376,19 +376,19 @@ def shards(world, trainer, expected):
     import numpy as np
     from accelerate.utils import gather_object
 
-    from trl_ama import scoring
+    from trl_ama import scoring, sweep
     from trl_ama.loss_shards import LossShards
     from trl_ama.processes import from_main
 
     folder, ids = world.folder / f"{world.count}-shards", [str(row) for row in range(len(trainer.train_dataset))]
-    plain, batches, counts = scoring._Sweep.score, [], []
+    plain, batches, counts = sweep.Sweep.score, [], []
     policies = {"": functools.partial(contextlib.nullcontext, trainer.model)}
 
     def counted(self, rows, *args, **kwargs):
         batches.append(len(rows))
         return plain(self, rows, *args, **kwargs)
 
-    scoring._Sweep.score = counted
+    sweep.Sweep.score = counted
     try:
         for lost in (0, 1):
             if lost:
@@ -402,7 +402,7 @@ def shards(world, trainer, expected):
             names = from_main(lambda: sorted(path.name[:9] for path in folder.glob("*.parquet")))
             counts[-1] = {"batches": counts[-1], "files": names}
     finally:
-        scoring._Sweep.score = plain
+        sweep.Sweep.score = plain
     return counts
 
 

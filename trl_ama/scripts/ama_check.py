@@ -51,7 +51,7 @@ def main(check_args: CheckArguments, pipeline_args, training_args, model_args, t
     from trl_ama.data_check import check_data
     from trl_ama.data_report import render
     from trl_ama.run_settings import RunSettings
-    from trl_ama.scripts.output import show
+    from trl_ama.scripts.messages import show
 
     disable_progress_bars()  # there would be a dozen for each task, and seconds for all
     settings = RunSettings(pipeline_args, training_args, model_args, task_args)

@@ -101,12 +101,13 @@ def main(merge_args: MergeArguments, pipeline_args, training_args, model_args, t
 def _generalist(strategy: str | None, pipeline_args, training_args, model_args, task_args) -> str:
     """The folder of the run's generalist."""
     from trl_ama.errors import AMAError
+    from trl_ama.run_names import STAGE_FILE
     from trl_ama.run_settings import RunSettings
 
     strategy = strategy or training_args.mixing
-    folder = RunSettings(pipeline_args, training_args, model_args, task_args).generalist_dir(strategy)
-    if not (folder / "stage.json").is_file():
-        found = sorted(path.parent.name for path in folder.parent.glob("*/stage.json"))
+    folder = RunSettings(pipeline_args, training_args, model_args, task_args).folder.generalist(strategy)
+    if not (folder / STAGE_FILE).is_file():
+        found = sorted(path.parent.name for path in folder.parent.glob(f"*/{STAGE_FILE}"))
         raise AMAError(
             f"There is no generalist '{strategy}' in '{folder.parent}'; found {found}. Run `trl ama --config …` first, with it in "
             "`mixing` or `compare`, or name an adapter with --adapter."

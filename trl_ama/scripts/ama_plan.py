@@ -52,7 +52,7 @@ def main(plan_args: PlanArguments, pipeline_args, training_args, model_args, tas
     from trl_ama.plan import make_plan
     from trl_ama.plan_report import render
     from trl_ama.run_settings import RunSettings
-    from trl_ama.scripts.output import show
+    from trl_ama.scripts.messages import show
 
     disable_progress_bars()
     processes, sharding = _launched(launch_args)

@@ -24,6 +24,7 @@ def run_without_recipe(argv: list[str]) -> int:
     from trl_ama.html_page import render_comparison, render_run, save_page
     from trl_ama.html_report import collect
     from trl_ama.html_tables import reservations
+    from trl_ama.run_names import RunFolder
 
     args = make_parser(prog="trl ama-report").parse_args(argv)
     if args.output is not None and Path(args.output).suffix.lower() not in (".html", ".htm"):
@@ -33,7 +34,7 @@ def run_without_recipe(argv: list[str]) -> int:
     runs = [collect(folder) for folder in args.folders]
     if len(runs) == 1:
         page, missing = render_run(runs[0]), runs[0]["missing"]
-        path = Path(args.folders[0]) / "report" / "index.html"
+        path = RunFolder(args.folders[0]).page
     else:
         page, missing = render_comparison(runs), reservations(runs)
         path = Path(COMPARISON)
