@@ -12,6 +12,8 @@ from places import DOCS, SUPPORT, TESTS
 pytest.register_assert_rewrite(*(path.stem for path in SUPPORT.glob("*.py") if path.stem != "places"))
 
 from hypothesis import settings  # noqa: E402
+from kept import keep  # noqa: E402
+from marks import trains  # noqa: E402
 from surroundings import forget_downloads, server  # noqa: E402 - before the libraries that read the environment
 from tiny_models import make_letters, make_model, make_tokenizer, save  # noqa: E402
 from tiny_runs import QUICK  # noqa: E402
@@ -20,6 +22,19 @@ from tiny_runs import QUICK  # noqa: E402
 # The same examples in every run, and none that fails because a machine is slow
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+keep()
+
+
+@pytest.hookimpl(tryfirst=True)  # before the marks are asked for
+def pytest_collection_modifyitems(items):
+    """Files that take long come first, so that no worker is left with one of them at the end."""
+    ranks: dict = {}
+    for item in items:
+        if trains(item):
+            item.add_marker(pytest.mark.trains)
+        rank = 2 if item.get_closest_marker("slow") else 1 if item.get_closest_marker("trains") else 0
+        ranks[item.path] = max(rank, ranks.get(item.path, 0))
+    items.sort(key=lambda item: -ranks[item.path])
 
 
 def pytest_collection_finish(session):

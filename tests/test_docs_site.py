@@ -16,16 +16,22 @@ sys.path.insert(0, str(ROOT / "docs" / "_sphinx"))
 
 import ama_reference  # noqa: E402
 import hf_docstrings  # noqa: E402
+from sphinx.cmd.build import build_main  # noqa: E402
 
 
 PLAIN = {"link": lambda name, short: f"<{name.split('.')[-1] if short else name}>"}
 
 
+def arguments(source: Path, output: Path) -> list[str]:
+    """What `make docs` gives to Sphinx."""
+    flags = ["-b", "html", "-W", "--keep-going", "-n", "-E", "-a", "-q"]
+    return [*flags, *map(str, ("-c", ROOT / "docs", "-d", output / ".doctrees", source, output))]
+
+
 def build(source: Path, output: Path) -> subprocess.CompletedProcess:
     """What `make docs` runs."""
-    flags = ["-b", "html", "-W", "--keep-going", "-n", "-E", "-a", "-q"]
     return subprocess.run(
-        [sys.executable, "-m", "sphinx", *flags, "-c", ROOT / "docs", "-d", output / ".doctrees", source, output],
+        [sys.executable, "-m", "sphinx", *arguments(source, output)],
         env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{source}", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -124,18 +130,26 @@ def undocumented():
 '''
 
 
-def small_site(folder: Path, **changes: str) -> subprocess.CompletedProcess:
-    (folder / "docs").mkdir()
-    (folder / "broken_docs.py").write_text(MODULE)
-    for name, text in {**GOOD, **{f"{name}.md": text for name, text in changes.items()}}.items():
-        (folder / "docs" / name).write_text(text)
-    return build(folder, folder / "site")
+@pytest.fixture
+def small_site(tmp_path, monkeypatch, capsys):
+    """Builds a site of two pages with changes. Returns the exit code and what was said; the folder is `tmp_path`."""
+
+    def make(**changes: str) -> tuple[int, str]:
+        (tmp_path / "docs").mkdir()
+        (tmp_path / "broken_docs.py").write_text(MODULE)
+        for name, text in {**GOOD, **{f"{name}.md": text for name, text in changes.items()}}.items():
+            (tmp_path / "docs" / name).write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "broken_docs", raising=False)
+        code = build_main(arguments(tmp_path, tmp_path / "site"))
+        return code, capsys.readouterr().err
+
+    return make
 
 
-def test_a_small_site_builds(tmp_path):
-    text = GOOD["page.md"].replace("broken_docs.good", "trl_ama.AMAError")
-    result = small_site(tmp_path, page=text)
-    assert result.returncode == 0, result.stderr
+def test_a_small_site_builds(small_site, tmp_path):
+    code, said = small_site(page=GOOD["page.md"].replace("broken_docs.good", "trl_ama.AMAError"))
+    assert code == 0, said
     assert (tmp_path / "site/docs/page.html").is_file()
 
 
@@ -153,10 +167,10 @@ def test_a_small_site_builds(tmp_path):
     ],
     ids=["link", "anchor", "not in a menu", "menu", "our name", "another package's name", "not on a page", "object"],
 )
-def test_what_is_broken_fails_the_build(changes, said, tmp_path):
-    result = small_site(tmp_path, **changes)
-    assert result.returncode != 0
-    assert said in result.stderr
+def test_what_is_broken_fails_the_build(changes, said, small_site):
+    code, found = small_site(**changes)
+    assert code != 0
+    assert said in found
 
 
 # ---- Docstrings ----
