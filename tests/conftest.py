@@ -6,7 +6,6 @@ import re
 
 import pytest
 from places import DOCS, SUPPORT, TESTS
-from tiny_models import save
 
 
 # So that what a helper asserts says as much as in a test
@@ -14,7 +13,7 @@ pytest.register_assert_rewrite(*(path.stem for path in SUPPORT.glob("*.py") if p
 
 from hypothesis import settings  # noqa: E402
 from surroundings import forget_downloads, server  # noqa: E402 - before the libraries that read the environment
-from tiny_models import make_letters, make_model, make_tokenizer  # noqa: E402
+from tiny_models import make_letters, make_model, make_tokenizer, save  # noqa: E402
 from tiny_runs import QUICK  # noqa: E402
 
 
