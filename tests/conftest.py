@@ -23,6 +23,7 @@ from tiny_runs import QUICK  # noqa: E402
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 keep()
+_FILE = [""]  # of the tests that run
 
 
 @pytest.hookimpl(tryfirst=True)  # before the marks are asked for
@@ -37,10 +38,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: -ranks[item.path])
 
 
-def pytest_collection_finish(session):
-    """Modules are for ever: every Trainer collects garbage before it trains, and half of its time went into looking at them."""
-    gc.collect()
-    gc.freeze()
+def pytest_runtest_logstart(nodeid, location):
+    """Modules are for ever: every Trainer collects garbage before it trains, and half of its time went into looking at them.
+    What the tests of a file have imported is left out from the next file on."""
+    if location[0] != _FILE[0]:
+        _FILE[0] = location[0]
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -13,6 +13,9 @@ from trl_ama.pipeline import STAGES
 from trl_ama.run_settings import RunSettings
 
 
+pytestmark = pytest.mark.slow
+
+
 PUSHES = [("specialists",), ("losses",), ("train", "eval")]
 
 

@@ -19,6 +19,9 @@ import hf_docstrings  # noqa: E402
 from sphinx.cmd.build import build_main  # noqa: E402
 
 
+pytestmark = pytest.mark.slow
+
+
 PLAIN = {"link": lambda name, short: f"<{name.split('.')[-1] if short else name}>"}
 
 

@@ -29,6 +29,9 @@ from trl_ama.safe_files import read_json, write_json
 from trl_ama.scoring import score_pairs
 
 
+pytestmark = pytest.mark.slow
+
+
 # ---- Shards alone ----
 
 IDS = [f"{number:024x}" for number in range(20)]

@@ -24,6 +24,9 @@ from trl_ama.loss_shards import LossShards
 from trl_ama.run_fingerprints import relevant_arguments
 
 
+pytestmark = pytest.mark.slow
+
+
 SIZES = {"list": 21, "sort": 9, "brief": 13}  # 43 pairs: an epoch of batches of 8 ends with 3
 TASKS = ["list", "sort"]  # of the pipeline
 COUNTS = (1, 2, 4)

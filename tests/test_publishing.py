@@ -21,6 +21,9 @@ from trl_ama.reference_columns import LOGP_COLUMNS
 from trl_ama.run_names import FINGERPRINT_FILE
 
 
+pytestmark = pytest.mark.slow
+
+
 LOSSES = "org/mine-reference-losses"
 
 
