@@ -6,7 +6,7 @@ import io
 import re
 from pathlib import Path
 
-from trl_ama.errors import AMAError
+from trl_ama.common.errors import AMAError
 from trl_ama.scripts.common import parse_arguments, split_arguments
 from trl_ama.scripts.recipe_check import check_early
 from trl_ama.task_loading import read_tasks

@@ -50,7 +50,7 @@ def arm(hub, kind, index, monkeypatch, seconds):
     hub.reset()
     hub.fail(kind, index=index)
     # Only for the command that meets it: a busy machine answers late, too
-    monkeypatch.setattr("trl_ama.hub.TIMEOUT", seconds if kind == "timeout" else 60.0)
+    monkeypatch.setattr("trl_ama.common.hub.TIMEOUT", seconds if kind == "timeout" else 60.0)
 
 
 @pytest.mark.parametrize("kind", FAULT_KINDS)
@@ -60,7 +60,7 @@ def test_every_request_fails_once(
 ):
     """Without our own retries, so that most faults make the push fail: the same command again mends it."""
     expected, files, paths = undisturbed(hub, finished, stages)
-    monkeypatch.setattr("trl_ama.hub.RETRIES", 0)
+    monkeypatch.setattr("trl_ama.common.hub.RETRIES", 0)
     failed = 0
     for index, path in enumerate(paths):
         arm(hub, kind, index, monkeypatch, 0.1)
@@ -72,7 +72,7 @@ def test_every_request_fails_once(
             assert hub.WRITE_TOKEN not in message and len(message.splitlines()) == 1, where
             command = "trl ama" if stages == ("train", "eval") else f"trl ama-{stages[0]}"
             assert f"Run `{command} --config …` again" in message or "push_to_hub is on, but" in message, where
-            monkeypatch.setattr("trl_ama.hub.TIMEOUT", 60.0)
+            monkeypatch.setattr("trl_ama.common.hub.TIMEOUT", 60.0)
             assert attempt(finished, stages) is None, where
         assert state(hub) == expected, where
         assert finished.files() == files, where
@@ -95,11 +95,11 @@ def test_one_fault_is_retried(hub, finished, waits, nothing_computed, one_readin
 
 
 def test_the_server_says_how_long_to_wait(hub, finished, waits, nothing_computed, one_reading, monkeypatch):
-    monkeypatch.setattr("trl_ama.hub._WAIT", 0.01)
+    monkeypatch.setattr("trl_ama.common.hub._WAIT", 0.01)
     hub.fail("429", match=lambda method, path: "/commit/" in path)
     finished(("losses",))
     assert waits == [1.0]  # its Retry-After
-    monkeypatch.setattr("trl_ama.hub._MAX_WAIT", 0.5)
+    monkeypatch.setattr("trl_ama.common.hub._MAX_WAIT", 0.5)
     hub.fail("429", match=lambda method, path: "/api/whoami-v2" in path)
     finished(("losses",))
     assert waits == [1.0, 0.5]

@@ -11,8 +11,8 @@ from pushed_runs import REPOSITORIES, Run, finished_fixture, nothing_computed_fi
 from surroundings import forget_downloads
 
 from trl_ama import AMAError
+from trl_ama.common.hub import time_limit
 from trl_ama.generalists import train_generalist
-from trl_ama.hub import time_limit
 from trl_ama.loss_loading import load_reference_losses
 
 
@@ -57,7 +57,7 @@ def test_pushes_during_training(hub, fresh, waits, monkeypatch, strategy, kind, 
         return bool(training)
 
     monkeypatch.setattr("trl_ama.pipeline.train_generalist", train)
-    monkeypatch.setattr("trl_ama.hub.TIMEOUT", 0.2 if kind == "timeout" else 60.0)
+    monkeypatch.setattr("trl_ama.common.hub.TIMEOUT", 0.2 if kind == "timeout" else 60.0)
     number = FAULT_KINDS.index(kind) if kind else 0
     hub.fail(kind or "500", match=in_training, index=0 if lasting else number, times=10**6 if lasting else 1)
     if kind is None:
@@ -88,7 +88,7 @@ def test_a_training_goes_on_when_no_push_succeeds(hub, finished, tmp_path, waits
 
 def test_the_time_limit_holds_everywhere(hub, monkeypatch):
     """In other threads, and for a client that is made anew, as it is after a failure to connect."""
-    monkeypatch.setattr("trl_ama.hub.TIMEOUT", 0.2)
+    monkeypatch.setattr("trl_ama.common.hub.TIMEOUT", 0.2)
     before = get_session().timeout
     assert before.read is None  # or this test is not needed any more
     hub.fail("timeout", times=10**6)
@@ -135,8 +135,8 @@ def test_pulling_losses(hub, finished, waits, nothing_computed, monkeypatch, kin
     assert count >= 8
     for index in range(count):
         retries = (index + FAULT_KINDS.index(kind)) % 2 * 3
-        monkeypatch.setattr("trl_ama.hub.RETRIES", retries)
-        monkeypatch.setattr("trl_ama.hub.TIMEOUT", 0.3 if kind == "timeout" else 60.0)
+        monkeypatch.setattr("trl_ama.common.hub.RETRIES", retries)
+        monkeypatch.setattr("trl_ama.common.hub.TIMEOUT", 0.3 if kind == "timeout" else 60.0)
         forget_downloads()
         hub.fail(kind, index=index, seconds=0.5)
         try:
@@ -144,7 +144,7 @@ def test_pulling_losses(hub, finished, waits, nothing_computed, monkeypatch, kin
         except AMAError as error:
             assert retries == 0 and len(str(error).splitlines()) == 1 and hub.WRITE_TOKEN not in str(error)
         hub._faults.clear()
-        monkeypatch.setattr("trl_ama.hub.TIMEOUT", 60.0)
+        monkeypatch.setattr("trl_ama.common.hub.TIMEOUT", 60.0)
         assert rows(load_reference_losses("org/mine-losses")) == expected
 
 
@@ -152,8 +152,8 @@ def test_pulling_losses(hub, finished, waits, nothing_computed, monkeypatch, kin
 def test_the_hub_keeps_failing_while_losses_are_pulled(hub, finished, waits, nothing_computed, monkeypatch, kind):
     finished(("losses",))
     expected = rows(load_reference_losses("org/mine-losses"))
-    monkeypatch.setattr("trl_ama.hub.TIMEOUT", 0.1 if kind == "timeout" else 60.0)
-    monkeypatch.setattr("trl_ama.hub.RETRIES", 1)
+    monkeypatch.setattr("trl_ama.common.hub.TIMEOUT", 0.1 if kind == "timeout" else 60.0)
+    monkeypatch.setattr("trl_ama.common.hub.RETRIES", 1)
     for part in ("/api/", "/resolve/"):
         forget_downloads()
         hub.fail(
@@ -163,5 +163,5 @@ def test_the_hub_keeps_failing_while_losses_are_pulled(hub, finished, waits, not
             load_reference_losses("org/mine-losses")
         assert len(str(caught.value).splitlines()) == 1 and hub.WRITE_TOKEN not in str(caught.value)
         hub._faults.clear()
-    monkeypatch.setattr("trl_ama.hub.TIMEOUT", 60.0)
+    monkeypatch.setattr("trl_ama.common.hub.TIMEOUT", 60.0)
     assert rows(load_reference_losses("org/mine-losses")) == expected

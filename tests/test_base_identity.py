@@ -10,9 +10,9 @@ from tiny_models import make_model, save
 from transformers import AutoModelForCausalLM
 
 from trl_ama import AMAError, policy_files
+from trl_ama.common.files import read_json, write_json
 from trl_ama.model_identity import model_identity, weights_identity
 from trl_ama.policy_sources import check_policy_source
-from trl_ama.safe_files import read_json, write_json
 
 
 @pytest.fixture(autouse=True)

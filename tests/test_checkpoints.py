@@ -22,7 +22,7 @@ from trl_ama.checkpoints import (
     damage_of,
     newest_good_checkpoint,
 )
-from trl_ama.safe_files import read_json, sealed, write_json
+from trl_ama.common.files import read_json, sealed, write_json
 from trl_ama.training_stage import read_stage, result_in
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
-from trl_ama import cli, interruption
-from trl_ama.errors import AMAError
+from trl_ama import cli
+from trl_ama.common import interruption
+from trl_ama.common.errors import AMAError
 from trl_ama.scripts import ama, common
 
 
@@ -255,7 +256,7 @@ def test_a_launched_script_reports_its_error_in_one_line(config, tmp_path):
         "import sys, types\n"
         "def run_pipeline(pipeline_args, training_args, model_args, task_args, stages):\n"
         "    import os\n"
-        "    from trl_ama.errors import AMAError\n"
+        "    from trl_ama.common.errors import AMAError\n"
         "    raise AMAError(f'seed {training_args.seed},\\n env {os.environ[\"TRL_AMA_TEST\"]}')\n"
         "sys.modules['trl_ama.pipeline'] = types.ModuleType('trl_ama.pipeline')\n"
         "sys.modules['trl_ama.pipeline'].run_pipeline = run_pipeline\n"

@@ -22,8 +22,8 @@ from tiny_runs import QUICK
 from transformers import AutoModelForCausalLM
 
 from trl_ama import AMAConfig, AMATrainer, StepStatistics, TaskConfig, run_pipeline
+from trl_ama.common.files import read_json
 from trl_ama.mixing import STRATEGIES, build_strategy
-from trl_ama.safe_files import read_json
 from trl_ama.scripts import COMMANDS
 from trl_ama.scripts.common import check_keys, make_parser, read_config, split_arguments
 

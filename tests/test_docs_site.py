@@ -120,7 +120,7 @@ def elsewhere():
     """See [`~trl.NoSuchConfig`]."""
 
 def undocumented():
-    """See [`trl_ama.errors.nearest`]."""
+    """See [`trl_ama.common.errors.nearest`]."""
 '''
 
 
@@ -148,7 +148,7 @@ def test_a_small_site_builds(tmp_path):
         ({"index": GOOD["index.md"].replace("\npage\n", "\npage\nmissing\n")}, "nonexisting document"),
         ({"page": GOOD["page.md"].replace("good", "unknown")}, "refers to [`trl_ama.nothing`]"),
         ({"page": GOOD["page.md"].replace("good", "elsewhere")}, "refers to [`trl.NoSuchConfig`]"),
-        ({"page": GOOD["page.md"].replace("good", "undocumented")}, "trl_ama.errors.nearest"),
+        ({"page": GOOD["page.md"].replace("good", "undocumented")}, "trl_ama.common.errors.nearest"),
         ({"page": GOOD["page.md"].replace("broken_docs.good", "trl_ama.Nothing")}, "there is no 'trl_ama.Nothing'"),
     ],
     ids=["link", "anchor", "not in a menu", "menu", "our name", "another package's name", "not on a page", "object"],

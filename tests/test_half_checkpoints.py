@@ -11,7 +11,7 @@ import pytest
 from resumed_runs import training_fixture  # noqa: F401 - fixtures
 from transformers.trainer_utils import rotate_checkpoints
 
-from trl_ama import AMAError, TaskMixtureConfig, checkpoints, html_page, safe_files
+from trl_ama import AMAError, TaskMixtureConfig, checkpoints, html_page
 from trl_ama.checkpoints import (
     begin_checkpoint,
     checkpoints_in,
@@ -22,10 +22,11 @@ from trl_ama.checkpoints import (
     remove_halves,
     rotate,
 )
+from trl_ama.common import files as safe_files
+from trl_ama.common.files import write_file, write_json
 from trl_ama.html_page import save_page
 from trl_ama.merged_folder import NOTE_FILE, whole_or_not
 from trl_ama.run_lock import folder_held
-from trl_ama.safe_files import write_file, write_json
 from trl_ama.task_loading import read_tasks
 
 
@@ -261,7 +262,11 @@ def test_everything_that_is_written_ends_alike():
     """So that one rule finds it: no other temporary name is in the package."""
     sources = {path.name: path.read_text() for path in Path(safe_files.__file__).parent.rglob("*.py")}
     temporary = [name for name, text in sources.items() if "tempfile.mk" in text or "NamedTemporaryFile" in text]
-    assert sorted(temporary) == ["merged_folder.py", "prefix_trainer.py", "safe_files.py"]  # of these, one for itself
+    assert sorted(temporary) == [
+        "merged_folder.py",
+        "prefix_trainer.py",
+        "common/files.py",
+    ]  # of these, one for itself
     assert "tempfile" not in Path(html_page.__file__).read_text()
 
 

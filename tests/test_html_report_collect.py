@@ -12,10 +12,10 @@ import pytest
 from made_runs import FINGERPRINT, Tree, copy_fixture, finished_fixture, make_run, page_of, words, write  # noqa: F401 - fixtures
 
 from trl_ama import cli
+from trl_ama.common.run_folder import MARGINS_FILE, NOTE_FILE
 from trl_ama.html_page import write_comparison
 from trl_ama.html_report import MASK, collect, masked
 from trl_ama.recipe_text import public_arguments
-from trl_ama.run_names import MARGINS_FILE, NOTE_FILE
 
 
 def test_secrets_are_masked(copy):

@@ -13,9 +13,9 @@ from hub_world import SIZES, parse, write_pairs, write_recipe
 from made_runs import HOSTILE, STRATEGIES, Tree, copy_fixture, finished_fixture, make_run, page_of, words, write  # noqa: F401 - fixtures
 
 from trl_ama import AMAError, cli, run_pipeline
+from trl_ama.common.run_folder import NOTE_FILE
 from trl_ama.html_page import LARGEST, render_run, script_json, visible, write_comparison
 from trl_ama.html_report import collect
-from trl_ama.run_names import NOTE_FILE
 
 
 # ---- One run ----
@@ -213,7 +213,7 @@ def test_every_run_leaves_its_page(model_dir, tmp_path, monkeypatch, capsys):
 def test_a_page_that_fails_does_not_stop_a_run(tmp_path, monkeypatch):
     from types import SimpleNamespace
 
-    from trl_ama.run_names import RunFolder
+    from trl_ama.common.run_folder import RunFolder
     from trl_ama.run_note import leave_page
 
     def fail(*args):

@@ -9,10 +9,10 @@ import pytest
 from made_runs import STRATEGIES, TASKS, Tree, copy_fixture, finished_fixture, make_run, page_of, words, write  # noqa: F401 - fixtures
 
 from trl_ama import AMAError
+from trl_ama.common.run_folder import MARGINS_FILE, NOTE_FILE
 from trl_ama.html_charts import kept_rows, nice_ticks
 from trl_ama.html_page import write_comparison
 from trl_ama.html_report import collect
-from trl_ama.run_names import MARGINS_FILE, NOTE_FILE
 
 
 def test_numbers_are_those_of_the_results(finished):

@@ -116,9 +116,9 @@ def test_tokens_in_python(hub, login, model_dir, quick_args, monkeypatch, name):
 
 @pytest.mark.parametrize("kind", ["500", "429", "reset", "timeout", "truncated"])
 def test_the_trainer_creates_its_repository_on_a_bad_network(hub, model_dir, quick_args, monkeypatch, kind):
-    monkeypatch.setattr("trl_ama.hub._WAIT", 0.01)
-    monkeypatch.setattr("trl_ama.hub._MAX_WAIT", 0.05)
-    monkeypatch.setattr("trl_ama.hub.TIMEOUT", 0.3 if kind == "timeout" else 60.0)
+    monkeypatch.setattr("trl_ama.common.hub._WAIT", 0.01)
+    monkeypatch.setattr("trl_ama.common.hub._MAX_WAIT", 0.05)
+    monkeypatch.setattr("trl_ama.common.hub.TIMEOUT", 0.3 if kind == "timeout" else 60.0)
     settings = {"mixing": "uniform", "push_to_hub": True, "hub_model_id": "org/x"}
     data = make_dataset({"list": 16, "sort": 16})
     for path in ("/api/whoami-v2", "/api/repos/create"):
@@ -153,7 +153,7 @@ def test_the_command_says_it_in_one_line(hub, recipe, hub_home):
 def test_a_hub_that_cannot_be_reached(hub, recipe, nothing_begun, monkeypatch):
     gone = HubServer().start()
     gone.stop()
-    monkeypatch.setattr("trl_ama.hub._WAIT", 0.01)
+    monkeypatch.setattr("trl_ama.common.hub._WAIT", 0.01)
     for module in ("huggingface_hub.constants.ENDPOINT", "huggingface_hub.hf_api.ENDPOINT"):
         monkeypatch.setattr(module, gone.url, raising=False)
     monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", gone.url)

@@ -16,7 +16,7 @@ from tiny_runs import QUICK
 from trl import DPOConfig, ModelConfig
 
 from trl_ama import AMAConfig, AMAError, AMATrainer, TaskConfig, TaskMixtureConfig
-from trl_ama.limits import FREE, LIMITS, LimitError, check_limits
+from trl_ama.common.limits import FREE, LIMITS, LimitError, check_limits
 from trl_ama.pipeline_arguments import PipelineArguments
 from trl_ama.preference_losses import PAIR_LOSSES, PreferenceLossConfig
 from trl_ama.run_settings import RunSettings
@@ -59,7 +59,9 @@ def test_every_number_is_decided_on(cls):
     undecided = [name for name in numeric_fields(cls) if name not in LIMITS and name not in FREE]
     if undecided and other_versions():
         warnings.warn(
-            f"{other_versions()} have numbers that limits.py does not know: {undecided}", UserWarning, stacklevel=1
+            f"{other_versions()} have numbers that common/limits.py does not know: {undecided}",
+            UserWarning,
+            stacklevel=1,
         )
         return
     assert undecided == []

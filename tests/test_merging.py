@@ -15,8 +15,8 @@ from tiny_models import make_model, save
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from trl_ama import cli, merged_weights
+from trl_ama.common.files import write_json
 from trl_ama.merging import merge_adapter, training_from
-from trl_ama.safe_files import write_json
 
 
 @pytest.fixture

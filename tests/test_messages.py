@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from trl_ama.errors import sentence
+from trl_ama.common.errors import sentence
 
 
 SCRIPT = """

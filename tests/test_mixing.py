@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from trl_ama.errors import AMAError
+from trl_ama.common.errors import AMAError
 from trl_ama.mixing import STRATEGIES, StepStatistics, build_strategy
 from trl_ama.mixing.monitor import MixtureMonitor
 from trl_ama.preference_losses import excess_losses

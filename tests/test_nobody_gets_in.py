@@ -12,10 +12,10 @@ from hub_world import SIZES, parse, upload_model, upload_pairs, write_recipe
 from huggingface_hub import HfApi, constants
 
 from trl_ama import AMAError, load_reference_losses, run_pipeline
-from trl_ama.hub import HubTarget, say
+from trl_ama.common.hub import HubTarget, say
+from trl_ama.common.secrets import redact
 from trl_ama.recipe_text import recipe_yaml
 from trl_ama.run_settings import RunSettings
-from trl_ama.secrets import redact
 from trl_ama.task_config import check_config_name, check_task_names
 
 
@@ -53,7 +53,7 @@ def test_no_token_gets_out(hub, model_dir, tmp_path, monkeypatch, capfd, caplog)
         return upload(api, repo_id=repo_id, **kwargs)
 
     monkeypatch.setattr(HfApi, "upload_folder", echo)
-    monkeypatch.setattr("trl_ama.hub.RETRIES", 0)
+    monkeypatch.setattr("trl_ama.common.hub.RETRIES", 0)
     caplog.set_level(logging.INFO)
     recipe = write_recipe(
         tmp_path / "recipe.yaml",
@@ -188,7 +188,7 @@ def listing(folder: Path) -> set[str]:
     ids=str,
 )
 def test_recipes_that_lead_elsewhere(hub, model_dir, tmp_path, changes, monkeypatch):
-    monkeypatch.setattr("trl_ama.hub.RETRIES", 0)
+    monkeypatch.setattr("trl_ama.common.hub.RETRIES", 0)
     place = tmp_path / "a" / "b" / "c"
     place.mkdir(parents=True)
     monkeypatch.chdir(place)
@@ -217,7 +217,7 @@ def test_recipes_that_lead_elsewhere(hub, model_dir, tmp_path, changes, monkeypa
 )  # fmt: skip
 def test_file_names_of_a_repository(hub, honest, path, monkeypatch):
     """A server that lists such files may not have the client write them anywhere but into its cache, nor read them."""
-    monkeypatch.setattr("trl_ama.hub.RETRIES", 0)
+    monkeypatch.setattr("trl_ama.common.hub.RETRIES", 0)
     home = Path(constants.HF_HOME)
     files = {f"default/{file.relative_to(honest)}": file.read_bytes() for file in honest.rglob("*.*")}
     hub.write("dataset", "org/losses", files)

@@ -4,7 +4,7 @@ import pytest
 from whole_runs import SIZES, recipe_fixture  # noqa: F401 - fixtures
 
 from trl_ama import AMAError, run_pipeline
-from trl_ama.safe_files import read_json
+from trl_ama.common.files import read_json
 
 
 @pytest.fixture

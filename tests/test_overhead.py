@@ -14,8 +14,8 @@ import torch
 from counted_calls import PROCESS, calls_of, sampler_of
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 
-from trl_ama.columns import encoded_column, list_lengths, numpy_column
-from trl_ama.errors import AMAError
+from trl_ama.common.arrays import encoded_column, list_lengths, numpy_column
+from trl_ama.common.errors import AMAError
 from trl_ama.mixing import STRATEGIES, build_strategy
 from trl_ama.mixture import Mixture, strategy_for
 from trl_ama.reference_columns import LOGP_COLUMNS, has_columns

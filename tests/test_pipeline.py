@@ -6,10 +6,10 @@ from state_versions import refused, with_version
 from whole_runs import SIZES, copy_fixture, finished_fixture, no_training_fixture, recipe_fixture  # noqa: F401 - fixtures
 
 from trl_ama import AMAError, run_pipeline
+from trl_ama.common.files import read_json
+from trl_ama.common.versions import VERSIONS
 from trl_ama.html_report import collect
 from trl_ama.report import result_table
-from trl_ama.safe_files import read_json
-from trl_ama.versions import VERSIONS
 
 
 def test_what_a_run_leaves(finished):

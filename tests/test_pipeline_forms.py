@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from trl_ama import join_reference_losses, load_reference_losses, run_pipeline
+from trl_ama.common.files import read_json
 from trl_ama.pair_forms import with_prompt, without_nulls
-from trl_ama.safe_files import read_json
 
 
 LOSSES = "org/mine-reference-losses"

@@ -6,7 +6,7 @@ import pytest
 from whole_runs import copy_fixture, finished_fixture, no_training_fixture, recipe_fixture  # noqa: F401 - fixtures
 
 from trl_ama import AMAError, run_pipeline
-from trl_ama.safe_files import read_json
+from trl_ama.common.files import read_json
 
 
 def test_only_the_mixing_changed(copy, recipe, no_training):

@@ -15,10 +15,10 @@ from tiny_pairs import make_dataset, make_rows
 from tiny_runs import QUICK
 
 from trl_ama import AMAConfig, AMAError, AMATrainer, policy_files
+from trl_ama.common.files import read_json
 from trl_ama.model_identity import model_identity
 from trl_ama.policies import trained_policy
 from trl_ama.policy_sources import check_policy_source, split_revision
-from trl_ama.safe_files import read_json
 
 
 SIZES = {"list": 8, "sort": 8}

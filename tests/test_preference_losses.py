@@ -13,7 +13,7 @@ from tiny_models import make_model
 from tiny_pairs import make_dataset
 from trl import DPOConfig, DPOTrainer
 
-from trl_ama.errors import AMAError
+from trl_ama.common.errors import AMAError
 from trl_ama.pair_batches import RecordedForward
 from trl_ama.preference_losses import (
     PAIR_LOSSES,

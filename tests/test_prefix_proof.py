@@ -18,7 +18,7 @@ from trl.trainer.utils import add_fused_lm_head
 import trl_ama.prefix_proof
 import trl_ama.prefix_support
 from trl_ama import AMAConfig, AMATrainer
-from trl_ama.errors import AMAError
+from trl_ama.common.errors import AMAError
 from trl_ama.prefix_proof import NoVerdict, RandomState, prove
 from trl_ama.prefix_sharing import CannotShare, pack_pairs
 from trl_ama.prefix_trainer import ScoringTrainer

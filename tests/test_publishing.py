@@ -17,8 +17,8 @@ from tiny_pairs import make_dataset, with_reference_columns
 from trl import DPOTrainer
 
 from trl_ama import AMAError, load_reference_losses, run_pipeline
+from trl_ama.common.run_folder import FINGERPRINT_FILE
 from trl_ama.reference_columns import LOGP_COLUMNS
-from trl_ama.run_names import FINGERPRINT_FILE
 
 
 LOSSES = "org/mine-reference-losses"

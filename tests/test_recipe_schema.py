@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from recipe_mistakes import BASE, GOOD, MISTAKES, argv_of, early, late
 
 from trl_ama import cli
-from trl_ama.errors import AMAError
+from trl_ama.common.errors import AMAError
+from trl_ama.common.value_types import check_hint
 from trl_ama.scripts import recipe_check
 from trl_ama.scripts.common import check_keys, known_keys, make_parser
 from trl_ama.scripts.config_file import read_config
 from trl_ama.scripts.recipe_check import PATH, hint_of, is_for_these_versions, read_schema
 from trl_ama.scripts.recipe_schema import as_text, make_schema
-from trl_ama.value_types import check_hint
 
 
 ROOT = Path(__file__).resolve().parents[1]

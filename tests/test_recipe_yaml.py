@@ -3,8 +3,8 @@
 import pytest
 
 from trl_ama import AMAError, TaskConfig, TaskMixtureConfig
+from trl_ama.common.yaml_files import load_yaml
 from trl_ama.pipeline_arguments import PipelineArguments
-from trl_ama.recipe_yaml import load_yaml
 from trl_ama.scripts.common import make_parser, parse_arguments, read_config, split_arguments
 
 

@@ -18,7 +18,7 @@ from tiny_pairs import make_dataset
 from trl import DPOTrainer
 
 from trl_ama import AMAConfig, AMAError, AMATrainer, join_reference_losses, load_reference_losses, run_pipeline
-from trl_ama.safe_files import read_json
+from trl_ama.common.files import read_json
 
 
 LOSSES = "org/mine-reference-losses"
@@ -221,7 +221,7 @@ def test_a_specialist_of_a_branch_is_linked_by_its_commit(losses_on_hub, tmp_pat
 
 
 def test_what_is_no_secret_and_what_is():
-    from trl_ama.secrets import is_secret, public_name
+    from trl_ama.common.secrets import is_secret, public_name
 
     assert all(
         map(is_secret, ("token", "hub_token", "use_auth_token", "api_key", "aws_secret_access_key", "password"))
@@ -232,7 +232,7 @@ def test_what_is_no_secret_and_what_is():
 
 
 def test_the_innermost_difference_is_named():
-    from trl_ama.fingerprint import first_difference
+    from trl_ama.common.fingerprint import first_difference
 
     ours, theirs = ({"losses": {"list": {"beta": 1}, "sort": {"length": length}}} for length in (64, 32))
     assert first_difference(ours, theirs) == ("losses.sort.length", 64, 32)

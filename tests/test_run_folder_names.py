@@ -4,8 +4,8 @@ import ast
 from pathlib import Path
 
 import trl_ama
-from trl_ama import run_names
-from trl_ama.run_names import RunFolder, rows_file, task_lock
+from trl_ama.common import run_folder as run_names
+from trl_ama.common.run_folder import RunFolder, rows_file, task_lock
 
 
 PACKAGE = Path(trl_ama.__file__).parent

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from moving_strategies import Fixed, Moving
 from torch.utils.data import BatchSampler, DataLoader
 
-from trl_ama.errors import AMAError
+from trl_ama.common.errors import AMAError
 from trl_ama.mixing import StepStatistics, build_strategy
 from trl_ama.sampler import TaskMixtureSampler
 

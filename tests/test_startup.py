@@ -52,7 +52,8 @@ def test_import_adds_nothing_to_importing_trl():
 
 
 @pytest.mark.parametrize(
-    "module", ["trl_ama.cli", "trl_ama.errors", "trl_ama.registration", "trl_ama.task_config", "trl_ama_register"]
+    "module",
+    ["trl_ama.cli", "trl_ama.common.errors", "trl_ama.registration", "trl_ama.task_config", "trl_ama_register"],
 )
 def test_modules_of_the_command_line_import_nothing_heavy(module):
     assert not HEAVY & packages(modules_after(f"import {module}"))

@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_
 from moving_strategies import Fixed, Moving
 from torch.utils.data import BatchSampler, DataLoader
 
-from trl_ama.errors import AMAError
+from trl_ama.common.errors import AMAError
 from trl_ama.mixing import StepStatistics, build_strategy
 from trl_ama.sampler import TaskMixtureSampler
 from trl_ama.streaming import StreamSampler, TaskStreams

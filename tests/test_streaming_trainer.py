@@ -13,7 +13,7 @@ from tiny_pairs import make_dataset, make_rows, with_reference_columns
 from tiny_runs import assert_learns, logged, losses_of, weights_of
 
 from trl_ama import AMATrainer, TaskConfig
-from trl_ama.errors import AMAError
+from trl_ama.common.errors import AMAError
 from trl_ama.scripts.common import check_keys, make_parser, read_config
 from trl_ama.trainer_checks import kept_tokens
 

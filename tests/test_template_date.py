@@ -8,9 +8,9 @@ from tiny_models import CHAT_TEMPLATE, make_model, save
 from transformers import AutoTokenizer
 
 from trl_ama import AMAError, run_pipeline
+from trl_ama.common.files import read_json
 from trl_ama.model_identity import tokenizer_identity
 from trl_ama.run_settings import RunSettings
-from trl_ama.safe_files import read_json
 from trl_ama.template_date import asks_for_the_day, fix_date
 
 

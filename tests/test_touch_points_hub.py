@@ -4,7 +4,7 @@
 def test_22_one_client_with_a_time_limit():
     from huggingface_hub import get_session
 
-    from trl_ama import hub
+    from trl_ama.common import hub
 
     before = get_session().timeout
     with hub.time_limit():

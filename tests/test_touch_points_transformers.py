@@ -120,7 +120,7 @@ def test_53_what_decides_whether_a_process_loads_a_whole_model(monkeypatch):
     from transformers.distributed import fsdp
     from transformers.integrations import deepspeed
 
-    from trl_ama.processes import whole_models
+    from trl_ama.common.processes import whole_models
 
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")

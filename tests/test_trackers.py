@@ -12,8 +12,8 @@ from transformers.trainer_utils import TrainOutput
 from trl import DPOTrainer, ModelConfig, TrlParser
 
 from trl_ama import AMAConfig, AMATrainer, TaskMixtureConfig, run_pipeline
+from trl_ama.common.files import write_json
 from trl_ama.pipeline_arguments import PipelineArguments
-from trl_ama.safe_files import write_json
 from trl_ama.training_stage import TrainingStage
 
 

@@ -15,6 +15,7 @@ from trl import DPOConfig, DPOTrainer
 from vision_model import make_vision_rows, processor_fixture, trl_logps, vision_dir_fixture  # noqa: F401 - fixtures
 
 from trl_ama import AMAError, join_reference_losses, run_pipeline
+from trl_ama.common.files import write_json
 from trl_ama.loss_checks import sha256
 from trl_ama.loss_loading import load_reference_losses
 from trl_ama.loss_scoring import compute_reference_losses
@@ -22,7 +23,6 @@ from trl_ama.pair_forms import pair_id_of
 from trl_ama.pair_images import images_of
 from trl_ama.reference_columns import LOGP_COLUMNS
 from trl_ama.run_settings import RunSettings
-from trl_ama.safe_files import write_json
 
 
 SIZES = {"name": 9, "end": 7}

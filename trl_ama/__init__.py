@@ -25,14 +25,15 @@ _EXPORTS = {
     "AMATrainer": "ama_trainer",
     "evaluate_policies": "evaluation",
     "run_pipeline": "pipeline",
-    "AMAError": "errors",
-    "__version__": "versions",
+    "AMAError": "common.errors",
+    "__version__": "common.versions",
 }
 
 if TYPE_CHECKING:
     from .ama_config import AMAConfig
     from .ama_trainer import AMATrainer
-    from .errors import AMAError
+    from .common.errors import AMAError
+    from .common.versions import __version__
     from .evaluation import evaluate_policies
     from .loss_loading import load_reference_losses
     from .loss_scoring import compute_reference_losses
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from .specialists import train_specialist
     from .task_config import TaskConfig, TaskMixtureConfig
     from .task_loading import load_tasks
-    from .versions import __version__
 
 __all__ = [*_EXPORTS]
 

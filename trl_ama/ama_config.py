@@ -4,12 +4,12 @@ from typing import Any
 
 from trl import DPOConfig
 
-from .errors import AMAError, short
-from .limits import LIMITS, check_limits
+from .common.errors import AMAError, short
+from .common.limits import LIMITS, check_limits
+from .common.secrets import is_secret
+from .common.value_types import check_value
 from .mixing import STRATEGIES, check_strategy_name
 from .preference_losses import check_loss_types
-from .secrets import is_secret
-from .value_types import check_value
 
 
 _EXCESS_CLIPS = ("pair", "task", "none")

@@ -21,7 +21,7 @@ from transformers import (
 from trl.trainer.utils import get_config_model_id
 
 from .ama_config import AMAConfig
-from .errors import AMAError
+from .common.errors import AMAError
 from .exact_resume import ExactResume
 from .held_out import check_eval_dataset, eval_parts
 from .hub_trainer import Published

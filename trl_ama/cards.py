@@ -8,9 +8,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from .hub import hub_link, is_commit, is_hub_id
+from .common.hub import hub_link, is_commit, is_hub_id
+from .common.versions import __version__
 from .markdown import code, fence
-from .versions import __version__
 
 
 # BibTeX of the paper

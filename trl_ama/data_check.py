@@ -13,13 +13,13 @@ from datasets import Dataset, DatasetDict, Value
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .ama_config import AMAConfig
+from .common.errors import AMAError, first_line
 from .data_account import judge_account
 from .data_duplicates import duplicates, text_hashes
 from .data_formats import mistakes_of, text_of
 from .data_rules import trivial_rules
 from .data_tokens import unknown_tokens
 from .data_verdict import FATAL, TaskFigures, judge, judge_sizes
-from .errors import AMAError, first_line
 from .no_tasks import no_tasks
 from .pair_forms import PAIR_COLUMNS, TEMPLATE_COLUMNS
 from .pair_images import has_images

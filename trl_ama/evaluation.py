@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from .errors import AMAError
+from .common.errors import AMAError
 from .metrics import task_metrics, worst_and_mean
 from .pair_scores import save_margins
 from .policies import trained_policy

@@ -16,7 +16,6 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
 
-from . import interruption
 from .checkpoints import (
     begin_checkpoint,
     complete_checkpoint,
@@ -27,7 +26,8 @@ from .checkpoints import (
     remove_halves,
     rotate,
 )
-from .errors import AMAError, first_line
+from .common import interruption
+from .common.errors import AMAError, first_line
 from .resume_progress import KEY, ResumedProgress
 
 

@@ -13,7 +13,7 @@ from accelerate.logging import get_logger
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from .errors import AMAError
+from .common.errors import AMAError
 
 
 logger = get_logger(__name__)

@@ -5,8 +5,8 @@ import gc
 from transformers import set_seed
 
 from .ama_trainer import AMATrainer
-from .errors import AMAError
-from .processes import from_main
+from .common.errors import AMAError
+from .common.processes import from_main
 from .run_fingerprints import generalist_fingerprint
 from .run_losses import joined_data, reference_losses_of
 from .run_settings import RunSettings

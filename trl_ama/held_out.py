@@ -4,7 +4,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, IterableDataset
 
-from .errors import AMAError, nearest, short
+from .common.errors import AMAError, nearest, short
 from .tasks import TASK_COLUMN, with_task_labels
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from .errors import AMAError
+from .common.errors import AMAError
 from .run_folder import flat
 
 

@@ -6,9 +6,9 @@ from functools import partial
 from datasets import Dataset
 
 from .ama_config import AMAConfig
-from .errors import AMAError
+from .common.errors import AMAError
+from .common.processes import from_main
 from .image_tokens import check_takes_images
-from .processes import from_main
 from .run_inputs import RunInputs
 from .run_recipe import Recipe
 from .task_loading import prompt_fits_into

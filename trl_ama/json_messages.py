@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Json, List, Value
 
-from .errors import AMAError, short
+from .common.errors import AMAError, short
 from .pair_forms import EXTRA_COLUMNS, PAIR_COLUMNS
 
 

@@ -5,7 +5,7 @@ from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars,
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .ama_config import AMAConfig
-from .errors import AMAError
+from .common.errors import AMAError
 from .pair_images import has_images
 from .pair_tokens import equal_answers, token_counts, tokenise
 from .run_inputs import RunInputs

@@ -9,7 +9,7 @@ from typing import Any
 
 import fsspec
 
-from .errors import AMAError
+from .common.errors import AMAError
 from .task_config import TaskConfig
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import yaml
 
 from .cards import hub_name, identity_link, template
-from .errors import AMAError
-from .hub import say
+from .common.errors import AMAError
+from .common.hub import say
+from .common.run_folder import rows_file
 from .markdown import code, escape, fence, fill, table
-from .run_names import rows_file
 
 
 # Fields of a fingerprint that every task has for itself; the others are the same within a config (run)

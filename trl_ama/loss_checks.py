@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Image, List, Value, load_dataset
 
-from .errors import AMAError, first_line
+from .common.errors import AMAError, first_line
 from .pair_forms import EXTRA_COLUMNS, PAIR_COLUMNS, pair_id_of, says_something
 from .pair_images import IMAGE_COLUMNS, check_embedded
 from .reference_columns import LOGP_COLUMNS, TOKEN_COLUMNS

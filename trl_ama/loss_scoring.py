@@ -8,14 +8,14 @@ from accelerate.utils import tqdm
 from datasets import Dataset, Value, concatenate_datasets
 from tqdm.std import tqdm as ProgressBar
 
-from .columns import numpy_column
-from .errors import AMAError
+from .common.arrays import numpy_column
+from .common.errors import AMAError
+from .common.processes import from_main
 from .loss_dataset import save_task
 from .loss_shards import LossShards, remove_shards
 from .loss_sharing import ReferenceLosses
 from .pair_forms import EXTRA_COLUMNS, PAIR_COLUMNS
 from .prefix_trainer import ScoringTrainer
-from .processes import from_main
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS, TOKEN_COLUMNS
 from .run_fingerprints import reference_fingerprint
 from .run_losses import reference_losses_done, reference_losses_of

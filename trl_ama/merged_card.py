@@ -7,10 +7,10 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from .cards import load_snippet, template, versions_line
-from .hub import hub_link, is_hub_id
+from .common.hub import hub_link, is_hub_id
+from .common.secrets import public_name
 from .markdown import code, escape
 from .policy_files import PolicySource
-from .secrets import public_name
 
 
 def write_merged_card(folder: Path, name: str, place: PolicySource, base: str, note: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedTokenizerBase
 
-from .errors import AMAError
+from .common.errors import AMAError
 from .policy_files import PolicySource, capital
 
 

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .errors import AMAError, sentence
+from .common.errors import AMAError, sentence
 from .merged_check import in_32_bits, is_wrapper, log_probs
 from .policies import load_adapter
 from .policy_files import PolicySource, capital

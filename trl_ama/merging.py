@@ -21,18 +21,18 @@ from transformers import (
 )
 
 from .adapter_keys import saved_shapes
-from .errors import AMAError, sentence
-from .fingerprint import package_versions
+from .common.errors import AMAError, sentence
+from .common.files import write_json
+from .common.fingerprint import package_versions
+from .common.run_folder import STAGE_FILE
+from .common.secrets import public_name
+from .common.versions import VERSIONS, check_version
 from .merged_card import write_merged_card
 from .merged_check import check_sequences, distances, hold_to_effect, hold_to_training, in_32_bits, log_probs
 from .merged_folder import NOTE_FILE, whole_or_not
 from .merged_weights import Merged, Training, merged_model
 from .policy_files import ADAPTER_WEIGHTS, PolicySource, capital, policy_source
 from .policy_sources import check_policy_source
-from .run_names import STAGE_FILE
-from .safe_files import write_json
-from .secrets import public_name
-from .versions import VERSIONS, check_version
 
 
 INTO = ("base", "dequantized")

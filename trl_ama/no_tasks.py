@@ -3,7 +3,7 @@
 import os
 import re
 
-from .errors import AMAError
+from .common.errors import AMAError
 from .task_config import TaskMixtureConfig
 
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from trl.trainer.utils import get_config_model_id
 
 from .base_weights import BaseWeights, checksums, drawn_anew
-from .errors import AMAError, sentence
-from .processes import is_sharded, whole_models
+from .common.errors import AMAError, sentence
+from .common.processes import is_sharded, whole_models
 from .quantized import is_quantized
 
 

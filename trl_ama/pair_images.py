@@ -9,8 +9,8 @@ import pyarrow as pa
 from datasets import Dataset, Features, Image, LargeList, List, Value
 from trl import prepare_multimodal_messages
 
-from .columns import list_lengths
-from .errors import AMAError, first_line, short
+from .common.arrays import list_lengths
+from .common.errors import AMAError, first_line, short
 from .task_config import TaskConfig
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from .errors import AMAError
+from .common.errors import AMAError
 from .pair_forms import PAIR_COLUMNS, TEMPLATE_COLUMNS, with_prompt
 
 

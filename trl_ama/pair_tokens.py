@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import DPOTrainer
 
 from .ama_config import AMAConfig
-from .columns import list_lengths
-from .errors import AMAError, first_line
+from .common.arrays import list_lengths
+from .common.errors import AMAError, first_line
 from .image_tokens import check_takes_images, image_pair_ids
 from .pair_forms import EXTRA_COLUMNS, PAIR_COLUMNS
 from .pair_images import has_images

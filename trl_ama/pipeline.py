@@ -11,34 +11,34 @@ from datasets import disable_progress_bars as disable_dataset_bars
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 from trl import ModelConfig
 
-from . import interruption
 from .ama_config import AMAConfig
-from .errors import AMAError, first_line
+from .common import interruption
+from .common.errors import AMAError, first_line
+from .common.files import check_seal, is_full, read_json, sealed, write_json
+from .common.hub import check_login, time_limit
+from .common.processes import from_main, main_first
+from .common.run_folder import RunFolder
+from .common.versions import VERSIONS, check_version
 from .evaluation import evaluate_policies
 from .generalist_card import write_card
 from .generalists import train_generalist
-from .hub import check_login, time_limit
 from .length_note import length_lines
 from .loss_dataset import tasks_in
 from .loss_scoring import compute_reference_losses
 from .pipeline_arguments import PipelineArguments
-from .processes import from_main, main_first
 from .publishing import Publisher
 from .report import plot_mixture, result_table
 from .run_fingerprints import evaluation_fingerprint
 from .run_inputs import RunInputs
 from .run_lock import folder_held
 from .run_losses import reference_losses_of
-from .run_names import RunFolder
 from .run_note import leave_page
 from .run_recipe import Recipe
 from .run_settings import RunSettings
 from .run_start import STAGES, check_recipe, describe_plan
-from .safe_files import check_seal, is_full, read_json, sealed, write_json
 from .specialists import require_specialists, train_specialists
 from .stage_rehearsal import rehearse_stages
 from .task_config import TaskMixtureConfig
-from .versions import VERSIONS, check_version
 
 
 _MOST_LOCKS = 100  # open files; a job of more tasks holds the whole folder

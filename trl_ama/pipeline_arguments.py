@@ -2,9 +2,9 @@ import datetime
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import AMAError, short
+from .common.errors import AMAError, short
+from .common.yaml_files import load_yaml
 from .mixing import check_strategy_name
-from .recipe_yaml import load_yaml
 from .task_config import check_config_name
 
 

@@ -11,7 +11,7 @@ from math import ceil
 from typing import Any
 
 from .ama_config import AMAConfig
-from .errors import AMAError
+from .common.errors import AMAError
 from .memory_plan import StageMemory
 from .optimizer_memory import optimizer_family
 from .plan_cost import Work

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedCon
 from transformers.quantizers import AutoHfQuantizer
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
-from .errors import AMAError, sentence
+from .common.errors import AMAError, sentence
 
 
 _HEAD = ("log_probs", "entropy", "mean_logits", "is_top1")  # what DPOTrainer asks of TRL's head, for its metrics

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from datasets import Dataset
 
-from .errors import AMAError, sentence
+from .common.errors import AMAError, sentence
 from .pair_images import has_images
 from .pair_tokens import token_counts, tokenise
 from .prefix_sharing import WORTH_SHARING

@@ -9,7 +9,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig
 from trl import get_peft_config
 
 from .ama_config import AMAConfig
-from .errors import AMAError, sentence
+from .common.errors import AMAError, sentence
 from .memory_plan import StageMemory, scoring_memory, training_memory, why_not_packed
 from .packed_forward import KNOWN_ATTENTION
 from .plan_cost import Products

@@ -10,8 +10,8 @@ from accelerate.utils import is_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
-from .errors import AMAError
-from .hub import split_revision
+from .common.errors import AMAError
+from .common.hub import split_revision
 from .policy_files import PolicySource, hub_commit
 
 

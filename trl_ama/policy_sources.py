@@ -6,11 +6,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from .adapter_keys import keys_problem, saved_shapes
-from .errors import AMAError, first_line, sentence
-from .hub import is_commit, split_revision
+from .common.errors import AMAError, first_line, sentence
+from .common.hub import is_commit, split_revision
+from .common.run_folder import STAGE_FILE
 from .model_identity import weights_identity
 from .policy_files import ADAPTER_WEIGHTS, PolicySource, capital, hub_commit, policy_source
-from .run_names import STAGE_FILE
 
 
 __all__ = ["check_policy_source", "split_revision"]

@@ -15,13 +15,13 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 from trl import DPOTrainer
 
-from .errors import AMAError
+from .common.errors import AMAError
+from .common.processes import is_sharded, of_all
 from .packed_forward import causal_lm, packed_forward, unwrapped
 from .prefix_proof import DRAWS, NoVerdict, RandomState, kept_random_state, prove
 from .prefix_rules import broken_rule, level, modules_that_may_draw
 from .prefix_sharing import CannotShare, PackedPairs, pack_pairs
 from .prefix_trial import Tried, try_model
-from .processes import is_sharded, of_all
 
 
 logger = get_logger(__name__)

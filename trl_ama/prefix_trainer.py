@@ -17,7 +17,8 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import DPOTrainer
 
-from .errors import AMAError, first_line
+from .common.errors import AMAError, first_line
+from .common.processes import from_main, is_sharded, whole_models
 from .exact_resume import ExactResume
 from .finite_steps import FiniteSteps
 from .own_adapter import OwnBase
@@ -27,7 +28,6 @@ from .pair_rows import first_failure
 from .policy_objects import check_is_model, check_policy
 from .preference_losses import PreferenceLossConfig, pair_losses
 from .prefix_support import PrefixSharing
-from .processes import from_main, is_sharded, whole_models
 from .quantized import keep_weights
 from .start_errors import StartErrors
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
-from .errors import AMAError, sentence
+from .common.errors import AMAError, sentence
 from .policy_objects import check_is_model
 
 

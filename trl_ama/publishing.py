@@ -11,13 +11,13 @@ from typing import Any
 from accelerate import PartialState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint
 
-from .errors import AMAError
-from .hub import HUB_ERRORS, HubTarget, check_login, full_id, persistently, prepare, say
+from .common.errors import AMAError
+from .common.hub import HUB_ERRORS, HubTarget, check_login, full_id, persistently, prepare, say
+from .common.processes import from_main
+from .common.run_folder import STATE_FILE
 from .loss_sharing import DEFAULT_CONFIG, ReferenceLosses
-from .processes import from_main
 from .run_inputs import RunInputs
 from .run_losses import reference_losses_of
-from .run_names import STATE_FILE
 from .run_recipe import Recipe
 from .run_settings import RunSettings
 from .specialist_card import write_specialist_card
@@ -35,7 +35,7 @@ class Publisher:
     Args:
         settings ([`RunSettings`]): The run.
         stages (`Iterable[str]`): The stages that will run; only what they make is pushed.
-        user (`dict`, *optional*): What [`~trl_ama.hub.check_login`] returned, if the token was checked already.
+        user (`dict`, *optional*): What [`~trl_ama.common.hub.check_login`] returned, if the token was checked already.
 
     Raises:
         AMAError: Before anything is trained: without a token that may write, or if a repository cannot be created.

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from .ama_config import MIXING_FIELDS
+from .common.secrets import is_secret, without_secrets
 from .run_recipe import Recipe
-from .secrets import is_secret, without_secrets
 
 
 # Where results go and how they are shown, which is not what made them

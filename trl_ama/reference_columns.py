@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Value
 
-from .columns import numpy_column
-from .errors import AMAError
+from .common.arrays import numpy_column
+from .common.errors import AMAError
 from .tasks import PAIR_ID_COLUMN, TASK_COLUMN, add_pair_ids, task_names_of, with_task_labels
 
 

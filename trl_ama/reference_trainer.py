@@ -9,10 +9,10 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers.trainer_utils import PredictionOutput
 
-from .errors import AMAError
+from .common.errors import AMAError
+from .common.processes import is_sharded, sum_of_all
 from .held_out import columns_of
 from .preference_losses import PairLogProbs
-from .processes import is_sharded, sum_of_all
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
 from .scoring import add_logp_columns
 from .tasks import TASK_COLUMN

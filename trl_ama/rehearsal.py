@@ -32,9 +32,9 @@ from trl.trainer.utils import create_model_from_path
 
 from .adapter_settings import check_adapter, check_head, explain_adapter
 from .ama_config import AMAConfig
+from .common.errors import AMAError
+from .common.others_errors import told
 from .empty_models import fill_with_fakes
-from .errors import AMAError
-from .others_errors import told
 
 
 # Arguments of `from_pretrained` that say where weights come from and go to

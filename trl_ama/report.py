@@ -4,9 +4,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from .common.files import read_json
+from .common.run_folder import STATE_FILE
 from .markdown import escape, table
-from .run_names import STATE_FILE
-from .safe_files import read_json
 
 
 _FIGURES = (("accuracy", "Held-out reward accuracy", "mean_accuracy", "worst_accuracy"),

@@ -7,8 +7,8 @@ from accelerate.logging import get_logger
 from transformers import Trainer
 
 from .checkpoints import best_of
-from .errors import AMAError
-from .versions import VERSIONS, check_version
+from .common.errors import AMAError
+from .common.versions import VERSIONS, check_version
 
 
 logger = get_logger(__name__)

@@ -7,14 +7,14 @@ from enum import Enum
 from typing import Any
 
 from .ama_config import MIXING_FIELDS
-from .fingerprint import PAIRS_PER_STEP, SPLIT, package_versions
+from .common.fingerprint import PAIRS_PER_STEP, SPLIT, package_versions
+from .common.secrets import is_secret
 from .loss_dataset import TaskLosses
 from .model_identity import model_identity
 from .preference_losses import PreferenceLossConfig
 from .run_inputs import RunInputs
 from .run_recipe import Recipe
 from .run_settings import RunSettings
-from .secrets import is_secret
 from .tasks import pairs_identity
 from .training_stage import result_in
 

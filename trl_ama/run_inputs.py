@@ -10,20 +10,20 @@ from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import get_peft_config
 
-from .columns import numpy_column
-from .errors import AMAError
-from .hub import is_commit, is_hub_id
+from .common.arrays import numpy_column
+from .common.errors import AMAError
+from .common.hub import is_commit, is_hub_id
+from .common.others_errors import told
+from .common.secrets import public_name
 from .loss_dataset import TaskLosses
 from .loss_loading import load_some_of
 from .loss_sharing import ReferenceLosses
 from .model_identity import model_identity, tokenizer_identity
-from .others_errors import told
 from .pair_forms import EXTRA_COLUMNS, PAIR_COLUMNS
 from .pair_images import has_images
 from .processors import load_processor
 from .row_account import RowAccount
 from .run_recipe import Recipe
-from .secrets import public_name
 from .task_loading import LoadedTasks, fits_into, read_tasks
 from .tasks import PAIR_ID_COLUMN, TASK_COLUMN
 from .template_date import fix_date, restore_template

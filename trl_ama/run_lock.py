@@ -23,10 +23,10 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-from .errors import AMAError, first_line
+from .common.errors import AMAError, first_line
+from .common.files import PARTIAL, remove_partial, write_json
+from .common.run_folder import LOCKS, RUN_LOCK, RunFolder, task_lock
 from .recipe_text import public_arguments
-from .run_names import LOCKS, RUN_LOCK, RunFolder, task_lock
-from .safe_files import PARTIAL, remove_partial, write_json
 
 
 logger = get_logger(__name__)

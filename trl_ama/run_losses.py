@@ -6,8 +6,8 @@ import numpy as np
 from accelerate.logging import get_logger
 from datasets import DatasetDict
 
-from .errors import AMAError
-from .fingerprint import check_fingerprint
+from .common.errors import AMAError
+from .common.fingerprint import check_fingerprint
 from .loss_dataset import TaskLosses, damaged_file, read_note, read_task, tasks_in
 from .loss_shards import check_unfinished
 from .loss_sharing import ReferenceLosses

@@ -7,17 +7,17 @@ from typing import Any
 
 from accelerate import PartialState
 
-from .fingerprint import package_versions
+from .common.files import write_json
+from .common.fingerprint import package_versions
+from .common.hub import is_hub_id
+from .common.run_folder import NOTE_FILE
+from .common.secrets import public_name
+from .common.versions import VERSIONS, __version__
 from .html_page import write_page
-from .hub import is_hub_id
 from .recipe_text import public_arguments, recipe_yaml
 from .run_inputs import RunInputs
-from .run_names import NOTE_FILE
 from .run_recipe import Recipe
 from .run_settings import RunSettings
-from .safe_files import write_json
-from .secrets import public_name
-from .versions import VERSIONS, __version__
 
 
 def run_note(recipe: Recipe, inputs: RunInputs, published: dict[str, str]) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig, get_quantization_config
 
 from .ama_config import AMAConfig
-from .errors import AMAError, nearest, sentence
-from .limits import LimitError, check_limits
+from .common.errors import AMAError, nearest, sentence
+from .common.limits import LimitError, check_limits
+from .common.run_folder import RunFolder
+from .common.value_types import check_value
 from .pipeline_arguments import PipelineArguments
-from .run_names import RunFolder
 from .task_config import TaskConfig, TaskMixtureConfig
-from .value_types import check_value
 
 
 @dataclass

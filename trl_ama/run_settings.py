@@ -5,9 +5,9 @@ from pathlib import Path
 from trl import ModelConfig
 
 from .ama_config import AMAConfig
+from .common.run_folder import RunFolder
 from .pipeline_arguments import PipelineArguments
 from .run_inputs import RunInputs
-from .run_names import RunFolder
 from .run_recipe import Recipe
 from .task_config import TaskMixtureConfig
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from accelerate import PartialState
 from transformers.trainer_utils import IntervalStrategy
 
-from .errors import AMAError
+from .common.errors import AMAError
 from .generalists import generalist_stage
 from .image_checks import check_images
 from .mixture import strategy_for

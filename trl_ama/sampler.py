@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-from .errors import AMAError
+from .common.errors import AMAError
 from .mixing import MixingStrategy
 
 

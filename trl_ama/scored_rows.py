@@ -3,7 +3,7 @@
 import numpy as np
 from datasets import Dataset
 
-from .columns import list_lengths
+from .common.arrays import list_lengths
 from .pair_forms import EXTRA_COLUMNS, PAIR_COLUMNS
 from .pair_images import has_images
 

@@ -12,11 +12,11 @@ from tqdm.std import tqdm as ProgressBar
 from transformers import PreTrainedModel
 from trl import DPOTrainer
 
-from . import interruption
-from .columns import numpy_column
+from .common import interruption
+from .common.arrays import numpy_column
+from .common.processes import from_main
 from .loss_shards import LossShards
 from .policies import Policy, reference_policy, trained_policy, trained_policy_and_reference
-from .processes import from_main
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
 from .scored_rows import unit_of
 from .sweep import Sweep

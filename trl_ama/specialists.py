@@ -10,12 +10,12 @@ import torch
 from transformers import set_seed
 from trl import DPOTrainer
 
-from .errors import AMAError
+from .common.errors import AMAError
+from .common.processes import from_main
 from .metrics import task_metrics
 from .policies import reference_policy
 from .preference_losses import PairLogProbs, PreferenceLossConfig, pair_losses, untrained_loss
 from .prefix_trainer import SpecialistTrainer
-from .processes import from_main
 from .run_fingerprints import specialist_fingerprint
 from .run_settings import RunSettings
 from .scoring import score_pairs

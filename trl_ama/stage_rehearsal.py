@@ -11,9 +11,9 @@ from trl import get_peft_config
 
 from .adapter_settings import check_adapter
 from .ama_config import MIXING_FIELDS, AMAConfig
-from .errors import AMAError
+from .common.errors import AMAError
+from .common.others_errors import told
 from .model_identity import tokenizer_identity
-from .others_errors import told
 from .pair_images import has_images
 from .pair_tokens import tokenise
 from .quantized import check_quantization

@@ -7,8 +7,8 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 
 from .adapter_settings import check_adapter, check_head
-from .errors import AMAError
-from .others_errors import told
+from .common.errors import AMAError
+from .common.others_errors import told
 from .rehearsal import check_batches, check_kind, check_tokenizer, empty_policy, explained
 from .token_limits import TokenLimits
 

@@ -12,7 +12,7 @@ from datasets.iterable_dataset import BufferShuffledExamplesIterable
 from trl import DPOTrainer
 
 from .ama_config import AMAConfig
-from .errors import AMAError, short
+from .common.errors import AMAError, short
 from .mixing import MixingStrategy
 from .pair_forms import PAIR_COLUMNS, TEMPLATE_KWARGS
 from .pair_rows import check_pair

@@ -17,7 +17,7 @@ import numpy as np
 from datasets import IterableDataset
 from torch.utils.data import Dataset
 
-from .errors import AMAError, first_line
+from .common.errors import AMAError, first_line
 from .mixing import MixingStrategy
 from .sampler import BlockSampler, shuffle_stream
 from .tasks import TASK_COLUMN

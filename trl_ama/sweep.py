@@ -9,14 +9,14 @@ import torch
 from datasets import Dataset
 from trl import DPOTrainer
 
-from .errors import AMAError
+from .common.errors import AMAError
+from .common.processes import is_sharded
 from .packed_forward import causal_lm, packed_forward
 from .pair_images import has_images
 from .policies import Policy
 from .preference_losses import sequence_logps
 from .prefix_support import PrefixSharing
 from .prefix_trainer import ScoringTrainer
-from .processes import is_sharded
 from .reference_columns import REFERENCE_COLUMNS
 from .scored_rows import scored_columns, sequence_lengths
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import Dataset, Value
 
-from .errors import AMAError, nearest
+from .common.errors import AMAError, nearest
 from .json_messages import read_json_messages, refuse_json_text
 from .pair_forms import EXTRA_COLUMNS, PAIR_COLUMNS
 from .row_account import RowAccount

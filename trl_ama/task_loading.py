@@ -12,7 +12,7 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import common_prefix_length
 
-from .errors import AMAError, nearest, sentence
+from .common.errors import AMAError, nearest, sentence
 from .exact_texts import load_texts
 from .image_tokens import image_pair_ids
 from .json_messages import refuse_json_text

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 
-from .columns import encoded_column, with_class_labels
-from .errors import AMAError, nearest, short
-from .fingerprint import digest
+from .common.arrays import encoded_column, with_class_labels
+from .common.errors import AMAError, nearest, short
+from .common.fingerprint import digest
 from .pair_features import unite_features
 from .pair_forms import (
     PAIR_COLUMNS,

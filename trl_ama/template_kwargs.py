@@ -4,7 +4,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Json
 
-from .errors import AMAError, short
+from .common.errors import AMAError, short
 from .exact_json import exact_json
 from .pair_forms import TEMPLATE_KWARGS, without_nulls
 from .task_config import TaskConfig

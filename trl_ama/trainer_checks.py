@@ -10,8 +10,8 @@ from datasets import Dataset, IterableDataset
 from trl import DPOConfig
 
 from .ama_config import AMAConfig
-from .columns import list_lengths, numpy_column
-from .errors import AMAError, nearest
+from .common.arrays import list_lengths, numpy_column
+from .common.errors import AMAError, nearest
 from .held_out import eval_parts
 from .mixing import MixingStrategy
 from .preference_losses import check_loss_types

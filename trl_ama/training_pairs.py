@@ -7,7 +7,7 @@ from accelerate.logging import get_logger
 from datasets import ClassLabel, Dataset, IterableDataset
 
 from .ama_config import AMAConfig
-from .errors import AMAError
+from .common.errors import AMAError
 from .pair_forms import PAIR_COLUMNS
 from .reference_columns import SPECIALIST_COLUMNS
 from .stream_sources import StreamedTasks, is_streamed

@@ -16,13 +16,13 @@ from .checkpoints import (
     remove_checkpoint,
     remove_checkpoints,
 )
-from .errors import AMAError, first_line
-from .fingerprint import check_fingerprint
-from .processes import from_main
-from .run_names import STAGE_FILE
-from .safe_files import check_seal, describe_files, first_damage, read_json, sealed, sync, write_json
+from .common.errors import AMAError, first_line
+from .common.files import check_seal, describe_files, first_damage, read_json, sealed, sync, write_json
+from .common.fingerprint import check_fingerprint
+from .common.processes import from_main
+from .common.run_folder import STAGE_FILE
+from .common.versions import VERSIONS, check_version
 from .tracking import begin_runs, finish_runs
-from .versions import VERSIONS, check_version
 
 
 logger = get_logger(__name__)

@@ -34,7 +34,7 @@ from real_pairs import add_material  # noqa: E402
 from torch.utils.data import RandomSampler, Sampler  # noqa: E402
 from whole_steps import share_of_a_step, tiny_model_steps  # noqa: E402
 
-from trl_ama.columns import numpy_column  # noqa: E402
+from trl_ama.common.arrays import numpy_column  # noqa: E402
 from trl_ama.mixing import STRATEGIES, build_strategy  # noqa: E402
 from trl_ama.mixture import Mixture  # noqa: E402
 from trl_ama.reference_columns import LOGP_COLUMNS, SPECIALIST_COLUMNS  # noqa: E402

@@ -472,7 +472,7 @@ class World:
                 held_out = rng.choice(([], "path", 5, rows, empty, {"a": held_out, "b": None}, {"a": 5}, {}))
 
         def run():
-            from trl_ama.errors import AMAError
+            from trl_ama.common.errors import AMAError
 
             try:
                 config = AMAConfig(**{**QUICK, **settings})
@@ -570,8 +570,8 @@ class World:
         import shutil
 
         from trl_ama import load_reference_losses
+        from trl_ama.common.files import write_json
         from trl_ama.loss_checks import sha256
-        from trl_ama.safe_files import write_json
 
         folder = self.folder / f"losses{self.number}"
         shutil.copytree(self.losses, folder)
@@ -651,7 +651,7 @@ def outcome_of(function, is_new: bool = True) -> Outcome:
     """Run a function that may raise, and say how it ended."""
     from accelerate.state import AcceleratorState
 
-    from trl_ama.errors import AMAError
+    from trl_ama.common.errors import AMAError
 
     said = io.StringIO()
     if is_new:

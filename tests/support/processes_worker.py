@@ -377,8 +377,8 @@ def shards(world, trainer, expected):
     from accelerate.utils import gather_object
 
     from trl_ama import scoring, sweep
+    from trl_ama.common.processes import from_main
     from trl_ama.loss_shards import LossShards
-    from trl_ama.processes import from_main
 
     folder, ids = world.folder / f"{world.count}-shards", [str(row) for row in range(len(trainer.train_dataset))]
     plain, batches, counts = sweep.Sweep.score, [], []
@@ -411,7 +411,7 @@ def errors(world, name):
     from accelerate.utils import gather_object
 
     from trl_ama import AMAError
-    from trl_ama.processes import from_main, main_first
+    from trl_ama.common.processes import from_main, main_first
 
     def wrong():
         raise AMAError("The folder 'x' is not there. Make it.")

@@ -74,7 +74,7 @@ def waits_fixture(monkeypatch):
     """No waiting; what would have been waited."""
     waited = []
     fake = types.SimpleNamespace(**{**vars(time), "sleep": waited.append})
-    monkeypatch.setattr("trl_ama.hub.time", fake)
+    monkeypatch.setattr("trl_ama.common.hub.time", fake)
     monkeypatch.setattr("huggingface_hub.utils._http.time", fake)
     monkeypatch.setattr("huggingface_hub.file_download.time", fake)
     for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):  # downloads have limits of their own

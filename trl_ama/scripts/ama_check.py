@@ -39,7 +39,7 @@ class CheckArguments:
     )
 
     def __post_init__(self):
-        from trl_ama.limits import check_limits
+        from trl_ama.common.limits import check_limits
 
         check_limits(vars(self), "Of `trl ama-check`,")
 

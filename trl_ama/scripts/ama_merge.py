@@ -59,7 +59,7 @@ class MergeArguments:
     )
 
     def __post_init__(self):
-        from trl_ama.errors import AMAError
+        from trl_ama.common.errors import AMAError
 
         if not self.output:
             raise AMAError("--output is missing: the folder to write the checkpoint to.")
@@ -67,7 +67,7 @@ class MergeArguments:
 
 def main(merge_args: MergeArguments, pipeline_args, training_args, model_args, task_args) -> None:
     """Merge, and say what was done."""
-    from trl_ama.errors import AMAError
+    from trl_ama.common.errors import AMAError
     from trl_ama.merged_card import difference, explanation, rounding
     from trl_ama.merging import merge_adapter, training_from
     from trl_ama.mixing import STRATEGIES
@@ -100,8 +100,8 @@ def main(merge_args: MergeArguments, pipeline_args, training_args, model_args, t
 
 def _generalist(strategy: str | None, pipeline_args, training_args, model_args, task_args) -> str:
     """The folder of the run's generalist."""
-    from trl_ama.errors import AMAError
-    from trl_ama.run_names import STAGE_FILE
+    from trl_ama.common.errors import AMAError
+    from trl_ama.common.run_folder import STAGE_FILE
     from trl_ama.run_settings import RunSettings
 
     strategy = strategy or training_args.mixing

@@ -39,7 +39,7 @@ class PlanArguments:
     )
 
     def __post_init__(self):
-        from trl_ama.errors import AMAError
+        from trl_ama.common.errors import AMAError
 
         if self.device not in (None, "cuda", "cpu"):
             raise AMAError(f"device must be 'cuda' or 'cpu', got '{self.device}'.")

@@ -13,10 +13,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from trl_ama.errors import AMAError, sentence
-from trl_ama.limits import LimitError, check_limits
+from trl_ama.common.errors import AMAError, sentence
+from trl_ama.common.limits import LimitError, check_limits
+from trl_ama.common.value_types import check_hint
 from trl_ama.scripts.config_file import Config, check_choice, check_names, join_values, read_config
-from trl_ama.value_types import check_hint
 
 
 PATH = Path(__file__).resolve().parent.parent / "recipe_schema.json"

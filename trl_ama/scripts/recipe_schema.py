@@ -16,7 +16,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from trl_ama.limits import LIMITS
+from trl_ama.common.limits import LIMITS
 from trl_ama.scripts.common import make_parser, option_names
 from trl_ama.scripts.recipe_check import PATH, installed_versions
 from trl_ama.task_config import TaskConfig

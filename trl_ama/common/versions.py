@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import AMAError
-from .run_names import FINGERPRINT_FILE, RESULTS_FILE, SHARDS_FILE, STAGE_FILE, STATE_FILE
+from .run_folder import FINGERPRINT_FILE, RESULTS_FILE, SHARDS_FILE, STAGE_FILE, STATE_FILE
 
 
 try:
