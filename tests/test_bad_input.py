@@ -10,7 +10,7 @@ from tiny_pairs import make_dataset, with_reference_columns
 from trl import DPOConfig, DPOTrainer
 
 from trl_ama import AMAConfig, AMAError, AMATrainer, TaskConfig, TaskMixtureConfig, load_tasks
-from trl_ama.task_config import check_task_names
+from trl_ama.tasks.config import check_task_names
 
 
 SIZES = {"list": 8, "sort": 8}

@@ -14,7 +14,7 @@ from trl_ama.data_check import check_data
 from trl_ama.data_report import render
 from trl_ama.pipeline_arguments import PipelineArguments
 from trl_ama.run_settings import RunSettings
-from trl_ama.transcripts import DIFFER
+from trl_ama.tasks.transcripts import DIFFER
 
 
 # As the templates of reasoning models do

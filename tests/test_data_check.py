@@ -20,7 +20,7 @@ from trl_ama.data_rules import trivial_rules
 from trl_ama.pair_tokens import token_counts, tokenise
 from trl_ama.scripts import ama_check
 from trl_ama.scripts.common import parse_arguments
-from trl_ama.task_loading import fits_into
+from trl_ama.tasks.loading import fits_into
 
 
 GOOD = pair("Sort these five words for me", "apple bread", "bread apple")

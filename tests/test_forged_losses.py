@@ -8,8 +8,8 @@ from datasets import List, Value
 from forgery import forge, honest_fixture, losses_fixture, numbers, put, refused  # noqa: F401 - fixtures
 
 from trl_ama import load_reference_losses
-from trl_ama.pair_forms import pair_id
 from trl_ama.reference_columns import LOGP_COLUMNS
+from trl_ama.tasks.forms import pair_id
 
 
 TEXT = List({"role": Value("string"), "content": Value("string")})

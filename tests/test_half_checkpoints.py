@@ -27,7 +27,7 @@ from trl_ama.common.files import write_file, write_json
 from trl_ama.html_page import save_page
 from trl_ama.merged_folder import NOTE_FILE, whole_or_not
 from trl_ama.run_lock import folder_held
-from trl_ama.task_loading import read_tasks
+from trl_ama.tasks.loading import read_tasks
 
 
 class Killed(BaseException):

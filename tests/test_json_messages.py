@@ -9,8 +9,8 @@ from row_forms import as_json, conversations, turns
 from row_forms import plain as plain_row
 
 from trl_ama import AMAError, TaskMixtureConfig
-from trl_ama.json_messages import messages_in
-from trl_ama.task_loading import read_tasks
+from trl_ama.tasks.json_messages import messages_in
+from trl_ama.tasks.loading import read_tasks
 
 
 CALL = [

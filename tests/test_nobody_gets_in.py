@@ -16,7 +16,7 @@ from trl_ama.common.hub import HubTarget, say
 from trl_ama.common.secrets import redact
 from trl_ama.recipe_text import recipe_yaml
 from trl_ama.run_settings import RunSettings
-from trl_ama.task_config import check_config_name, check_task_names
+from trl_ama.tasks.config import check_config_name, check_task_names
 
 
 # ---- Tokens ----

@@ -20,7 +20,7 @@ from trl_ama.mixing import STRATEGIES, build_strategy
 from trl_ama.mixture import Mixture, strategy_for
 from trl_ama.reference_columns import LOGP_COLUMNS, has_columns
 from trl_ama.step_recorder import StepRecorder
-from trl_ama.tasks import concatenate_tasks, task_names_of, with_task_labels
+from trl_ama.tasks.pairs import concatenate_tasks, task_names_of, with_task_labels
 from trl_ama.trainer_checks import check_no_task_lost, check_token_counts
 
 

@@ -13,7 +13,7 @@ from trl import DPOConfig, DPOTrainer
 
 from trl_ama import join_reference_losses, load_reference_losses, run_pipeline
 from trl_ama.common.files import read_json
-from trl_ama.pair_forms import with_prompt, without_nulls
+from trl_ama.tasks.forms import with_prompt, without_nulls
 
 
 LOSSES = "org/mine-reference-losses"

@@ -12,8 +12,8 @@ import pytest
 from datasets import Dataset, load_dataset
 
 from trl_ama import AMAError, TaskMixtureConfig, load_tasks
-from trl_ama.exact_texts import load_texts
-from trl_ama.task_loading import read_tasks
+from trl_ama.tasks.exact_texts import load_texts
+from trl_ama.tasks.loading import read_tasks
 
 
 def pair(chosen, rejected="no", prompt="q"):

@@ -29,8 +29,8 @@ from trl_ama import AMAConfig, run_pipeline
 from trl_ama.pipeline_arguments import PipelineArguments
 from trl_ama.scripts.common import check_keys, make_parser, read_config, split_arguments
 from trl_ama.scripts.recipe_check import PATH
-from trl_ama.task_config import TaskMixtureConfig
-from trl_ama.task_loading import load_tasks
+from trl_ama.tasks.config import TaskMixtureConfig
+from trl_ama.tasks.loading import load_tasks
 
 
 FOLDER = ROOT / "recipes"
@@ -199,7 +199,7 @@ def test_columns_and_formats_fit_the_public_datasets(name, monkeypatch):
         assert path != "Anthropic/hh-rlhf" or source["data_dir"] in ("helpful-base", "harmless-base")
         return public_rows(path, split), None
 
-    monkeypatch.setattr("trl_ama.task_loading.load_texts", load_texts)
+    monkeypatch.setattr("trl_ama.tasks.loading.load_texts", load_texts)
     tasks = recipe_tasks(FIRST[name])
     data = load_tasks(TaskMixtureConfig(tasks=tasks, test_split_size=0.3))
     assert data["train"].features["task"].names == [task["task"] for task in tasks]

@@ -8,10 +8,11 @@ import pytest
 from datasets import Dataset
 from row_forms import as_json, conversations, plain, turns
 
-from trl_ama import AMAError, TaskMixtureConfig, task_loading
-from trl_ama.row_account import EMPTY, HELD_OUT, LIMITS, TRUNCATED, RowAccount, account_lines
-from trl_ama.task_loading import read_tasks
-from trl_ama.transcripts import DIFFER, EMPTY_ANSWER, NO_ANSWER, NO_QUESTION, NO_TURNS
+from trl_ama import AMAError, TaskMixtureConfig
+from trl_ama.tasks import loading as task_loading
+from trl_ama.tasks.account import EMPTY, HELD_OUT, LIMITS, TRUNCATED, RowAccount, account_lines
+from trl_ama.tasks.loading import read_tasks
+from trl_ama.tasks.transcripts import DIFFER, EMPTY_ANSWER, NO_ANSWER, NO_QUESTION, NO_TURNS
 
 
 def transcripts(number, chosen="yes", rejected="no"):

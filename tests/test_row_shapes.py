@@ -13,9 +13,9 @@ from tiny_runs import QUICK
 from trl import DPOConfig, DPOTrainer
 
 from trl_ama import AMAConfig, AMAError, AMATrainer, TaskMixtureConfig, load_tasks
-from trl_ama.pair_forms import pair_id_of
-from trl_ama.task_loading import fits_into, prompt_fits_into, read_tasks
-from trl_ama.tasks import concatenate_tasks
+from trl_ama.tasks.forms import pair_id_of
+from trl_ama.tasks.loading import fits_into, prompt_fits_into, read_tasks
+from trl_ama.tasks.pairs import concatenate_tasks
 
 
 KINDS = {"texts": TEXTS, "messages": MESSAGES}

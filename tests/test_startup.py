@@ -53,7 +53,7 @@ def test_import_adds_nothing_to_importing_trl():
 
 @pytest.mark.parametrize(
     "module",
-    ["trl_ama.cli", "trl_ama.common.errors", "trl_ama.registration", "trl_ama.task_config", "trl_ama_register"],
+    ["trl_ama.cli", "trl_ama.common.errors", "trl_ama.registration", "trl_ama.tasks.config", "trl_ama_register"],
 )
 def test_modules_of_the_command_line_import_nothing_heavy(module):
     assert not HEAVY & packages(modules_after(f"import {module}"))
@@ -70,7 +70,7 @@ def test_help_of_our_commands_imports_nothing_that_help_of_dpo_does_not():
     assert {module for module in ours - theirs if not module.startswith("trl_ama")} == {"trl.ama"} - theirs
     assert "trl_ama.registration" in ours
     # Nor, of our own, what trains
-    assert not {"trl_ama.ama_trainer", "trl_ama.pipeline", "trl_ama.tasks", "trl_ama.run_settings"} & ours
+    assert not {"trl_ama.ama_trainer", "trl_ama.pipeline", "trl_ama.tasks.pairs", "trl_ama.run_settings"} & ours
 
 
 def test_arguments_can_be_used_without_datasets():

@@ -8,9 +8,9 @@ from datasets import ClassLabel, Dataset
 from tiny_pairs import make_rows
 
 from trl_ama import AMAError, TaskMixtureConfig, load_tasks
-from trl_ama.pair_forms import pair_id
-from trl_ama.task_loading import fits_into, read_tasks
-from trl_ama.tasks import add_pair_ids, concatenate_tasks, task_names_of, with_task_labels
+from trl_ama.tasks.forms import pair_id
+from trl_ama.tasks.loading import fits_into, read_tasks
+from trl_ama.tasks.pairs import add_pair_ids, concatenate_tasks, task_names_of, with_task_labels
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from trl_ama.stream_sources import _own_copy
 def test_21_datasets_names_its_cache_by_commit(hub):
     from datasets import load_dataset
 
-    from trl_ama.exact_texts import _commit
+    from trl_ama.tasks.exact_texts import _commit
 
     commit = hub.write("dataset", "org/rows", {"train.jsonl": '{"a": 1}\n'})
     assert _commit(load_dataset("org/rows", split="train")) == commit

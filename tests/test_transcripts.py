@@ -6,8 +6,8 @@ import pytest
 from row_forms import QUESTION, START, both
 
 from trl_ama import AMAError, TaskMixtureConfig
-from trl_ama.task_loading import read_tasks
-from trl_ama.transcripts import (
+from trl_ama.tasks.loading import read_tasks
+from trl_ama.tasks.transcripts import (
     DIFFER,
     EMPTY_ANSWER,
     INNER_TURNS,

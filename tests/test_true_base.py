@@ -35,7 +35,7 @@ from trl_ama.policies import trained_policy, trained_policy_and_reference
 from trl_ama.policy_objects import check_policy
 from trl_ama.prefix_trainer import ScoringTrainer
 from trl_ama.run_settings import RunSettings
-from trl_ama.task_config import TaskMixtureConfig
+from trl_ama.tasks.config import TaskMixtureConfig
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -11,10 +11,10 @@ from vision_model import IMAGE_TOKENS, make_processor, make_vision_rows
 from trl_ama import AMAError, TaskMixtureConfig, load_tasks
 from trl_ama.data_duplicates import duplicates, text_hashes
 from trl_ama.html_examples import _texts
-from trl_ama.image_tokens import image_pair_ids
-from trl_ama.pair_forms import pair_id_of
-from trl_ama.pair_images import embedded, image_identity, images_of, stored_images
-from trl_ama.task_loading import fits_into, prompt_fits_into
+from trl_ama.tasks.forms import pair_id_of
+from trl_ama.tasks.image_tokens import image_pair_ids
+from trl_ama.tasks.images import embedded, image_identity, images_of, stored_images
+from trl_ama.tasks.loading import fits_into, prompt_fits_into
 
 
 ROW = make_vision_rows("name", 1)[0]

@@ -19,10 +19,10 @@ from trl_ama.common.files import write_json
 from trl_ama.loss_checks import sha256
 from trl_ama.loss_loading import load_reference_losses
 from trl_ama.loss_scoring import compute_reference_losses
-from trl_ama.pair_forms import pair_id_of
-from trl_ama.pair_images import images_of
 from trl_ama.reference_columns import LOGP_COLUMNS
 from trl_ama.run_settings import RunSettings
+from trl_ama.tasks.forms import pair_id_of
+from trl_ama.tasks.images import images_of
 
 
 SIZES = {"name": 9, "end": 7}

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 
 _EXPORTS = {
-    "TaskConfig": "task_config",
-    "TaskMixtureConfig": "task_config",
-    "load_tasks": "task_loading",
+    "TaskConfig": "tasks.config",
+    "TaskMixtureConfig": "tasks.config",
+    "load_tasks": "tasks.loading",
     "train_specialist": "specialists",
     "compute_reference_losses": "loss_scoring",
     "join_reference_losses": "reference_columns",
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from .pipeline import run_pipeline
     from .reference_columns import join_reference_losses
     from .specialists import train_specialist
-    from .task_config import TaskConfig, TaskMixtureConfig
-    from .task_loading import load_tasks
+    from .tasks.config import TaskConfig, TaskMixtureConfig
+    from .tasks.loading import load_tasks
 
 __all__ = [*_EXPORTS]
 

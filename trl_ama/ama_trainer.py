@@ -23,12 +23,10 @@ from trl.trainer.utils import get_config_model_id
 from .ama_config import AMAConfig
 from .common.errors import AMAError
 from .exact_resume import ExactResume
-from .held_out import check_eval_dataset, eval_parts
 from .hub_trainer import Published
 from .mixed_training import MixedTraining
 from .mixture import Mixture, strategy_for
 from .pair_batches import COUNTED, broken_on_plain_path
-from .pair_images import has_images
 from .policy_objects import check_is_model, check_specialist_objects
 from .policy_sources import check_policy_source
 from .preference_losses import BATCH_LOSSES, PreferenceLossConfig, excess_losses, pair_losses, untrained_loss
@@ -37,7 +35,9 @@ from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUM
 from .reference_trainer import ReferenceLogProbs
 from .stream_sources import checked_losses, stream_arguments
 from .task_evaluation import EvaluationByTask
-from .tasks import TASK_COLUMN
+from .tasks.held_out import check_eval_dataset, eval_parts
+from .tasks.images import has_images
+from .tasks.pairs import TASK_COLUMN
 from .trainer_card import NAME, PAPER, TAGS, complete_card, template_for_trl
 from .trainer_checks import (
     check_arguments,

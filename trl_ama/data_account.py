@@ -3,7 +3,7 @@
 from typing import Any
 
 from .data_verdict import TaskFigures, level_of, percent
-from .row_account import EMPTY, HELD_OUT
+from .tasks.account import EMPTY, HELD_OUT
 
 
 _SAME_AS = {

@@ -20,16 +20,16 @@ from .data_formats import mistakes_of, text_of
 from .data_rules import trivial_rules
 from .data_tokens import unknown_tokens
 from .data_verdict import FATAL, TaskFigures, judge, judge_sizes
-from .no_tasks import no_tasks
-from .pair_forms import PAIR_COLUMNS, TEMPLATE_COLUMNS
-from .pair_images import has_images
 from .pair_tokens import SAME_AFTER_CUT, SAME_TEXT, SAME_TOKENS, equal_answers, token_counts, tokenise
-from .row_account import RowAccount
 from .run_recipe import Recipe
 from .run_settings import RunSettings
 from .stage_rehearsal import model_problem
-from .task_loading import read_tasks
-from .tasks import PAIR_ID_COLUMN, TASK_COLUMN, concatenate_tasks
+from .tasks.account import RowAccount
+from .tasks.forms import PAIR_COLUMNS, TEMPLATE_COLUMNS
+from .tasks.images import has_images
+from .tasks.loading import read_tasks
+from .tasks.no_tasks import no_tasks
+from .tasks.pairs import PAIR_ID_COLUMN, TASK_COLUMN, concatenate_tasks
 
 
 SAMPLE = 5000  # pairs of each task and split that are tokenised and read

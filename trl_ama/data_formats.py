@@ -5,8 +5,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from .json_messages import messages_in
-from .pair_forms import PAIR_COLUMNS, says_something, without_nulls
+from .tasks.forms import PAIR_COLUMNS, says_something, without_nulls
+from .tasks.json_messages import messages_in
 
 
 # Keys of a message that hold what it says

@@ -8,7 +8,7 @@ from .data_check import DataCheck
 from .data_rules import Rule
 from .data_verdict import FATAL, LEAK, LOOK, TaskFigures, percent
 from .markdown import table
-from .row_account import RowAccount
+from .tasks.account import RowAccount
 
 
 _SHOWN = 1500  # characters of a prompt or answer; what is left out is counted

@@ -17,7 +17,7 @@ from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUM
 from .run_losses import joined_data
 from .run_settings import RunSettings
 from .scoring import score_pairs
-from .tasks import TASK_COLUMN
+from .tasks.pairs import TASK_COLUMN
 
 
 def evaluate_policies(settings: RunSettings, policies: dict[str, str]) -> dict[str, Any]:

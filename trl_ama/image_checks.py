@@ -8,10 +8,10 @@ from datasets import Dataset
 from .ama_config import AMAConfig
 from .common.errors import AMAError
 from .common.processes import from_main
-from .image_tokens import check_takes_images
 from .run_inputs import RunInputs
 from .run_recipe import Recipe
-from .task_loading import prompt_fits_into
+from .tasks.image_tokens import check_takes_images
+from .tasks.loading import prompt_fits_into
 
 
 _SAMPLE = (

@@ -6,10 +6,10 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .ama_config import AMAConfig
 from .common.errors import AMAError
-from .pair_images import has_images
 from .pair_tokens import equal_answers, token_counts, tokenise
 from .run_inputs import RunInputs
 from .run_recipe import Recipe
+from .tasks.images import has_images
 
 
 _SAMPLE = 2000  # pairs of a run that are tokenised for this: about two seconds

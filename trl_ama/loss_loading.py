@@ -12,7 +12,7 @@ from .common.run_folder import FINGERPRINT_FILE, rows_file
 from .loss_card import read_losses_card, specialist_repos
 from .loss_dataset import SPLITS, read_task, tasks_in
 from .loss_sharing import DEFAULT_CONFIG, ReferenceLosses
-from .task_config import check_config_name
+from .tasks.config import check_config_name
 
 
 def load_reference_losses(

@@ -14,7 +14,6 @@ from .common.processes import from_main
 from .loss_dataset import save_task
 from .loss_shards import LossShards, remove_shards
 from .loss_sharing import ReferenceLosses
-from .pair_forms import EXTRA_COLUMNS, PAIR_COLUMNS
 from .prefix_trainer import ScoringTrainer
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS, TOKEN_COLUMNS
 from .run_fingerprints import reference_fingerprint
@@ -22,7 +21,8 @@ from .run_losses import reference_losses_done, reference_losses_of
 from .run_settings import RunSettings
 from .scored_rows import count_tokens, scored_columns, unit_of
 from .scoring import score_reference_and_specialist
-from .tasks import PAIR_ID_COLUMN, TASK_COLUMN
+from .tasks.forms import EXTRA_COLUMNS, PAIR_COLUMNS
+from .tasks.pairs import PAIR_ID_COLUMN, TASK_COLUMN
 
 
 def compute_reference_losses(settings: RunSettings) -> ReferenceLosses:

@@ -14,7 +14,7 @@ from .common.hub import HubTarget, check_hub_id, persistently, prepare
 from .common.run_folder import FINGERPRINT_FILE
 from .loss_card import OWN_FIELDS, losses_card, read_losses_card, specialist_repos
 from .loss_dataset import TaskLosses, read_note, stack, without_text
-from .task_config import check_config_name
+from .tasks.config import check_config_name
 
 
 DEFAULT_CONFIG = "default"

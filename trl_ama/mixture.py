@@ -17,7 +17,7 @@ from .mixing.monitor import MixtureMonitor
 from .sampler import BlockSampler, TaskMixtureSampler, count_tasks
 from .step_recorder import StepRecorder
 from .streaming import StreamSampler, TaskStreams
-from .tasks import TASK_COLUMN
+from .tasks.pairs import TASK_COLUMN
 
 
 def strategy_for(

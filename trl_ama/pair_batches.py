@@ -9,7 +9,7 @@ from trl import DPOTrainer
 
 from .preference_losses import PairLogProbs, PreferenceLossConfig, pair_losses, sequence_logps
 from .reference_columns import LOGP_COLUMNS
-from .tasks import TASK_COLUMN
+from .tasks.pairs import TASK_COLUMN
 
 
 # In a batch with repeats: how many of its pairs count, which come first, and how many do on all processes together

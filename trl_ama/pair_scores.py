@@ -9,7 +9,7 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from .reference_columns import REFERENCE_COLUMNS
-from .tasks import PAIR_ID_COLUMN, TASK_COLUMN
+from .tasks.pairs import PAIR_ID_COLUMN, TASK_COLUMN
 
 
 def save_margins(

@@ -13,10 +13,10 @@ from trl import DPOTrainer
 from .ama_config import AMAConfig
 from .common.arrays import list_lengths
 from .common.errors import AMAError, first_line
-from .image_tokens import check_takes_images, image_pair_ids
-from .pair_forms import EXTRA_COLUMNS, PAIR_COLUMNS
-from .pair_images import has_images
-from .pair_rows import first_failure
+from .tasks.forms import EXTRA_COLUMNS, PAIR_COLUMNS
+from .tasks.image_tokens import check_takes_images, image_pair_ids
+from .tasks.images import has_images
+from .tasks.rows import first_failure
 
 
 PAIR_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")

@@ -38,7 +38,7 @@ from .run_settings import RunSettings
 from .run_start import STAGES, check_recipe, describe_plan
 from .specialists import require_specialists, train_specialists
 from .stage_rehearsal import rehearse_stages
-from .task_config import TaskMixtureConfig
+from .tasks.config import TaskMixtureConfig
 
 
 _MOST_LOCKS = 100  # open files; a job of more tasks holds the whole folder

@@ -5,7 +5,7 @@ from typing import Any
 from .common.errors import AMAError, short
 from .common.yaml_files import load_yaml
 from .mixing import check_strategy_name
-from .task_config import check_config_name
+from .tasks.config import check_config_name
 
 
 @dataclass

@@ -9,11 +9,11 @@ import numpy as np
 from datasets import Dataset
 
 from .common.errors import AMAError, sentence
-from .pair_images import has_images
 from .pair_tokens import token_counts, tokenise
 from .prefix_sharing import WORTH_SHARING
 from .run_inputs import RunInputs
 from .run_recipe import Recipe
+from .tasks.images import has_images
 
 
 SAMPLE = 2000  # pairs of a task and split that are counted; beyond, a longer one may be among those that are not

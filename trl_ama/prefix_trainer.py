@@ -23,13 +23,13 @@ from .exact_resume import ExactResume
 from .finite_steps import FiniteSteps
 from .own_adapter import OwnBase
 from .pair_batches import COUNTED, RecordedForward, mark_repeats
-from .pair_images import has_images
-from .pair_rows import first_failure
 from .policy_objects import check_is_model, check_policy
 from .preference_losses import PreferenceLossConfig, pair_losses
 from .prefix_support import PrefixSharing
 from .quantized import keep_weights
 from .start_errors import StartErrors
+from .tasks.images import has_images
+from .tasks.rows import first_failure
 
 
 _TEMPORARY = "_reference_logps-"

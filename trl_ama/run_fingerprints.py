@@ -15,7 +15,7 @@ from .preference_losses import PreferenceLossConfig
 from .run_inputs import RunInputs
 from .run_recipe import Recipe
 from .run_settings import RunSettings
-from .tasks import pairs_identity
+from .tasks.pairs import pairs_identity
 from .training_stage import result_in
 
 

@@ -19,14 +19,14 @@ from .loss_dataset import TaskLosses
 from .loss_loading import load_some_of
 from .loss_sharing import ReferenceLosses
 from .model_identity import model_identity, tokenizer_identity
-from .pair_forms import EXTRA_COLUMNS, PAIR_COLUMNS
-from .pair_images import has_images
 from .processors import load_processor
-from .row_account import RowAccount
 from .run_recipe import Recipe
-from .task_loading import LoadedTasks, fits_into, read_tasks
-from .tasks import PAIR_ID_COLUMN, TASK_COLUMN
-from .template_date import fix_date, restore_template
+from .tasks.account import RowAccount
+from .tasks.forms import EXTRA_COLUMNS, PAIR_COLUMNS
+from .tasks.images import has_images
+from .tasks.loading import LoadedTasks, fits_into, read_tasks
+from .tasks.pairs import PAIR_ID_COLUMN, TASK_COLUMN
+from .tasks.template_date import fix_date, restore_template
 
 
 class RunInputs:

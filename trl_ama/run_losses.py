@@ -16,8 +16,8 @@ from .run_fingerprints import reference_fingerprint
 from .run_inputs import RunInputs
 from .run_recipe import Recipe
 from .run_settings import RunSettings
-from .task_loading import prompt_fits_into
-from .tasks import PAIR_ID_COLUMN
+from .tasks.loading import prompt_fits_into
+from .tasks.pairs import PAIR_ID_COLUMN
 
 
 logger = get_logger(__name__)

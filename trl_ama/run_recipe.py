@@ -14,7 +14,7 @@ from .common.limits import LimitError, check_limits
 from .common.run_folder import RunFolder
 from .common.value_types import check_value
 from .pipeline_arguments import PipelineArguments
-from .task_config import TaskConfig, TaskMixtureConfig
+from .tasks.config import TaskConfig, TaskMixtureConfig
 
 
 @dataclass

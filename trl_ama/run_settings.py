@@ -9,7 +9,7 @@ from .common.run_folder import RunFolder
 from .pipeline_arguments import PipelineArguments
 from .run_inputs import RunInputs
 from .run_recipe import Recipe
-from .task_config import TaskMixtureConfig
+from .tasks.config import TaskMixtureConfig
 
 
 class RunSettings:

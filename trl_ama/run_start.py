@@ -13,14 +13,14 @@ from .mixture import strategy_for
 from .policy_sources import check_policy_source
 from .preference_losses import check_loss_types
 from .quantized import check_optimizer, check_quantization
-from .row_account import account_lines
 from .run_inputs import RunInputs
 from .run_losses import reference_losses_done, reference_losses_of
 from .run_recipe import Recipe
 from .run_settings import RunSettings
 from .specialists import require_specialists, specialist_stage
-from .task_loading import prompt_fits_into
-from .template_date import asks_for_the_day
+from .tasks.account import account_lines
+from .tasks.loading import prompt_fits_into
+from .tasks.template_date import asks_for_the_day
 from .trainer_checks import check_arguments
 
 

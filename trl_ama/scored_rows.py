@@ -4,8 +4,8 @@ import numpy as np
 from datasets import Dataset
 
 from .common.arrays import list_lengths
-from .pair_forms import EXTRA_COLUMNS, PAIR_COLUMNS
-from .pair_images import has_images
+from .tasks.forms import EXTRA_COLUMNS, PAIR_COLUMNS
+from .tasks.images import has_images
 
 
 _INPUTS = ("prompt_ids", "chosen_ids", "rejected_ids")

@@ -20,7 +20,7 @@ from .policies import Policy, reference_policy, trained_policy, trained_policy_a
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
 from .scored_rows import unit_of
 from .sweep import Sweep
-from .tasks import TASK_COLUMN
+from .tasks.pairs import TASK_COLUMN
 
 
 def score_pairs(

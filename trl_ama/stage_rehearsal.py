@@ -14,13 +14,13 @@ from .ama_config import MIXING_FIELDS, AMAConfig
 from .common.errors import AMAError
 from .common.others_errors import told
 from .model_identity import tokenizer_identity
-from .pair_images import has_images
 from .pair_tokens import tokenise
 from .quantized import check_quantization
 from .rehearsal import check_batches, check_optimization, empty_policy, read_config, rehearse
 from .run_inputs import RunInputs
 from .run_recipe import Recipe
-from .tasks import TASK_COLUMN
+from .tasks.images import has_images
+from .tasks.pairs import TASK_COLUMN
 from .token_limits import TokenLimits
 
 

@@ -14,12 +14,12 @@ from trl import DPOTrainer
 from .ama_config import AMAConfig
 from .common.errors import AMAError, short
 from .mixing import MixingStrategy
-from .pair_forms import PAIR_COLUMNS, TEMPLATE_KWARGS
-from .pair_rows import check_pair
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, TOKEN_COLUMNS
 from .streaming import TaskStreams
-from .task_config import check_task_names
-from .tasks import TASK_COLUMN
+from .tasks.config import check_task_names
+from .tasks.forms import PAIR_COLUMNS, TEMPLATE_KWARGS
+from .tasks.pairs import TASK_COLUMN
+from .tasks.rows import check_pair
 from .trainer_checks import kept_tokens
 
 

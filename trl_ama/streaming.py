@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from .common.errors import AMAError, first_line
 from .mixing import MixingStrategy
 from .sampler import BlockSampler, shuffle_stream
-from .tasks import TASK_COLUMN
+from .tasks.pairs import TASK_COLUMN
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from trl import DPOTrainer
 from .common.errors import AMAError
 from .common.processes import is_sharded
 from .packed_forward import causal_lm, packed_forward
-from .pair_images import has_images
 from .policies import Policy
 from .preference_losses import sequence_logps
 from .prefix_support import PrefixSharing
 from .prefix_trainer import ScoringTrainer
 from .reference_columns import REFERENCE_COLUMNS
 from .scored_rows import scored_columns, sequence_lengths
+from .tasks.images import has_images
 
 
 _NOT_FOR_THE_MODEL = ("completion_mask", *REFERENCE_COLUMNS)

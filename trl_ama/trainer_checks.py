@@ -12,12 +12,12 @@ from trl import DPOConfig
 from .ama_config import AMAConfig
 from .common.arrays import list_lengths, numpy_column
 from .common.errors import AMAError, nearest
-from .held_out import eval_parts
 from .mixing import MixingStrategy
 from .preference_losses import check_loss_types
 from .reference_columns import REFERENCE_COLUMNS, SPECIALIST_COLUMNS, TOKEN_COLUMNS, has_columns
 from .sampler import count_tasks
-from .tasks import TASK_COLUMN
+from .tasks.held_out import eval_parts
+from .tasks.pairs import TASK_COLUMN
 
 
 logger = get_logger(__name__)

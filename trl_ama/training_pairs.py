@@ -8,10 +8,10 @@ from datasets import ClassLabel, Dataset, IterableDataset
 
 from .ama_config import AMAConfig
 from .common.errors import AMAError
-from .pair_forms import PAIR_COLUMNS
 from .reference_columns import SPECIALIST_COLUMNS
 from .stream_sources import StreamedTasks, is_streamed
-from .tasks import TASK_COLUMN, task_names_of, with_task_labels
+from .tasks.forms import PAIR_COLUMNS
+from .tasks.pairs import TASK_COLUMN, task_names_of, with_task_labels
 
 
 logger = get_logger(__name__)

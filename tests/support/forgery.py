@@ -17,8 +17,8 @@ from tiny_pairs import make_rows
 
 from trl_ama import AMAError, load_reference_losses
 from trl_ama.loss_dataset import save_task
-from trl_ama.pair_forms import PAIR_COLUMNS, pair_id
 from trl_ama.reference_columns import LOGP_COLUMNS, TOKEN_COLUMNS
+from trl_ama.tasks.forms import PAIR_COLUMNS, pair_id
 
 
 SIZES = {"list": 6, "sort": 4}

@@ -544,7 +544,7 @@ class World:
         from datasets import Dataset
 
         from trl_ama.loss_dataset import save_task
-        from trl_ama.tasks import add_pair_ids
+        from trl_ama.tasks.pairs import add_pair_ids
 
         self.losses = self.folder / "losses"
         for task in TASKS:

@@ -134,7 +134,7 @@ def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str 
     from trl_ama.ama_config import AMAConfig
     from trl_ama.pipeline_arguments import PipelineArguments
     from trl_ama.scripts import COMMANDS
-    from trl_ama.task_config import TaskMixtureConfig
+    from trl_ama.tasks.config import TaskMixtureConfig
 
     class Parser(TrlParser):
         """Reads recipes for a GPU on a machine that has none, where their precision would be refused."""

@@ -96,7 +96,7 @@ def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str 
     from trl_ama.pipeline_arguments import PipelineArguments
     from trl_ama.scripts import COMMANDS
     from trl_ama.scripts.common import no_device_parser
-    from trl_ama.task_config import TaskMixtureConfig
+    from trl_ama.tasks.config import TaskMixtureConfig
 
     dataclass_types = (PlanArguments, PipelineArguments, AMAConfig, ModelConfig, TaskMixtureConfig)
     if subparsers is not None:

@@ -36,7 +36,7 @@ def make_parser(
     from trl_ama.ama_config import AMAConfig
     from trl_ama.pipeline_arguments import PipelineArguments
     from trl_ama.scripts import COMMANDS
-    from trl_ama.task_config import TaskMixtureConfig
+    from trl_ama.tasks.config import TaskMixtureConfig
 
     dataclass_types = (PipelineArguments, AMAConfig, ModelConfig, TaskMixtureConfig)
     if subparsers is not None:

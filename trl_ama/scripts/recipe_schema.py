@@ -19,7 +19,7 @@ from typing import Any
 from trl_ama.common.limits import LIMITS
 from trl_ama.scripts.common import make_parser, option_names
 from trl_ama.scripts.recipe_check import PATH, installed_versions
-from trl_ama.task_config import TaskConfig
+from trl_ama.tasks.config import TaskConfig
 
 
 OWN_ARGUMENTS = ("ama-check", "ama-plan", "ama-merge")  # the commands that take keys of their own from a recipe

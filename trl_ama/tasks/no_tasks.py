@@ -3,8 +3,8 @@
 import os
 import re
 
-from .common.errors import AMAError
-from .task_config import TaskMixtureConfig
+from ..common.errors import AMAError
+from .config import TaskMixtureConfig
 
 
 _SHOWN = 8

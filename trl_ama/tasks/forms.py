@@ -7,7 +7,7 @@ from typing import Any
 
 from trl import extract_prompt
 
-from .pair_images import IMAGE_COLUMNS, IMAGES, image_identity, images_of
+from .images import IMAGE_COLUMNS, IMAGES, image_identity, images_of
 
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")

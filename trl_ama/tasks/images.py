@@ -9,9 +9,9 @@ import pyarrow as pa
 from datasets import Dataset, Features, Image, LargeList, List, Value
 from trl import prepare_multimodal_messages
 
-from .common.arrays import list_lengths
-from .common.errors import AMAError, first_line, short
-from .task_config import TaskConfig
+from ..common.arrays import list_lengths
+from ..common.errors import AMAError, first_line, short
+from .config import TaskConfig
 
 
 IMAGES, IMAGE = IMAGE_COLUMNS = ("images", "image")

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from .common.errors import AMAError
+from ..common.errors import AMAError
 
 
 _BATCH = ("input_ids", "attention_mask", "completion_mask")

@@ -9,8 +9,8 @@ from typing import Any
 
 import fsspec
 
-from .common.errors import AMAError
-from .task_config import TaskConfig
+from ..common.errors import AMAError
+from .config import TaskConfig
 
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}

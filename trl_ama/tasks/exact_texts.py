@@ -36,7 +36,7 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import snapshot_download
 
-from .common.errors import AMAError
+from ..common.errors import AMAError
 from .exact_json import exact_json
 
 

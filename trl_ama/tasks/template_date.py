@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
-from .common.errors import AMAError
+from ..common.errors import AMAError
 
 
 _CALL = re.compile(

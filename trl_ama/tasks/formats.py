@@ -6,11 +6,11 @@ from typing import Any
 
 from datasets import Dataset, Value
 
-from .common.errors import AMAError, nearest
+from ..common.errors import AMAError, nearest
+from .account import RowAccount
+from .config import TaskConfig
+from .forms import EXTRA_COLUMNS, PAIR_COLUMNS
 from .json_messages import read_json_messages, refuse_json_text
-from .pair_forms import EXTRA_COLUMNS, PAIR_COLUMNS
-from .row_account import RowAccount
-from .task_config import TaskConfig
 from .transcripts import read_transcripts
 
 

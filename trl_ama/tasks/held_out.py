@@ -4,8 +4,8 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, IterableDataset
 
-from .common.errors import AMAError, nearest, short
-from .tasks import TASK_COLUMN, with_task_labels
+from ..common.errors import AMAError, nearest, short
+from .pairs import TASK_COLUMN, with_task_labels
 
 
 def check_eval_dataset(eval_dataset: Any) -> None:

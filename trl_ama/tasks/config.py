@@ -7,10 +7,10 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .common.errors import AMAError, nearest, short
-from .common.limits import check_limits
-from .common.value_types import check_value
-from .common.yaml_files import load_yaml
+from ..common.errors import AMAError, nearest, short
+from ..common.limits import check_limits
+from ..common.value_types import check_value
+from ..common.yaml_files import load_yaml
 
 
 # Task names become folder names, metric names and Hub config names

@@ -7,8 +7,8 @@ from typing import Any
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Json, List, Value
 
-from .common.errors import AMAError, short
-from .pair_forms import EXTRA_COLUMNS, PAIR_COLUMNS
+from ..common.errors import AMAError, short
+from .forms import EXTRA_COLUMNS, PAIR_COLUMNS
 
 
 _ANSWERS = ("chosen", "rejected")

@@ -5,17 +5,13 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 
-from .common.arrays import encoded_column, with_class_labels
-from .common.errors import AMAError, nearest, short
-from .common.fingerprint import digest
-from .pair_features import unite_features
-from .pair_forms import (
-    PAIR_COLUMNS,
-    TEMPLATE_COLUMNS,
-    pair_id_of,
-)
-from .pair_images import has_images, seen_images
-from .task_config import check_task_names
+from ..common.arrays import encoded_column, with_class_labels
+from ..common.errors import AMAError, nearest, short
+from ..common.fingerprint import digest
+from .config import check_task_names
+from .features import unite_features
+from .forms import PAIR_COLUMNS, TEMPLATE_COLUMNS, pair_id_of
+from .images import has_images, seen_images
 
 
 TASK_COLUMN = "task"

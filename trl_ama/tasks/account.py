@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from .common.errors import AMAError
+from ..common.errors import AMAError
 
 
 # Reasons that more than one module speaks of; a sentence goes on with them: "3 without an answer (drop_empty)"

@@ -4,10 +4,10 @@ from typing import Any
 
 from datasets import Dataset, Features, Json
 
-from .common.errors import AMAError, short
+from ..common.errors import AMAError, short
+from .config import TaskConfig
 from .exact_json import exact_json
-from .pair_forms import TEMPLATE_KWARGS, without_nulls
-from .task_config import TaskConfig
+from .forms import TEMPLATE_KWARGS, without_nulls
 
 
 def with_template_kwargs(dataset: Dataset, task: TaskConfig) -> Dataset:

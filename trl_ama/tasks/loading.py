@@ -12,20 +12,20 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import common_prefix_length
 
-from .common.errors import AMAError, nearest, sentence
+from ..common.errors import AMAError, nearest, sentence
+from .account import EMPTY, HELD_OUT, LIMITS, TRUNCATED, RowAccount
+from .config import TaskConfig, TaskMixtureConfig, check_task_names
 from .exact_texts import load_texts
+from .features import unite_features, with_prompts
+from .formats import own_format, warn_of_unread
+from .forms import EXTRA_COLUMNS, PAIR_COLUMNS, says_something
 from .image_tokens import image_pair_ids
+from .images import check_places, image_folders, is_about_images, read_images
 from .json_messages import refuse_json_text
 from .local_files import cannot_load, check_text, exact_source, files_of
 from .no_tasks import no_tasks
-from .pair_features import unite_features, with_prompts
-from .pair_forms import EXTRA_COLUMNS, PAIR_COLUMNS, says_something
-from .pair_images import check_places, image_folders, is_about_images, read_images
-from .pair_rows import check_rows
-from .row_account import EMPTY, HELD_OUT, LIMITS, TRUNCATED, RowAccount
-from .task_config import TaskConfig, TaskMixtureConfig, check_task_names
-from .task_formats import own_format, warn_of_unread
-from .tasks import add_pair_ids, concatenate_tasks
+from .pairs import add_pair_ids, concatenate_tasks
+from .rows import check_rows
 from .template_kwargs import with_template_kwargs
 
 

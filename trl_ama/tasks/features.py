@@ -5,10 +5,10 @@ from typing import Any
 
 from datasets import Dataset, Features, Json, LargeList, List, Value
 
-from .common.errors import AMAError, short
+from ..common.errors import AMAError, short
 from .exact_json import exact_json
-from .pair_forms import PAIR_COLUMNS, TEMPLATE_COLUMNS, TEMPLATE_KWARGS, with_prompt, without_nulls
-from .pair_images import unite_images
+from .forms import PAIR_COLUMNS, TEMPLATE_COLUMNS, TEMPLATE_KWARGS, with_prompt, without_nulls
+from .images import unite_images
 
 
 _JSON = Json()

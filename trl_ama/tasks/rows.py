@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from .common.errors import AMAError
-from .pair_forms import PAIR_COLUMNS, TEMPLATE_COLUMNS, with_prompt
+from ..common.errors import AMAError
+from .forms import PAIR_COLUMNS, TEMPLATE_COLUMNS, with_prompt
 
 
 _SHAREGPT = {"from", "value"}
