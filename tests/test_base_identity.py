@@ -9,10 +9,11 @@ from saved_adapters import WHO, files_of, merge_refused, refused, save_adapter
 from tiny_models import make_model, save
 from transformers import AutoModelForCausalLM
 
-from trl_ama import AMAError, policy_files
+from trl_ama import AMAError
 from trl_ama.common.files import read_json, write_json
-from trl_ama.model_identity import model_identity, weights_identity
-from trl_ama.policy_sources import check_policy_source
+from trl_ama.policies import files as policy_files
+from trl_ama.policies.checks import check_policy_source
+from trl_ama.policies.identity import model_identity, weights_identity
 
 
 @pytest.fixture(autouse=True)

@@ -427,7 +427,7 @@ def test_command_reads_no_weights(run, monkeypatch):
     for module in ("safetensors.torch", "safetensors"):
         if module in sys.modules:
             monkeypatch.setattr(f"{module}.safe_open", lambda *args, **kwargs: pytest.fail("weights were read"))
-    monkeypatch.setattr("trl_ama.model_identity.model_identity", lambda *args: pytest.fail("weights were hashed"))
+    monkeypatch.setattr("trl_ama.policies.identity.model_identity", lambda *args: pytest.fail("weights were hashed"))
     monkeypatch.setattr("trl_ama.run_inputs.model_identity", lambda *args: pytest.fail("weights were hashed"))
     made, make = [], PreTrainedModel.from_pretrained.__func__
 

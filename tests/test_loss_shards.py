@@ -22,7 +22,7 @@ from trl_ama import AMAError, loss_shards, run_pipeline, scoring
 from trl_ama.common.files import read_json, write_json
 from trl_ama.loss_dataset import tasks_in
 from trl_ama.loss_shards import LossShards
-from trl_ama.policies import reference_policy, trained_policy
+from trl_ama.policies.switching import reference_policy, trained_policy
 from trl_ama.prefix_trainer import ScoringTrainer
 from trl_ama.reference_columns import LOGP_COLUMNS
 from trl_ama.run_settings import RunSettings

@@ -21,7 +21,7 @@ from trl_ama import cli, optimizer_memory
 from trl_ama.memory_plan import GIB, scoring_memory, training_memory
 from trl_ama.plan_empty import MemorySettings, base_model, empty_model
 from trl_ama.plan_lengths import Lengths, common_beginning, largest_batch, scoring_batch
-from trl_ama.quantized import quantized_layers
+from trl_ama.policies.quantized import quantized_layers
 
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -22,10 +22,11 @@ from tiny_models import SIZES as TINY_SIZES
 from tiny_models import make_model
 from transformers import BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM
 
-from trl_ama import AMAError, policy_files
-from trl_ama.adapter_keys import keys_problem, saved_shapes
-from trl_ama.policies import trained_policy
-from trl_ama.policy_sources import check_policy_source
+from trl_ama import AMAError
+from trl_ama.policies import files as policy_files
+from trl_ama.policies.adapter_keys import keys_problem, saved_shapes
+from trl_ama.policies.checks import check_policy_source
+from trl_ama.policies.switching import trained_policy
 
 
 def test_prompts_are_no_adapters_to_score_with(model_dir, tmp_path):

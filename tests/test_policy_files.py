@@ -14,11 +14,12 @@ from tiny_models import lora, make_model
 from tiny_pairs import make_dataset, make_rows
 from tiny_runs import QUICK
 
-from trl_ama import AMAConfig, AMAError, AMATrainer, policy_files
+from trl_ama import AMAConfig, AMAError, AMATrainer
 from trl_ama.common.files import read_json
-from trl_ama.model_identity import model_identity
-from trl_ama.policies import trained_policy
-from trl_ama.policy_sources import check_policy_source, split_revision
+from trl_ama.policies import files as policy_files
+from trl_ama.policies.checks import check_policy_source, split_revision
+from trl_ama.policies.identity import model_identity
+from trl_ama.policies.switching import trained_policy
 
 
 SIZES = {"list": 8, "sort": 8}

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from trl_ama import AMAError, run_pipeline
-from trl_ama.quantized import check_optimizer, dequantized_weight, keep_weights, quantized_layers
+from trl_ama.policies.quantized import check_optimizer, dequantized_weight, keep_weights, quantized_layers
 from trl_ama.run_settings import RunSettings
 from trl_ama.run_start import check_recipe
 
@@ -125,12 +125,12 @@ OPTIMIZERS = [
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_of_bitsandbytes_run_on_a_cpu_and_a_warning_says_what_for(tmp_path, monkeypatch, name):
     said = []
-    monkeypatch.setattr("trl_ama.quantized.logger.warning", said.append)
+    monkeypatch.setattr("trl_ama.policies.quantized.logger.warning", said.append)
     check_optimizer(DPOConfig(str(tmp_path), use_cpu=True, bf16=False, optim=name))
     assert len(said) == 1 and name in said[0] and "adamw_torch" in said[0]
 
 
 def test_other_optimizers_are_not_tried(tmp_path, monkeypatch):
-    monkeypatch.setattr("trl_ama.quantized.Trainer", None)
+    monkeypatch.setattr("trl_ama.policies.quantized.Trainer", None)
     for name in ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd"):
         check_optimizer(DPOConfig(str(tmp_path), use_cpu=True, bf16=False, optim=name))

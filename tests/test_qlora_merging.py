@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from trl_ama import cli
 from trl_ama.merging import merge_adapter
-from trl_ama.quantized import dequantized_weight, keep_weights, quantized_layers
+from trl_ama.policies.quantized import dequantized_weight, keep_weights, quantized_layers
 
 
 def log_probs(model):

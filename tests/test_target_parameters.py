@@ -10,7 +10,7 @@ from tiny_runs import QUICK
 from transformers import AutoModelForCausalLM
 
 from trl_ama import AMAConfig, AMATrainer
-from trl_ama.policies import reference_policy, trained_policy
+from trl_ama.policies.switching import reference_policy, trained_policy
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -27,8 +27,8 @@ from .hub_trainer import Published
 from .mixed_training import MixedTraining
 from .mixture import Mixture, strategy_for
 from .pair_batches import COUNTED, broken_on_plain_path
-from .policy_objects import check_is_model, check_specialist_objects
-from .policy_sources import check_policy_source
+from .policies.checks import check_policy_source
+from .policies.objects import check_is_model, check_specialist_objects
 from .preference_losses import BATCH_LOSSES, PreferenceLossConfig, excess_losses, pair_losses, untrained_loss
 from .prefix_trainer import PairTrainer
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS

@@ -10,7 +10,7 @@ from datasets import Dataset
 from .common.errors import AMAError
 from .metrics import task_metrics, worst_and_mean
 from .pair_scores import save_margins
-from .policies import trained_policy
+from .policies.switching import trained_policy
 from .preference_losses import PairLogProbs, PreferenceLossConfig, excess_losses, pair_losses
 from .prefix_trainer import ScoringTrainer
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS

@@ -11,7 +11,7 @@ from .cards import eval_results, hub_name, identity_link, load_snippet, versions
 from .common.files import read_json
 from .common.run_folder import PLOT, STAGE_FILE
 from .markdown import escape, fence, table
-from .model_identity import model_identity
+from .policies.identity import model_identity
 from .recipe_text import recipe_yaml
 from .report import result_table
 from .run_inputs import RunInputs

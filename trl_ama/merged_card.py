@@ -10,7 +10,7 @@ from .cards import load_snippet, template, versions_line
 from .common.hub import hub_link, is_hub_id
 from .common.secrets import public_name
 from .markdown import code, escape
-from .policy_files import PolicySource
+from .policies.files import PolicySource
 
 
 def write_merged_card(folder: Path, name: str, place: PolicySource, base: str, note: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedTokenizerBase
 
 from .common.errors import AMAError
-from .policy_files import PolicySource, capital
+from .policies.files import PolicySource, capital
 
 
 # A little of several kinds; the tokenizer's chat template and tokens of all the vocabulary come beside it

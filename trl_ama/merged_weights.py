@@ -15,9 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from .common.errors import AMAError, sentence
 from .merged_check import in_32_bits, is_wrapper, log_probs
-from .policies import load_adapter
-from .policy_files import PolicySource, capital
-from .quantized import dequantized_weight, keep_weights, quantized_layers
+from .policies.files import PolicySource, capital
+from .policies.quantized import dequantized_weight, keep_weights, quantized_layers
+from .policies.switching import load_adapter
 
 
 @dataclass(frozen=True)

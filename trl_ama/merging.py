@@ -20,7 +20,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .adapter_keys import saved_shapes
 from .common.errors import AMAError, sentence
 from .common.files import write_json
 from .common.fingerprint import package_versions
@@ -31,8 +30,9 @@ from .merged_card import write_merged_card
 from .merged_check import check_sequences, distances, hold_to_effect, hold_to_training, in_32_bits, log_probs
 from .merged_folder import NOTE_FILE, whole_or_not
 from .merged_weights import Merged, Training, merged_model
-from .policy_files import ADAPTER_WEIGHTS, PolicySource, capital, policy_source
-from .policy_sources import check_policy_source
+from .policies.adapter_keys import saved_shapes
+from .policies.checks import check_policy_source
+from .policies.files import ADAPTER_WEIGHTS, PolicySource, capital, policy_source
 
 
 INTO = ("base", "dequantized")

@@ -21,12 +21,12 @@ from .common.errors import AMAError, first_line
 from .common.processes import from_main, is_sharded, whole_models
 from .exact_resume import ExactResume
 from .finite_steps import FiniteSteps
-from .own_adapter import OwnBase
 from .pair_batches import COUNTED, RecordedForward, mark_repeats
-from .policy_objects import check_is_model, check_policy
+from .policies.objects import check_is_model, check_policy
+from .policies.own_adapter import OwnBase
+from .policies.quantized import keep_weights
 from .preference_losses import PreferenceLossConfig, pair_losses
 from .prefix_support import PrefixSharing
-from .quantized import keep_weights
 from .start_errors import StartErrors
 from .tasks.images import has_images
 from .tasks.rows import first_failure

@@ -10,7 +10,7 @@ from .ama_config import MIXING_FIELDS
 from .common.fingerprint import PAIRS_PER_STEP, SPLIT, package_versions
 from .common.secrets import is_secret
 from .loss_dataset import TaskLosses
-from .model_identity import model_identity
+from .policies.identity import model_identity
 from .preference_losses import PreferenceLossConfig
 from .run_inputs import RunInputs
 from .run_recipe import Recipe

@@ -18,8 +18,8 @@ from .common.secrets import public_name
 from .loss_dataset import TaskLosses
 from .loss_loading import load_some_of
 from .loss_sharing import ReferenceLosses
-from .model_identity import model_identity, tokenizer_identity
-from .processors import load_processor
+from .policies.identity import model_identity, tokenizer_identity
+from .policies.processors import load_processor
 from .run_recipe import Recipe
 from .tasks.account import RowAccount
 from .tasks.forms import EXTRA_COLUMNS, PAIR_COLUMNS

@@ -10,9 +10,9 @@ from .common.errors import AMAError
 from .generalists import generalist_stage
 from .image_checks import check_images
 from .mixture import strategy_for
-from .policy_sources import check_policy_source
+from .policies.checks import check_policy_source
+from .policies.quantized import check_optimizer, check_quantization
 from .preference_losses import check_loss_types
-from .quantized import check_optimizer, check_quantization
 from .run_inputs import RunInputs
 from .run_losses import reference_losses_done, reference_losses_of
 from .run_recipe import Recipe

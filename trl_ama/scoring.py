@@ -16,7 +16,7 @@ from .common import interruption
 from .common.arrays import numpy_column
 from .common.processes import from_main
 from .loss_shards import LossShards
-from .policies import Policy, reference_policy, trained_policy, trained_policy_and_reference
+from .policies.switching import Policy, reference_policy, trained_policy, trained_policy_and_reference
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
 from .scored_rows import unit_of
 from .sweep import Sweep

@@ -13,7 +13,7 @@ from trl import DPOTrainer
 from .common.errors import AMAError
 from .common.processes import from_main
 from .metrics import task_metrics
-from .policies import reference_policy
+from .policies.switching import reference_policy
 from .preference_losses import PairLogProbs, PreferenceLossConfig, pair_losses, untrained_loss
 from .prefix_trainer import SpecialistTrainer
 from .run_fingerprints import specialist_fingerprint

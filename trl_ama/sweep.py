@@ -12,7 +12,7 @@ from trl import DPOTrainer
 from .common.errors import AMAError
 from .common.processes import is_sharded
 from .packed_forward import causal_lm, packed_forward
-from .policies import Policy
+from .policies.switching import Policy
 from .preference_losses import sequence_logps
 from .prefix_support import PrefixSharing
 from .prefix_trainer import ScoringTrainer

@@ -110,7 +110,7 @@ def run_compare(options: argparse.Namespace) -> dict:
     from safetensors.torch import load_file
     from trl import DPOTrainer
 
-    from trl_ama.quantized import keep_weights
+    from trl_ama.policies.quantized import keep_weights
     from trl_ama.run_losses import joined_data
     from trl_ama.run_settings import RunSettings
 
@@ -175,7 +175,7 @@ def run_merge(options: argparse.Namespace) -> dict:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from trl_ama.merging import merge_adapter
-    from trl_ama.quantized import keep_weights
+    from trl_ama.policies.quantized import keep_weights
     from trl_ama.run_settings import RunSettings
 
     settings = RunSettings(*parse(options))

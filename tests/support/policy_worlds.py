@@ -11,7 +11,8 @@ from tiny_models import lora
 from tiny_pairs import make_dataset
 from tiny_runs import QUICK
 
-from trl_ama import AMAConfig, policy_files
+from trl_ama import AMAConfig
+from trl_ama.policies import files as policy_files
 from trl_ama.prefix_trainer import ScoringTrainer
 
 

@@ -10,9 +10,9 @@ from accelerate.utils import is_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
-from .common.errors import AMAError
-from .common.hub import split_revision
-from .policy_files import PolicySource, hub_commit
+from ..common.errors import AMAError
+from ..common.hub import split_revision
+from .files import PolicySource, hub_commit
 
 
 if TYPE_CHECKING:

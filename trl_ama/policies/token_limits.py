@@ -11,7 +11,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .common.errors import AMAError
+from ..common.errors import AMAError
 
 
 _COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")

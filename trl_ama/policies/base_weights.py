@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .common.errors import AMAError, first_line
+from ..common.errors import AMAError, first_line
 from .quantized import quantized_layers
 
 

@@ -5,12 +5,12 @@ import os
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
+from ..common.errors import AMAError, first_line, sentence
+from ..common.hub import is_commit, split_revision
+from ..common.run_folder import STAGE_FILE
 from .adapter_keys import keys_problem, saved_shapes
-from .common.errors import AMAError, first_line, sentence
-from .common.hub import is_commit, split_revision
-from .common.run_folder import STAGE_FILE
-from .model_identity import weights_identity
-from .policy_files import ADAPTER_WEIGHTS, PolicySource, capital, hub_commit, policy_source
+from .files import ADAPTER_WEIGHTS, PolicySource, capital, hub_commit, policy_source
+from .identity import weights_identity
 
 
 __all__ = ["check_policy_source", "split_revision"]

@@ -22,8 +22,8 @@ from huggingface_hub.errors import (
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from .common.errors import AMAError, first_line
-from .common.hub import HUB_ERRORS, is_commit, split_revision, time_limit
+from ..common.errors import AMAError, first_line
+from ..common.hub import HUB_ERRORS, is_commit, split_revision, time_limit
 
 
 ADAPTER_CONFIG = "adapter_config.json"

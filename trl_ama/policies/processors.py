@@ -4,8 +4,8 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
-from .common.errors import AMAError, sentence
-from .policy_objects import check_is_model
+from ..common.errors import AMAError, sentence
+from .objects import check_is_model
 
 
 def load_processor(

@@ -9,11 +9,11 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from .common.errors import AMAError
-from .common.files import file_digest, read_json
-from .common.fingerprint import digest
-from .common.hub import split_revision
-from .policy_files import hub_commit
+from ..common.errors import AMAError
+from ..common.files import file_digest, read_json
+from ..common.fingerprint import digest
+from ..common.hub import split_revision
+from .files import hub_commit
 
 
 _WEIGHT_STEMS = ("model", "pytorch_model", "adapter_model")  # not the training_args.bin beside them

@@ -13,7 +13,7 @@ from peft import PeftModel
 from peft.utils.integrations import dequantize_bnb_weight
 from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
 
-from .common.errors import AMAError, first_line, sentence
+from ..common.errors import AMAError, first_line, sentence
 
 
 logger = get_logger(__name__)

@@ -19,14 +19,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from trl import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, use_adapter
 
+from ..common.errors import AMAError, sentence
+from ..common.processes import whole_models
 from .adapter_keys import ADAPTER, loading_problem, result_problem, saved_shapes, saved_types
 from .base_weights import BaseWeights, drawn_anew
-from .common.errors import AMAError, sentence
-from .common.processes import whole_models
+from .checks import check_kind, damaged, misfit
+from .files import ADAPTER_WEIGHTS, PolicySource, capital, policy_source
 from .own_adapter import reference_base, started_by, true_base
 from .parameter_order import restore_parameter_order
-from .policy_files import ADAPTER_WEIGHTS, PolicySource, capital, policy_source
-from .policy_sources import check_kind, damaged, misfit
 from .quantized import is_quantized, keep_weights
 
 

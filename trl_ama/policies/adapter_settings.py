@@ -8,7 +8,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 
-from .common.errors import AMAError, nearest
+from ..common.errors import AMAError, nearest
 
 
 _MOST_SHOWN = 12

@@ -23,9 +23,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 from trl.trainer.utils import get_config_model_id
 
+from ..common.errors import AMAError, sentence
+from ..common.processes import is_sharded, whole_models
 from .base_weights import BaseWeights, checksums, drawn_anew
-from .common.errors import AMAError, sentence
-from .common.processes import is_sharded, whole_models
 from .quantized import is_quantized
 
 
