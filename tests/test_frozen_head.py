@@ -5,7 +5,7 @@ import torch
 import trl.trainer.utils
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-from trl_ama.frozen_head import OUTPUTS, FrozenHead, frozen_head
+from trl_ama.fast_path.frozen_head import OUTPUTS, FrozenHead, frozen_head
 
 
 TOKENS, HIDDEN, VOCABULARY = 300, 24, 401  # more than two tiles of tokens

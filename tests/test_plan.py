@@ -125,8 +125,8 @@ def test_what_is_counted_on_a_real_model_is_what_is_planned():
     """The same program on tensors with contents makes as many bytes, at the worst moment and after the forward pass."""
     from trl.trainer.utils import add_fused_lm_head
 
+    from trl_ama.fast_path.forward import packed_forward
     from trl_ama.memory_trace import LiveBytes, packed_row, trace_pass
-    from trl_ama.packed_forward import packed_forward
 
     settings = MemorySettings(peft_config=LORA, device="cpu")
     planned = trace_pass(empty_model(TINY, settings), settings, PAIRS, packed=True, trains=True)
@@ -145,8 +145,8 @@ def test_what_is_counted_on_a_real_model_is_what_is_planned():
 
 def test_a_planned_row_is_the_row_that_is_packed():
     """Of pairs of these lengths, common beginning included; also the plan's count of its tokens."""
+    from trl_ama.fast_path.packing import pack_pairs
     from trl_ama.memory_trace import packed_row
-    from trl_ama.prefix_sharing import pack_pairs
 
     sizes, common = [(14, 5, 3), (17, 2, 6), (12, 4, 4)], 10
     longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in sizes)

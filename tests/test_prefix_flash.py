@@ -18,8 +18,8 @@ from prefix_cases import (
 )
 
 from trl_ama import AMAError
-from trl_ama.packed_forward import _varlen
-from trl_ama.prefix_sharing import pack_pairs
+from trl_ama.fast_path.forward import _varlen
+from trl_ama.fast_path.packing import pack_pairs
 
 
 SOFTCAPPED = {**HEADS_OF_8, "sliding_window": 6, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0}
@@ -170,7 +170,7 @@ def test_kernels_that_align_the_mask_at_the_start_are_refused(fake_flash, monkey
     model = build("Llama", MODELS["Llama"])
     model.config._attn_implementation = "flash_attention_2"
     call = padded(random_pairs(3, seed=2))
-    monkeypatch.setattr("trl_ama.prefix_rules.flash_attn_supports_top_left_mask", lambda: True)
+    monkeypatch.setattr("trl_ama.fast_path.rules.flash_attn_supports_top_left_mask", lambda: True)
     assert sharing().pack(model, call) is None
     with pytest.raises(AMAError, match="aligns causal masks at the start"):
         sharing(True).pack(model, call)

@@ -15,12 +15,12 @@ from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-import trl_ama.prefix_proof
-import trl_ama.prefix_support
+import trl_ama.fast_path.choice
+import trl_ama.fast_path.proof
 from trl_ama import AMAConfig, AMATrainer
 from trl_ama.common.errors import AMAError
-from trl_ama.prefix_proof import NoVerdict, RandomState, prove
-from trl_ama.prefix_sharing import CannotShare, pack_pairs
+from trl_ama.fast_path.packing import CannotShare, pack_pairs
+from trl_ama.fast_path.proof import NoVerdict, RandomState, prove
 from trl_ama.prefix_trainer import ScoringTrainer
 from trl_ama.scoring import score_policies
 
@@ -135,7 +135,7 @@ def test_each_training_is_proved_once(model_dir, quick_args, monkeypatch):
         proved.append(model)
         return prove(model, *args, **kwargs)
 
-    monkeypatch.setattr(trl_ama.prefix_support, "prove", counted)
+    monkeypatch.setattr(trl_ama.fast_path.choice, "prove", counted)
     trainer = run(AMATrainer, model_dir, quick_args, max_steps=4)
     assert len(proved) == 2 and trainer.prefix_sharing.taken["plain"] == 0  # policy and reference
     trainer.train()
@@ -235,8 +235,8 @@ def test_all_processes_are_of_one_opinion(monkeypatch):
         ([["its rows are not padded on the right"]], False, False),
     ):
         chooser, answers = sharing(), iter(others)
-        monkeypatch.setattr(trl_ama.prefix_support, "of_all", lambda own: [own, *next(answers)])  # noqa: B023
-        monkeypatch.setattr(trl_ama.prefix_support, "_several_processes", lambda: True)
+        monkeypatch.setattr(trl_ama.fast_path.choice, "of_all", lambda own: [own, *next(answers)])  # noqa: B023
+        monkeypatch.setattr(trl_ama.fast_path.choice, "_several_processes", lambda: True)
         assert (chooser.pack(model, call, "policy") is not None) == is_fast
         assert bool(chooser._proofs[model]) == is_for_good
         if is_for_good:

@@ -20,8 +20,8 @@ from tiny_models import make_model
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_ama import AMAConfig, AMAError
+from trl_ama.fast_path.packing import CannotShare, PackedPairs, pack_pairs
 from trl_ama.preference_losses import sequence_logps
-from trl_ama.prefix_sharing import CannotShare, PackedPairs, pack_pairs
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +181,7 @@ def test_ld_alpha_reads_the_lengths_of_the_padded_batch(llama):
 @pytest.mark.parametrize("seed", range(20))
 def test_random_pairs_over_few_tokens(llama, seed, monkeypatch):
     """Three tokens only, so that sequences agree by chance in many ways."""
-    monkeypatch.setattr("trl_ama.prefix_sharing.WORTH_SHARING", 1)
+    monkeypatch.setattr("trl_ama.fast_path.packing.WORTH_SHARING", 1)
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(low):

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
+from .fast_path.packing import CannotShare
+from .fast_path.trial import sequence_limit
 from .memory_trace import CannotTrace, trace_pass
 from .optimizer_memory import (
     count_parameters,
@@ -26,8 +28,6 @@ from .optimizer_memory import (
     weight_bytes,
 )
 from .plan_empty import MemorySettings, empty_model
-from .prefix_sharing import CannotShare
-from .prefix_trial import sequence_limit
 
 
 GIB = 2**30

@@ -32,10 +32,10 @@ from torch.utils._pytree import tree_leaves
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .common.errors import first_line
-from .packed_forward import PairAttention, as_on_a_gpu, install, packed_forward
+from .fast_path.forward import PairAttention, as_on_a_gpu, install, packed_forward
+from .fast_path.packing import PAIRS_KEY, CannotShare, PackedPairs
 from .plan_empty import MemorySettings, base_model
 from .policies.empty import fill_with_fakes
-from .prefix_sharing import PAIRS_KEY, CannotShare, PackedPairs
 
 
 class CannotTrace(ValueError):

@@ -19,7 +19,7 @@ class Products:
         head (`float`): With the vocabulary, of a token that is scored.
         attention (`float`): With each token that it sees: scores and values.
         full (`bool`): Whether the base is trained; of a frozen weight there is no gradient, which saves one product of three.
-        device (`str`): Off the GPU, a frozen head makes its gradient in the forward pass (`frozen_head.py`).
+        device (`str`): Off the GPU, a frozen head makes its gradient in the forward pass (`fast_path/frozen_head.py`).
     """
 
     layers: float
@@ -99,7 +99,7 @@ class Work:
 
         Backward, a weight has one product for its input's gradient and, if it is trained, one for its own; attention has two for
         each of its own. The head is computed again by TRL's, in place of its input being kept; a frozen head on the CPU makes
-        its gradient in the forward pass instead (`frozen_head.py`).
+        its gradient in the forward pass instead (`fast_path/frozen_head.py`).
         """
         p = self.products
         attention = p.attention * self.seen

@@ -9,8 +9,8 @@ import numpy as np
 from datasets import Dataset
 
 from .common.errors import AMAError, sentence
+from .fast_path.packing import WORTH_SHARING
 from .pair_tokens import token_counts, tokenise
-from .prefix_sharing import WORTH_SHARING
 from .run_inputs import RunInputs
 from .run_recipe import Recipe
 from .tasks.images import has_images

@@ -10,12 +10,12 @@ from trl import get_peft_config
 
 from .ama_config import AMAConfig
 from .common.errors import AMAError, sentence
+from .fast_path.forward import KNOWN_ATTENTION
+from .fast_path.rules import broken_rule
 from .memory_plan import StageMemory, scoring_memory, training_memory, why_not_packed
-from .packed_forward import KNOWN_ATTENTION
 from .plan_cost import Products
 from .plan_empty import MemorySettings, empty_model
 from .plan_lengths import Pair
-from .prefix_rules import broken_rule
 from .run_recipe import Recipe
 
 

@@ -1,4 +1,4 @@
-"""The trainers of pairs: DPOTrainer with the faster forward pass of `prefix_sharing.py`, and on several processes with the numbers
+"""The trainers of pairs: DPOTrainer with the faster forward pass of `fast_path/packing.py`, and on several processes with the numbers
 of one."""
 
 import atexit
@@ -20,13 +20,13 @@ from trl import DPOTrainer
 from .common.errors import AMAError, first_line
 from .common.processes import from_main, is_sharded, whole_models
 from .exact_resume import ExactResume
+from .fast_path.choice import PrefixSharing
 from .finite_steps import FiniteSteps
 from .pair_batches import COUNTED, RecordedForward, mark_repeats
 from .policies.objects import check_is_model, check_policy
 from .policies.own_adapter import OwnBase
 from .policies.quantized import keep_weights
 from .preference_losses import PreferenceLossConfig, pair_losses
-from .prefix_support import PrefixSharing
 from .start_errors import StartErrors
 from .tasks.images import has_images
 from .tasks.rows import first_failure

@@ -11,10 +11,10 @@ from trl import DPOTrainer
 
 from .common.errors import AMAError
 from .common.processes import is_sharded
-from .packed_forward import causal_lm, packed_forward
+from .fast_path.choice import PrefixSharing
+from .fast_path.forward import causal_lm, packed_forward
 from .policies.switching import Policy
 from .preference_losses import sequence_logps
-from .prefix_support import PrefixSharing
 from .prefix_trainer import ScoringTrainer
 from .reference_columns import REFERENCE_COLUMNS
 from .scored_rows import scored_columns, sequence_lengths

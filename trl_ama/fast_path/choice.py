@@ -1,7 +1,7 @@
 """Where prefix sharing is exact: rules, a trial of every model, and a proof on real pairs. Detect, never guess.
 
-The rules, in `prefix_rules.py`, name what is known to make a difference, or may come to make one later. The trial of every model, in
-`prefix_trial.py`, finds what no rule knows, on pairs of all lengths; the proof, in `prefix_proof.py`, what no trial shows, on the
+The rules, in `fast_path/rules.py`, name what is known to make a difference, or may come to make one later. The trial of every model, in
+`fast_path/trial.py`, finds what no rule knows, on pairs of all lengths; the proof, in `fast_path/proof.py`, what no trial shows, on the
 first batch of a training, of an evaluation and of a sweep.
 """
 
@@ -15,13 +15,13 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 from trl import DPOTrainer
 
-from .common.errors import AMAError
-from .common.processes import is_sharded, of_all
-from .packed_forward import causal_lm, packed_forward, unwrapped
-from .prefix_proof import DRAWS, NoVerdict, RandomState, kept_random_state, prove
-from .prefix_rules import broken_rule, level, modules_that_may_draw
-from .prefix_sharing import CannotShare, PackedPairs, pack_pairs
-from .prefix_trial import Tried, try_model
+from ..common.errors import AMAError
+from ..common.processes import is_sharded, of_all
+from .forward import causal_lm, packed_forward, unwrapped
+from .packing import CannotShare, PackedPairs, pack_pairs
+from .proof import DRAWS, NoVerdict, RandomState, kept_random_state, prove
+from .rules import broken_rule, level, modules_that_may_draw
+from .trial import Tried, try_model
 
 
 logger = get_logger(__name__)

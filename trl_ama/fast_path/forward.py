@@ -1,4 +1,4 @@
-"""Attention in a row of packed pairs, and the forward pass over it; see `prefix_sharing.py` for the row."""
+"""Attention in a row of packed pairs, and the forward pass over it; see `fast_path/packing.py` for the row."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .frozen_head import frozen_head
-from .prefix_sharing import PAIRS_KEY, CannotShare, PackedPairs
+from .packing import PAIRS_KEY, CannotShare, PackedPairs
 
 
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # of TRL's FusedCausalLMOutput

@@ -16,8 +16,8 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .packed_forward import causal_lm, install, packed_forward
-from .prefix_sharing import CannotShare, pack_pairs
+from .forward import causal_lm, install, packed_forward
+from .packing import CannotShare, pack_pairs
 
 
 EXACT = 1e-3  # of a token's log-prob, in 32 bits

@@ -1,6 +1,6 @@
 """The first batch of a run or of a sweep, run both ways and compared pair by pair.
 
-A trial (`prefix_trial.py`) has invented pairs, before training has set its hooks. What acts on some tokens alone (an adapter that
+A trial (`fast_path/trial.py`) has invented pairs, before training has set its hooks. What acts on some tokens alone (an adapter that
 waits for its invocation), on whole rows (noise scaled by their length) or in training alone shows only on real pairs, with the
 model as it is trained. An adapter that was just made does nothing yet, wherever it acts: so it is moved a little, both ways are
 compared again, and it is put back.
@@ -17,9 +17,9 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .packed_forward import packed_forward, unwrapped
-from .prefix_sharing import CannotShare, PackedPairs, pack_pairs
-from .prefix_trial import EXACT, FAILURES, ROUNDED, SWAPPED, swapped_branches
+from .forward import packed_forward, unwrapped
+from .packing import CannotShare, PackedPairs, pack_pairs
+from .trial import EXACT, FAILURES, ROUNDED, SWAPPED, swapped_branches
 
 
 DRAWS = "it draws random numbers, and would draw others for a packed row"

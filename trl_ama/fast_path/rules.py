@@ -7,7 +7,7 @@ from accelerate import ParallelismConfig
 from transformers.modeling_flash_attention_utils import flash_attn_supports_top_left_mask
 from trl import DPOConfig
 
-from .packed_forward import KNOWN_ATTENTION, causal_lm, unwrapped
+from .forward import KNOWN_ATTENTION, causal_lm, unwrapped
 
 
 _MIXES_TOKENS = {"LILY"}
