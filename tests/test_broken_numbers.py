@@ -18,9 +18,9 @@ from trl_ama import AMAError, AMATrainer
 from trl_ama.metrics import worst_and_mean
 from trl_ama.mixing import STRATEGIES, build_strategy
 from trl_ama.mixing.monitor import MixtureMonitor
-from trl_ama.mixture import Mixture
 from trl_ama.prefix_trainer import SpecialistTrainer
-from trl_ama.step_recorder import StepRecorder
+from trl_ama.sampling.mixture import Mixture
+from trl_ama.sampling.step_recorder import StepRecorder
 from trl_ama.training_stage import TrainingStage
 
 

@@ -14,7 +14,7 @@ from tiny_runs import losses_of
 
 from trl_ama import AMATrainer
 from trl_ama.mixing import STRATEGIES, StepStatistics, build_strategy
-from trl_ama.mixture import Mixture
+from trl_ama.sampling.mixture import Mixture
 
 
 STEPS = 100_000

@@ -11,7 +11,7 @@ from trl_ama.common.errors import AMAError
 from trl_ama.mixing import STRATEGIES, StepStatistics, build_strategy
 from trl_ama.mixing.monitor import MixtureMonitor
 from trl_ama.preference_losses import excess_losses
-from trl_ama.sampler import TaskMixtureSampler
+from trl_ama.sampling.sampler import TaskMixtureSampler
 
 
 THIRDS = [1 / 3, 1 / 3, 1 / 3]

@@ -10,8 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from trl_ama.mixing import STRATEGIES, StepStatistics, build_strategy
-from trl_ama.mixture import Mixture
-from trl_ama.sampler import TaskMixtureSampler
+from trl_ama.sampling.mixture import Mixture
+from trl_ama.sampling.sampler import TaskMixtureSampler
 
 
 ADAPTIVE = ("ama_r", "ama_s")

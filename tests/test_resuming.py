@@ -113,7 +113,7 @@ def test_sums_are_reduced_once_in_an_optimizer_step(training, monkeypatch):
         calls.append(values.shape)
         return sum_of_all(accelerator, values)
 
-    monkeypatch.setattr("trl_ama.step_recorder.sum_of_all", counted)
+    monkeypatch.setattr("trl_ama.sampling.step_recorder.sum_of_all", counted)
     training("run", save_strategy="no", gradient_accumulation_steps=4, per_device_train_batch_size=2).train()
     assert calls == [(5, 3)] * 7
 

@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from trl_ama.common.errors import AMAError
 from trl_ama.mixing import StepStatistics, build_strategy
-from trl_ama.sampler import TaskMixtureSampler
+from trl_ama.sampling.sampler import TaskMixtureSampler
 
 
 SIZES = [20, 7, 3]

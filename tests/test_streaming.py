@@ -14,8 +14,8 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from trl_ama.common.errors import AMAError
 from trl_ama.mixing import StepStatistics, build_strategy
-from trl_ama.sampler import TaskMixtureSampler
-from trl_ama.streaming import StreamSampler, TaskStreams
+from trl_ama.sampling.sampler import TaskMixtureSampler
+from trl_ama.sampling.streams import StreamSampler, TaskStreams
 
 
 SIZES = {"list": 20, "sort": 7, "brief": 3}

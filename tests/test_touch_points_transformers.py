@@ -14,7 +14,7 @@ from trl import DPOConfig, DPOTrainer
 from vision_model import make_processor, make_vision_model
 
 from trl_ama import AMATrainer
-from trl_ama.streaming import StreamSampler
+from trl_ama.sampling.streams import StreamSampler
 
 
 def test_10_trainer_sampler_hook():

@@ -21,9 +21,9 @@ from trl_ama.mixed_training import MixedTraining
 from trl_ama.prefix_trainer import PairTrainer, ScoringTrainer, SpecialistTrainer
 from trl_ama.reference_trainer import ReferenceLogProbs
 from trl_ama.resume_progress import ResumedProgress
-from trl_ama.sampler import TaskMixtureSampler
+from trl_ama.sampling.sampler import TaskMixtureSampler
+from trl_ama.sampling.streams import StreamSampler
 from trl_ama.start_errors import StartErrors
-from trl_ama.streaming import StreamSampler
 from trl_ama.task_evaluation import EvaluationByTask
 from trl_ama.tracking import begin_runs
 from trl_ama.training_stage import TrainingStage

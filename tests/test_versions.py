@@ -13,7 +13,7 @@ from trl_ama import AMAError
 from trl_ama.common.files import write_json
 from trl_ama.loss_shards import LossShards
 from trl_ama.mixing import build_strategy
-from trl_ama.mixture import Mixture
+from trl_ama.sampling.mixture import Mixture
 from trl_ama.training_stage import TrainingStage
 
 

@@ -25,7 +25,6 @@ from .common.errors import AMAError
 from .exact_resume import ExactResume
 from .hub_trainer import Published
 from .mixed_training import MixedTraining
-from .mixture import Mixture, strategy_for
 from .pair_batches import COUNTED, broken_on_plain_path
 from .policies.checks import check_policy_source
 from .policies.objects import check_is_model, check_specialist_objects
@@ -33,6 +32,7 @@ from .preference_losses import BATCH_LOSSES, PreferenceLossConfig, excess_losses
 from .prefix_trainer import PairTrainer
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
 from .reference_trainer import ReferenceLogProbs
+from .sampling.mixture import Mixture, strategy_for
 from .stream_sources import checked_losses, stream_arguments
 from .task_evaluation import EvaluationByTask
 from .tasks.held_out import check_eval_dataset, eval_parts

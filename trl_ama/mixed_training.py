@@ -7,7 +7,7 @@ from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
 from .mixing import MixingStrategy
-from .mixture import Mixture
+from .sampling.mixture import Mixture
 
 
 logger = get_logger(__name__)

@@ -9,7 +9,6 @@ from transformers.trainer_utils import IntervalStrategy
 from .common.errors import AMAError
 from .generalists import generalist_stage
 from .image_checks import check_images
-from .mixture import strategy_for
 from .policies.checks import check_policy_source
 from .policies.quantized import check_optimizer, check_quantization
 from .preference_losses import check_loss_types
@@ -17,6 +16,7 @@ from .run_inputs import RunInputs
 from .run_losses import reference_losses_done, reference_losses_of
 from .run_recipe import Recipe
 from .run_settings import RunSettings
+from .sampling.mixture import strategy_for
 from .specialists import require_specialists, specialist_stage
 from .tasks.account import account_lines
 from .tasks.loading import prompt_fits_into

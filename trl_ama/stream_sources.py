@@ -15,7 +15,7 @@ from .ama_config import AMAConfig
 from .common.errors import AMAError, short
 from .mixing import MixingStrategy
 from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, TOKEN_COLUMNS
-from .streaming import TaskStreams
+from .sampling.streams import TaskStreams
 from .tasks.config import check_task_names
 from .tasks.forms import PAIR_COLUMNS, TEMPLATE_KWARGS
 from .tasks.pairs import TASK_COLUMN

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from .common.processes import sum_of_all
-from .mixing import StepStatistics
+from ..common.processes import sum_of_all
+from ..mixing import StepStatistics
 
 
 class StepRecorder:

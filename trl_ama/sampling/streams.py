@@ -17,10 +17,10 @@ import numpy as np
 from datasets import IterableDataset
 from torch.utils.data import Dataset
 
-from .common.errors import AMAError, first_line
-from .mixing import MixingStrategy
+from ..common.errors import AMAError, first_line
+from ..mixing import MixingStrategy
+from ..tasks.pairs import TASK_COLUMN
 from .sampler import BlockSampler, shuffle_stream
-from .tasks.pairs import TASK_COLUMN
 
 
 @dataclass(frozen=True)

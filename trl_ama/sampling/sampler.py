@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-from .common.errors import AMAError
-from .mixing import MixingStrategy
+from ..common.errors import AMAError
+from ..mixing import MixingStrategy
 
 
 # Salts that keep the two kinds of random streams of one seed apart

@@ -8,16 +8,16 @@ from accelerate import Accelerator
 from datasets import Dataset
 from transformers import TrainingArguments
 
-from .common.arrays import numpy_column
-from .common.errors import AMAError
-from .common.run_folder import STATE_FILE
-from .common.versions import VERSIONS, check_version
-from .mixing import MixingStrategy, StepStatistics, build_strategy
-from .mixing.monitor import MixtureMonitor
+from ..common.arrays import numpy_column
+from ..common.errors import AMAError
+from ..common.run_folder import STATE_FILE
+from ..common.versions import VERSIONS, check_version
+from ..mixing import MixingStrategy, StepStatistics, build_strategy
+from ..mixing.monitor import MixtureMonitor
+from ..tasks.pairs import TASK_COLUMN
 from .sampler import BlockSampler, TaskMixtureSampler, count_tasks
 from .step_recorder import StepRecorder
-from .streaming import StreamSampler, TaskStreams
-from .tasks.pairs import TASK_COLUMN
+from .streams import StreamSampler, TaskStreams
 
 
 def strategy_for(
