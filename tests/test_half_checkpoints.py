@@ -11,7 +11,7 @@ import pytest
 from resumed_runs import training_fixture  # noqa: F401 - fixtures
 from transformers.trainer_utils import rotate_checkpoints
 
-from trl_ama import AMAError, TaskMixtureConfig, checkpoints, html_page
+from trl_ama import AMAError, TaskMixtureConfig, checkpoints
 from trl_ama.checkpoints import (
     begin_checkpoint,
     checkpoints_in,
@@ -24,8 +24,9 @@ from trl_ama.checkpoints import (
 )
 from trl_ama.common import files as safe_files
 from trl_ama.common.files import write_file, write_json
-from trl_ama.html_page import save_page
 from trl_ama.merged_folder import NOTE_FILE, whole_or_not
+from trl_ama.report import page as html_page
+from trl_ama.report.page import save_page
 from trl_ama.run_lock import folder_held
 from trl_ama.tasks.loading import read_tasks
 

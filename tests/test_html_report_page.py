@@ -14,8 +14,8 @@ from made_runs import HOSTILE, STRATEGIES, Tree, copy_fixture, finished_fixture,
 
 from trl_ama import AMAError, cli, run_pipeline
 from trl_ama.common.run_folder import NOTE_FILE
-from trl_ama.html_page import LARGEST, render_run, script_json, visible, write_comparison
-from trl_ama.html_report import collect
+from trl_ama.report.collect import collect
+from trl_ama.report.page import LARGEST, render_run, script_json, visible, write_comparison
 
 
 # ---- One run ----
@@ -174,7 +174,7 @@ def test_errors_of_the_command_are_one_sentence(copy, tmp_path, capsys):
 
 def test_neither_torch_nor_transformers_is_imported(finished):
     code = (
-        "import sys; from trl_ama.html_page import write_page; write_page(sys.argv[1]);"
+        "import sys; from trl_ama.report.page import write_page; write_page(sys.argv[1]);"
         "assert not {'torch', 'transformers', 'datasets', 'peft', 'accelerate'} & set(sys.modules)"
     )
     environ = {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "PATH": "/usr/bin:/bin"}

@@ -10,9 +10,9 @@ from made_runs import STRATEGIES, TASKS, Tree, copy_fixture, finished_fixture, m
 
 from trl_ama import AMAError
 from trl_ama.common.run_folder import MARGINS_FILE, NOTE_FILE
-from trl_ama.html_charts import kept_rows, nice_ticks
-from trl_ama.html_page import write_comparison
-from trl_ama.html_report import collect
+from trl_ama.report.charts import kept_rows, nice_ticks
+from trl_ama.report.collect import collect
+from trl_ama.report.page import write_comparison
 
 
 def test_numbers_are_those_of_the_results(finished):

@@ -8,8 +8,8 @@ from whole_runs import SIZES, copy_fixture, finished_fixture, no_training_fixtur
 from trl_ama import AMAError, run_pipeline
 from trl_ama.common.files import read_json
 from trl_ama.common.versions import VERSIONS
-from trl_ama.html_report import collect
-from trl_ama.report import result_table
+from trl_ama.report.collect import collect
+from trl_ama.report.results import result_table
 
 
 def test_what_a_run_leaves(finished):

@@ -15,7 +15,7 @@ import pytest
 from made_runs import HOSTILE, make_run, write
 
 from trl_ama.common.run_folder import NOTE_FILE
-from trl_ama.html_page import write_comparison, write_page
+from trl_ama.report.page import write_comparison, write_page
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

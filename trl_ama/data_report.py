@@ -7,7 +7,7 @@ from typing import Any
 from .data_check import DataCheck
 from .data_rules import Rule
 from .data_verdict import FATAL, LEAK, LOOK, TaskFigures, percent
-from .markdown import table
+from .report.markdown import table
 from .tasks.account import RowAccount
 
 

@@ -7,13 +7,13 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 from trl.trainer.utils import generate_model_card
 
-from .cards import eval_results, hub_name, identity_link, load_snippet, versions_line
 from .common.files import read_json
 from .common.run_folder import PLOT, STAGE_FILE
-from .markdown import escape, fence, table
 from .policies.identity import model_identity
 from .recipe_text import recipe_yaml
-from .report import result_table
+from .report.card_parts import eval_results, hub_name, identity_link, load_snippet, versions_line
+from .report.markdown import escape, fence, table
+from .report.results import result_table
 from .run_inputs import RunInputs
 from .run_recipe import Recipe
 from .run_settings import RunSettings

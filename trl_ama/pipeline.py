@@ -27,7 +27,7 @@ from .loss_dataset import tasks_in
 from .loss_scoring import compute_reference_losses
 from .pipeline_arguments import PipelineArguments
 from .publishing import Publisher
-from .report import plot_mixture, result_table
+from .report.results import plot_mixture, result_table
 from .run_fingerprints import evaluation_fingerprint
 from .run_inputs import RunInputs
 from .run_lock import folder_held

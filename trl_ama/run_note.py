@@ -13,8 +13,8 @@ from .common.hub import is_hub_id
 from .common.run_folder import NOTE_FILE
 from .common.secrets import public_name
 from .common.versions import VERSIONS, __version__
-from .html_page import write_page
 from .recipe_text import public_arguments, recipe_yaml
+from .report.page import write_page
 from .run_inputs import RunInputs
 from .run_recipe import Recipe
 from .run_settings import RunSettings

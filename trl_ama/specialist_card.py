@@ -6,9 +6,9 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from .cards import CITATION, eval_results, hub_name, identity_link, load_snippet, template, versions_line
-from .markdown import escape, fence, table
 from .recipe_text import recipe_yaml
+from .report.card_parts import CITATION, eval_results, hub_name, identity_link, load_snippet, template, versions_line
+from .report.markdown import escape, fence, table
 from .run_settings import RunSettings
 
 

@@ -11,8 +11,8 @@ from transformers import ProcessorMixin
 from trl import DPOTrainer
 
 from .ama_config import MIXING_FIELDS, AMAConfig
-from .cards import CITATION, load_snippet, template
-from .markdown import escape, fence, fill, table
+from .report.card_parts import CITATION, load_snippet, template
+from .report.markdown import escape, fence, fill, table
 
 
 # As TRL's `generate_model_card` takes them

@@ -491,8 +491,8 @@ def import_everything() -> None:
     from trl import DPOTrainer  # noqa: F401
 
     import trl_ama.generalists  # noqa: F401
-    import trl_ama.html_page  # noqa: F401
     import trl_ama.pipeline  # noqa: F401
+    import trl_ama.report.page  # noqa: F401
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,12 +8,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .common.errors import AMAError
-from .common.run_folder import FINGERPRINT_FILE, STAGE_FILE, STATE_FILE, RunFolder
-from .common.secrets import is_secret, without_secrets
-from .html_examples import examples_of, loss_stderr
-from .html_stages import missing_sentences, stage_rows
-from .run_folder import RunReader, as_dict, as_names, flat, last_checkpoint, number, parts
+from ..common.errors import AMAError
+from ..common.run_folder import FINGERPRINT_FILE, STAGE_FILE, STATE_FILE, RunFolder
+from ..common.secrets import is_secret, without_secrets
+from .examples import examples_of, loss_stderr
+from .reading import RunReader, as_dict, as_names, flat, last_checkpoint, number, parts
+from .stages import missing_sentences, stage_rows
 
 
 FIGURES = ("probability", "weight", "excess", "clipped_fraction")  # of the log, in the page's order

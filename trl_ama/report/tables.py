@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
-from .common.errors import AMAError
-from .run_folder import flat
+from ..common.errors import AMAError
+from .reading import flat
 
 
 _FIGURES = (

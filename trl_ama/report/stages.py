@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .run_folder import RunReader, as_dict, as_names, last_checkpoint, number, parts
+from .reading import RunReader, as_dict, as_names, last_checkpoint, number, parts
 
 
 def _trained(folder: Path, stage: dict[str, Any]) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from .common.hub import hub_link, is_commit, is_hub_id
-from .common.versions import __version__
+from ..common.hub import hub_link, is_commit, is_hub_id
+from ..common.versions import __version__
 from .markdown import code, fence
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .common.run_folder import rows_file
+from ..common.run_folder import rows_file
 
 
 EXAMPLES = 4  # of each task

@@ -16,13 +16,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from .common.errors import AMAError
-from .common.files import remove_abandoned, write_file
-from .common.run_folder import RunFolder
-from .common.versions import __version__
-from .html_charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, chart, look, value_range
-from .html_report import FIGURES, collect
-from .html_tables import comparison, result_tables
+from ..common.errors import AMAError
+from ..common.files import remove_abandoned, write_file
+from ..common.run_folder import RunFolder
+from ..common.versions import __version__
+from .charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, chart, look, value_range
+from .collect import FIGURES, collect
+from .tables import comparison, result_tables
 
 
 LARGEST = 2_000_000  # bytes of a page, which mail and browsers take easily

@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .common.run_folder import RunFolder
-from .common.versions import is_newer
+from ..common.run_folder import RunFolder
+from ..common.versions import is_newer
 
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,12})")

@@ -4,8 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .common.files import read_json
-from .common.run_folder import STATE_FILE
+from ..common.files import read_json
+from ..common.run_folder import STATE_FILE
 from .markdown import escape, table
 
 
