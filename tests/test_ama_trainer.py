@@ -24,7 +24,7 @@ import trl_ama
 from trl_ama import AMAConfig, AMATrainer
 from trl_ama.preference_losses import PairLogProbs, PreferenceLossConfig, pair_losses
 from trl_ama.prefix_trainer import ScoringTrainer
-from trl_ama.reference_columns import LOGP_COLUMNS
+from trl_ama.reference_losses.columns import LOGP_COLUMNS
 from trl_ama.scoring import score_pairs
 
 

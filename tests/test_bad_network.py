@@ -8,8 +8,8 @@ from hub_world import SIZES
 from pushed_runs import REPOSITORIES, Run, finished_fixture, nothing_computed_fixture, waits_fixture  # noqa: F401 - fixtures
 
 from trl_ama import AMAError, run_pipeline
-from trl_ama.loss_dataset import read_task
 from trl_ama.pipeline import STAGES
+from trl_ama.reference_losses.files import read_task
 from trl_ama.run_settings import RunSettings
 
 

@@ -13,7 +13,7 @@ from surroundings import forget_downloads
 from trl_ama import AMAError
 from trl_ama.common.hub import time_limit
 from trl_ama.generalists import train_generalist
-from trl_ama.loss_loading import load_reference_losses
+from trl_ama.reference_losses.loading import load_reference_losses
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from datasets import List, Value
 from forgery import forge, honest_fixture, losses_fixture, numbers, put, refused  # noqa: F401 - fixtures
 
 from trl_ama import load_reference_losses
-from trl_ama.reference_columns import LOGP_COLUMNS
+from trl_ama.reference_losses.columns import LOGP_COLUMNS
 from trl_ama.tasks.forms import pair_id
 
 

@@ -13,8 +13,8 @@ from tiny_models import lora
 from tiny_pairs import make_rows
 
 from trl_ama import AMAError, AMATrainer, load_reference_losses, run_pipeline
-from trl_ama.loss_dataset import read_note
-from trl_ama.reference_columns import LOGP_COLUMNS
+from trl_ama.reference_losses.columns import LOGP_COLUMNS
+from trl_ama.reference_losses.files import read_note
 from trl_ama.run_fingerprints import reference_fingerprint
 from trl_ama.run_losses import joined_data
 from trl_ama.run_settings import RunSettings

@@ -18,13 +18,14 @@ from places import ROOT
 from saved_adapters import save_adapter
 from surroundings import client_env
 
-from trl_ama import AMAError, loss_shards, run_pipeline, scoring
+from trl_ama import AMAError, run_pipeline, scoring
 from trl_ama.common.files import read_json, write_json
-from trl_ama.loss_dataset import tasks_in
-from trl_ama.loss_shards import LossShards
 from trl_ama.policies.switching import reference_policy, trained_policy
 from trl_ama.prefix_trainer import ScoringTrainer
-from trl_ama.reference_columns import LOGP_COLUMNS
+from trl_ama.reference_losses import shards as loss_shards
+from trl_ama.reference_losses.columns import LOGP_COLUMNS
+from trl_ama.reference_losses.files import tasks_in
+from trl_ama.reference_losses.shards import LossShards
 from trl_ama.run_settings import RunSettings
 from trl_ama.scoring import score_pairs
 
@@ -121,7 +122,7 @@ def test_a_damaged_shard_is_named_and_not_used(folder, caplog, damage):
     with caplog.at_level(logging.WARNING):
         rows, scores = loaded(folder)
     assert rows == {*PARTS[0], *PARTS[2]} and (scores["logps"][PARTS[1]] == 0).all()
-    lines = [record.getMessage() for record in caplog.records if record.name == "trl_ama.loss_shards"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "trl_ama.reference_losses.shards"]
     assert len(lines) == 1 and "\n" not in lines[0] and str(path) in lines[0] and "damaged" in lines[0]
     assert not path.exists()
 
@@ -154,7 +155,7 @@ def test_a_shard_of_something_else_is_named_and_not_used(folder, tmp_path, caplo
     with caplog.at_level(logging.WARNING):
         rows, _ = loaded(folder)
     assert rows == {row for part in PARTS for row in part}
-    lines = [record.getMessage() for record in caplog.records if record.name == "trl_ama.loss_shards"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "trl_ama.reference_losses.shards"]
     assert len(lines) == 1 and path.name in lines[0] and reason in lines[0]
 
 

@@ -20,7 +20,7 @@ from tiny_runs import QUICK
 from trl_ama import AMAError
 from trl_ama.checkpoints import damage_of, read_manifest
 from trl_ama.common.fingerprint import check_fingerprint
-from trl_ama.loss_shards import LossShards
+from trl_ama.reference_losses.shards import LossShards
 from trl_ama.run_fingerprints import relevant_arguments
 
 

@@ -18,7 +18,7 @@ from trl import DPOTrainer
 
 from trl_ama import AMAError, load_reference_losses, run_pipeline
 from trl_ama.common.run_folder import FINGERPRINT_FILE
-from trl_ama.reference_columns import LOGP_COLUMNS
+from trl_ama.reference_losses.columns import LOGP_COLUMNS
 
 
 LOSSES = "org/mine-reference-losses"

@@ -11,8 +11,8 @@ from state_versions import refused, with_version
 
 from trl_ama import AMAError
 from trl_ama.common.files import write_json
-from trl_ama.loss_shards import LossShards
 from trl_ama.mixing import build_strategy
+from trl_ama.reference_losses.shards import LossShards
 from trl_ama.sampling.mixture import Mixture
 from trl_ama.training_stage import TrainingStage
 

@@ -16,9 +16,9 @@ _EXPORTS = {
     "load_tasks": "tasks.loading",
     "train_specialist": "specialists",
     "compute_reference_losses": "loss_scoring",
-    "join_reference_losses": "reference_columns",
-    "load_reference_losses": "loss_loading",
-    "ReferenceLosses": "loss_sharing",
+    "join_reference_losses": "reference_losses.columns",
+    "load_reference_losses": "reference_losses.loading",
+    "ReferenceLosses": "reference_losses.dataset",
     "MixingStrategy": "mixing",
     "StepStatistics": "mixing",
     "AMAConfig": "ama_config",
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
     from .common.errors import AMAError
     from .common.versions import __version__
     from .evaluation import evaluate_policies
-    from .loss_loading import load_reference_losses
     from .loss_scoring import compute_reference_losses
-    from .loss_sharing import ReferenceLosses
     from .mixing import MixingStrategy, StepStatistics
     from .pipeline import run_pipeline
-    from .reference_columns import join_reference_losses
+    from .reference_losses.columns import join_reference_losses
+    from .reference_losses.dataset import ReferenceLosses
+    from .reference_losses.loading import load_reference_losses
     from .specialists import train_specialist
     from .tasks.config import TaskConfig, TaskMixtureConfig
     from .tasks.loading import load_tasks

@@ -30,7 +30,7 @@ from .policies.checks import check_policy_source
 from .policies.objects import check_is_model, check_specialist_objects
 from .preference_losses import BATCH_LOSSES, PreferenceLossConfig, excess_losses, pair_losses, untrained_loss
 from .prefix_trainer import PairTrainer
-from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
+from .reference_losses.columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
 from .reference_trainer import ReferenceLogProbs
 from .sampling.mixture import Mixture, strategy_for
 from .stream_sources import checked_losses, stream_arguments

@@ -13,7 +13,7 @@ from .pair_scores import save_margins
 from .policies.switching import trained_policy
 from .preference_losses import PairLogProbs, PreferenceLossConfig, excess_losses, pair_losses
 from .prefix_trainer import ScoringTrainer
-from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
+from .reference_losses.columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
 from .run_losses import joined_data
 from .run_settings import RunSettings
 from .scoring import score_pairs

@@ -11,11 +11,11 @@ from tqdm.std import tqdm as ProgressBar
 from .common.arrays import numpy_column
 from .common.errors import AMAError
 from .common.processes import from_main
-from .loss_dataset import save_task
-from .loss_shards import LossShards, remove_shards
-from .loss_sharing import ReferenceLosses
 from .prefix_trainer import ScoringTrainer
-from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS, TOKEN_COLUMNS
+from .reference_losses.columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS, TOKEN_COLUMNS
+from .reference_losses.dataset import ReferenceLosses
+from .reference_losses.files import save_task
+from .reference_losses.shards import LossShards, remove_shards
 from .run_fingerprints import reference_fingerprint
 from .run_losses import reference_losses_done, reference_losses_of
 from .run_settings import RunSettings

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from trl import DPOTrainer
 
 from .preference_losses import PairLogProbs, PreferenceLossConfig, pair_losses, sequence_logps
-from .reference_columns import LOGP_COLUMNS
+from .reference_losses.columns import LOGP_COLUMNS
 from .tasks.pairs import TASK_COLUMN
 
 

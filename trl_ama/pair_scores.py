@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from accelerate import PartialState
 from datasets import Dataset
 
-from .reference_columns import REFERENCE_COLUMNS
+from .reference_losses.columns import REFERENCE_COLUMNS
 from .tasks.pairs import PAIR_ID_COLUMN, TASK_COLUMN
 
 

@@ -23,10 +23,10 @@ from .evaluation import evaluate_policies
 from .generalist_card import write_card
 from .generalists import train_generalist
 from .length_note import length_lines
-from .loss_dataset import tasks_in
 from .loss_scoring import compute_reference_losses
 from .pipeline_arguments import PipelineArguments
 from .publishing import Publisher
+from .reference_losses.files import tasks_in
 from .report.results import plot_mixture, result_table
 from .run_fingerprints import evaluation_fingerprint
 from .run_inputs import RunInputs

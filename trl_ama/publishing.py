@@ -15,7 +15,7 @@ from .common.errors import AMAError
 from .common.hub import HUB_ERRORS, HubTarget, check_login, full_id, persistently, prepare, say
 from .common.processes import from_main
 from .common.run_folder import STATE_FILE
-from .loss_sharing import DEFAULT_CONFIG, ReferenceLosses
+from .reference_losses.dataset import DEFAULT_CONFIG, ReferenceLosses
 from .run_inputs import RunInputs
 from .run_losses import reference_losses_of
 from .run_recipe import Recipe

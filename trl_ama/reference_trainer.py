@@ -12,7 +12,7 @@ from transformers.trainer_utils import PredictionOutput
 from .common.errors import AMAError
 from .common.processes import is_sharded, sum_of_all
 from .preference_losses import PairLogProbs
-from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
+from .reference_losses.columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
 from .scoring import add_logp_columns
 from .tasks.held_out import columns_of
 from .tasks.pairs import TASK_COLUMN

@@ -9,9 +9,9 @@ from typing import Any
 from .ama_config import MIXING_FIELDS
 from .common.fingerprint import PAIRS_PER_STEP, SPLIT, package_versions
 from .common.secrets import is_secret
-from .loss_dataset import TaskLosses
 from .policies.identity import model_identity
 from .preference_losses import PreferenceLossConfig
+from .reference_losses.files import TaskLosses
 from .run_inputs import RunInputs
 from .run_recipe import Recipe
 from .run_settings import RunSettings

@@ -15,11 +15,11 @@ from .common.errors import AMAError
 from .common.hub import is_commit, is_hub_id
 from .common.others_errors import told
 from .common.secrets import public_name
-from .loss_dataset import TaskLosses
-from .loss_loading import load_some_of
-from .loss_sharing import ReferenceLosses
 from .policies.identity import model_identity, tokenizer_identity
 from .policies.processors import load_processor
+from .reference_losses.dataset import ReferenceLosses
+from .reference_losses.files import TaskLosses
+from .reference_losses.loading import load_some_of
 from .run_recipe import Recipe
 from .tasks.account import RowAccount
 from .tasks.forms import EXTRA_COLUMNS, PAIR_COLUMNS

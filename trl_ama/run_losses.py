@@ -8,10 +8,10 @@ from datasets import DatasetDict
 
 from .common.errors import AMAError
 from .common.fingerprint import check_fingerprint
-from .loss_dataset import TaskLosses, damaged_file, read_note, read_task, tasks_in
-from .loss_shards import check_unfinished
-from .loss_sharing import ReferenceLosses
-from .reference_columns import join_reference_losses
+from .reference_losses.columns import join_reference_losses
+from .reference_losses.dataset import ReferenceLosses
+from .reference_losses.files import TaskLosses, damaged_file, read_note, read_task, tasks_in
+from .reference_losses.shards import check_unfinished
 from .run_fingerprints import reference_fingerprint
 from .run_inputs import RunInputs
 from .run_recipe import Recipe

@@ -15,9 +15,9 @@ from trl import DPOTrainer
 from .common import interruption
 from .common.arrays import numpy_column
 from .common.processes import from_main
-from .loss_shards import LossShards
 from .policies.switching import Policy, reference_policy, trained_policy, trained_policy_and_reference
-from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
+from .reference_losses.columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
+from .reference_losses.shards import LossShards
 from .scored_rows import unit_of
 from .sweep import Sweep
 from .tasks.pairs import TASK_COLUMN

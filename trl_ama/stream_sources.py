@@ -14,7 +14,7 @@ from trl import DPOTrainer
 from .ama_config import AMAConfig
 from .common.errors import AMAError, short
 from .mixing import MixingStrategy
-from .reference_columns import LOGP_COLUMNS, REFERENCE_COLUMNS, TOKEN_COLUMNS
+from .reference_losses.columns import LOGP_COLUMNS, REFERENCE_COLUMNS, TOKEN_COLUMNS
 from .sampling.streams import TaskStreams
 from .tasks.config import check_task_names
 from .tasks.forms import PAIR_COLUMNS, TEMPLATE_KWARGS

@@ -16,7 +16,7 @@ from .fast_path.forward import causal_lm, packed_forward
 from .policies.switching import Policy
 from .preference_losses import sequence_logps
 from .prefix_trainer import ScoringTrainer
-from .reference_columns import REFERENCE_COLUMNS
+from .reference_losses.columns import REFERENCE_COLUMNS
 from .scored_rows import scored_columns, sequence_lengths
 from .tasks.images import has_images
 

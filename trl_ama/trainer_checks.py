@@ -14,7 +14,7 @@ from .common.arrays import list_lengths, numpy_column
 from .common.errors import AMAError, nearest
 from .mixing import MixingStrategy
 from .preference_losses import check_loss_types
-from .reference_columns import REFERENCE_COLUMNS, SPECIALIST_COLUMNS, TOKEN_COLUMNS, has_columns
+from .reference_losses.columns import REFERENCE_COLUMNS, SPECIALIST_COLUMNS, TOKEN_COLUMNS, has_columns
 from .sampling.sampler import count_tasks
 from .tasks.held_out import eval_parts
 from .tasks.pairs import TASK_COLUMN

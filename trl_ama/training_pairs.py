@@ -8,7 +8,7 @@ from datasets import ClassLabel, Dataset, IterableDataset
 
 from .ama_config import AMAConfig
 from .common.errors import AMAError
-from .reference_columns import SPECIALIST_COLUMNS
+from .reference_losses.columns import SPECIALIST_COLUMNS
 from .stream_sources import StreamedTasks, is_streamed
 from .tasks.forms import PAIR_COLUMNS
 from .tasks.pairs import TASK_COLUMN, task_names_of, with_task_labels

@@ -36,7 +36,7 @@ from whole_steps import share_of_a_step, tiny_model_steps  # noqa: E402
 
 from trl_ama.common.arrays import numpy_column  # noqa: E402
 from trl_ama.mixing import STRATEGIES, build_strategy  # noqa: E402
-from trl_ama.reference_columns import LOGP_COLUMNS, SPECIALIST_COLUMNS  # noqa: E402
+from trl_ama.reference_losses.columns import LOGP_COLUMNS, SPECIALIST_COLUMNS  # noqa: E402
 from trl_ama.sampling.mixture import Mixture  # noqa: E402
 from trl_ama.sampling.sampler import TaskMixtureSampler, count_tasks  # noqa: E402
 from trl_ama.task_evaluation import TaskCollator  # noqa: E402

@@ -220,8 +220,9 @@ def run_stages(home: Path, folder: Path, variant: Variant, stages: tuple[str, ..
     from transformers import Trainer
     from trl import ModelConfig, TrlParser
 
-    from trl_ama import AMAConfig, TaskMixtureConfig, loss_shards, run_pipeline
+    from trl_ama import AMAConfig, TaskMixtureConfig, run_pipeline
     from trl_ama.pipeline_arguments import PipelineArguments
+    from trl_ama.reference_losses import shards as loss_shards
 
     datasets.config.HF_DATASETS_CACHE = home / "cache"
     loss_shards.SHARD_SECONDS = 0.0

@@ -543,7 +543,7 @@ class World:
     def _save_losses(self) -> None:
         from datasets import Dataset
 
-        from trl_ama.loss_dataset import save_task
+        from trl_ama.reference_losses.files import save_task
         from trl_ama.tasks.pairs import add_pair_ids
 
         self.losses = self.folder / "losses"
@@ -571,7 +571,7 @@ class World:
 
         from trl_ama import load_reference_losses
         from trl_ama.common.files import write_json
-        from trl_ama.loss_checks import sha256
+        from trl_ama.reference_losses.checks import sha256
 
         folder = self.folder / f"losses{self.number}"
         shutil.copytree(self.losses, folder)

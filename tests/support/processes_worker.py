@@ -378,7 +378,7 @@ def shards(world, trainer, expected):
 
     from trl_ama import scoring, sweep
     from trl_ama.common.processes import from_main
-    from trl_ama.loss_shards import LossShards
+    from trl_ama.reference_losses.shards import LossShards
 
     folder, ids = world.folder / f"{world.count}-shards", [str(row) for row in range(len(trainer.train_dataset))]
     plain, batches, counts = sweep.Sweep.score, [], []

@@ -6,13 +6,13 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
-from .common.errors import AMAError
-from .common.hub import HUB_ERRORS, check_hub_id, persistently, say, split_revision
-from .common.run_folder import FINGERPRINT_FILE, rows_file
-from .loss_card import read_losses_card, specialist_repos
-from .loss_dataset import SPLITS, read_task, tasks_in
-from .loss_sharing import DEFAULT_CONFIG, ReferenceLosses
-from .tasks.config import check_config_name
+from ..common.errors import AMAError
+from ..common.hub import HUB_ERRORS, check_hub_id, persistently, say, split_revision
+from ..common.run_folder import FINGERPRINT_FILE, rows_file
+from ..tasks.config import check_config_name
+from .card import read_losses_card, specialist_repos
+from .dataset import DEFAULT_CONFIG, ReferenceLosses
+from .files import SPLITS, read_task, tasks_in
 
 
 def load_reference_losses(

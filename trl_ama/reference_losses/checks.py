@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Image, List, Value, load_dataset
 
-from .common.errors import AMAError, first_line
-from .reference_columns import LOGP_COLUMNS, TOKEN_COLUMNS
-from .tasks.forms import EXTRA_COLUMNS, PAIR_COLUMNS, pair_id_of, says_something
-from .tasks.images import IMAGE_COLUMNS, check_embedded
-from .tasks.pairs import PAIR_ID_COLUMN, TASK_COLUMN
+from ..common.errors import AMAError, first_line
+from ..tasks.forms import EXTRA_COLUMNS, PAIR_COLUMNS, pair_id_of, says_something
+from ..tasks.images import IMAGE_COLUMNS, check_embedded
+from ..tasks.pairs import PAIR_ID_COLUMN, TASK_COLUMN
+from .columns import LOGP_COLUMNS, TOKEN_COLUMNS
 
 
 _AGAIN = "Get an intact copy, or delete the task's folder and compute it again with `trl ama-losses --config …`."

@@ -19,11 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate.logging import get_logger
 
-from .common.errors import AMAError, first_line, sentence
-from .common.files import read_json, sync, unreadable, write_json
-from .common.fingerprint import check_fingerprint
-from .common.run_folder import SHARDS_FILE
-from .common.versions import VERSIONS, check_version
+from ..common.errors import AMAError, first_line, sentence
+from ..common.files import read_json, sync, unreadable, write_json
+from ..common.fingerprint import check_fingerprint
+from ..common.run_folder import SHARDS_FILE
+from ..common.versions import VERSIONS, check_version
 
 
 logger = get_logger(__name__)

@@ -8,13 +8,13 @@ from typing import Any
 from datasets import DatasetDict
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete
 
-from .common.errors import AMAError
-from .common.fingerprint import first_difference
-from .common.hub import HubTarget, check_hub_id, persistently, prepare
-from .common.run_folder import FINGERPRINT_FILE
-from .loss_card import OWN_FIELDS, losses_card, read_losses_card, specialist_repos
-from .loss_dataset import TaskLosses, read_note, stack, without_text
-from .tasks.config import check_config_name
+from ..common.errors import AMAError
+from ..common.fingerprint import first_difference
+from ..common.hub import HubTarget, check_hub_id, persistently, prepare
+from ..common.run_folder import FINGERPRINT_FILE
+from ..tasks.config import check_config_name
+from .card import OWN_FIELDS, losses_card, read_losses_card, specialist_repos
+from .files import TaskLosses, read_note, stack, without_text
 
 
 DEFAULT_CONFIG = "default"

@@ -5,11 +5,11 @@ from typing import Any
 
 import yaml
 
-from .common.errors import AMAError
-from .common.hub import say
-from .common.run_folder import rows_file
-from .report.card_parts import hub_name, identity_link, template
-from .report.markdown import code, escape, fence, fill, table
+from ..common.errors import AMAError
+from ..common.hub import say
+from ..common.run_folder import rows_file
+from ..report.card_parts import hub_name, identity_link, template
+from ..report.markdown import code, escape, fence, fill, table
 
 
 # Fields of a fingerprint that every task has for itself; the others are the same within a config (run)

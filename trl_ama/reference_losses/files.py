@@ -15,16 +15,16 @@ import numpy as np
 import pyarrow.parquet as pq
 from datasets import Dataset, Value, concatenate_datasets
 
-from .common.errors import AMAError
-from .common.files import file_digest, read_json, sync, write_json
-from .common.run_folder import FINGERPRINT_FILE, rows_file
-from .common.versions import VERSIONS, is_known, is_newer
-from .loss_checks import check_file, read_rows, sha256, shown
-from .tasks.config import check_task_names
-from .tasks.features import is_plain, unite_features
-from .tasks.forms import EXTRA_COLUMNS, PAIR_COLUMNS
-from .tasks.images import IMAGE_COLUMNS, embedded
-from .tasks.pairs import PAIR_ID_COLUMN
+from ..common.errors import AMAError
+from ..common.files import file_digest, read_json, sync, write_json
+from ..common.run_folder import FINGERPRINT_FILE, rows_file
+from ..common.versions import VERSIONS, is_known, is_newer
+from ..tasks.config import check_task_names
+from ..tasks.features import is_plain, unite_features
+from ..tasks.forms import EXTRA_COLUMNS, PAIR_COLUMNS
+from ..tasks.images import IMAGE_COLUMNS, embedded
+from ..tasks.pairs import PAIR_ID_COLUMN
+from .checks import check_file, read_rows, sha256, shown
 
 
 NOTE_VERSION = VERSIONS[FINGERPRINT_FILE]

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Value
 
-from .common.arrays import numpy_column
-from .common.errors import AMAError
-from .tasks.pairs import PAIR_ID_COLUMN, TASK_COLUMN, add_pair_ids, task_names_of, with_task_labels
+from ..common.arrays import numpy_column
+from ..common.errors import AMAError
+from ..tasks.pairs import PAIR_ID_COLUMN, TASK_COLUMN, add_pair_ids, task_names_of, with_task_labels
 
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
