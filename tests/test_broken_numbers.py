@@ -21,7 +21,7 @@ from trl_ama.mixing.monitor import MixtureMonitor
 from trl_ama.prefix_trainer import SpecialistTrainer
 from trl_ama.sampling.mixture import Mixture
 from trl_ama.sampling.step_recorder import StepRecorder
-from trl_ama.training_stage import TrainingStage
+from trl_ama.training.stage import TrainingStage
 
 
 PROCESS = SimpleNamespace(num_processes=1)

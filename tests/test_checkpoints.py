@@ -14,16 +14,17 @@ from resumed_runs import assert_same, copy_fixture, finished_fixture, recipe_fix
 from tiny_pairs import make_dataset, with_reference_columns
 from tiny_runs import losses_of
 
-from trl_ama import AMAError, exact_resume, run_pipeline
-from trl_ama.checkpoints import (
+from trl_ama import AMAError, run_pipeline
+from trl_ama.common.files import read_json, sealed, write_json
+from trl_ama.training import exact_resume
+from trl_ama.training.checkpoints import (
     MANIFEST,
     begin_checkpoint,
     complete_checkpoint,
     damage_of,
     newest_good_checkpoint,
 )
-from trl_ama.common.files import read_json, sealed, write_json
-from trl_ama.training_stage import read_stage, result_in
+from trl_ama.training.stage import read_stage, result_in
 
 
 def flip(path: Path, position: float = 0.5) -> None:
@@ -373,7 +374,7 @@ def test_notes_of_older_versions_are_read(copy, recipe, finished, monkeypatch):
 def test_what_cannot_be_continued_exactly_begins_again(recipe, tmp_path, monkeypatch, caplog, finished):
     """A checkpoint without the optimizer's state would go on to other numbers."""
     flags = ["--output_dir", tmp_path / "run", "--save_only_model", "true"]
-    monkeypatch.setattr("trl_ama.training_stage.TrainingStage._save", lambda *args: pytest.fail("stopped"))
+    monkeypatch.setattr("trl_ama.training.stage.TrainingStage._save", lambda *args: pytest.fail("stopped"))
     with pytest.raises(pytest.fail.Exception):
         run_pipeline(*parse(recipe, *flags))
     monkeypatch.undo()

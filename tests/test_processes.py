@@ -18,10 +18,10 @@ from tiny_pairs import make_dataset, make_rows, with_reference_columns
 from tiny_runs import QUICK
 
 from trl_ama import AMAError
-from trl_ama.checkpoints import damage_of, read_manifest
 from trl_ama.common.fingerprint import check_fingerprint
 from trl_ama.reference_losses.shards import LossShards
 from trl_ama.run_fingerprints import relevant_arguments
+from trl_ama.training.checkpoints import damage_of, read_manifest
 
 
 SIZES = {"list": 21, "sort": 9, "brief": 13}  # 43 pairs: an epoch of batches of 8 ends with 3

@@ -13,14 +13,15 @@ from hub_world import parse
 from resumed_runs import At, assert_same, copy_fixture, finished_fixture, recipe_fixture, training_fixture  # noqa: F401 - fixtures
 from tiny_runs import losses_of
 
-from trl_ama import AMAError, run_pipeline, training_stage
-from trl_ama.checkpoints import newest_good_checkpoint
+from trl_ama import AMAError, run_pipeline
 from trl_ama.common import files as safe_files
 from trl_ama.common.files import first_damage
 from trl_ama.common.interruption import Interrupted
 from trl_ama.common.processes import sum_of_all
 from trl_ama.reference_losses import shards as loss_shards
 from trl_ama.reference_losses.shards import LossShards
+from trl_ama.training import stage as training_stage
+from trl_ama.training.checkpoints import newest_good_checkpoint
 
 
 # The loss on held-out pairs falls, so that by this the first evaluation stays the best one

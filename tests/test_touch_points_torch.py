@@ -109,7 +109,7 @@ def test_49_errors_of_files_that_cannot_be_written(tmp_path):
 
     from safetensors.torch import save_file
 
-    from trl_ama.checkpoints import could_not_write
+    from trl_ama.training.checkpoints import could_not_write
 
     limits, errors = resource.getrlimit(resource.RLIMIT_FSIZE), []
     tensors = {"x": torch.zeros(5000)}

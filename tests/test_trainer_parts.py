@@ -12,21 +12,21 @@ from trl import DPOTrainer
 
 import trl_ama
 from trl_ama.ama_trainer import AMATrainer
-from trl_ama.checkpoints import complete_checkpoint
-from trl_ama.exact_resume import ExactResume
-from trl_ama.finite_steps import FiniteSteps
 from trl_ama.generalists import GeneralistTrainer
-from trl_ama.hub_trainer import Published
-from trl_ama.mixed_training import MixedTraining
 from trl_ama.prefix_trainer import PairTrainer, ScoringTrainer, SpecialistTrainer
 from trl_ama.reference_trainer import ReferenceLogProbs
-from trl_ama.resume_progress import ResumedProgress
 from trl_ama.sampling.sampler import TaskMixtureSampler
 from trl_ama.sampling.streams import StreamSampler
 from trl_ama.start_errors import StartErrors
-from trl_ama.task_evaluation import EvaluationByTask
-from trl_ama.tracking import begin_runs
-from trl_ama.training_stage import TrainingStage
+from trl_ama.training.by_task import EvaluationByTask
+from trl_ama.training.checkpoints import complete_checkpoint
+from trl_ama.training.exact_resume import ExactResume
+from trl_ama.training.finite_steps import FiniteSteps
+from trl_ama.training.mixed import MixedTraining
+from trl_ama.training.progress import ResumedProgress
+from trl_ama.training.published import Published
+from trl_ama.training.stage import TrainingStage
+from trl_ama.training.tracking import begin_runs
 
 
 PACKAGE = Path(trl_ama.__file__).parent

@@ -14,7 +14,7 @@ from trl_ama.common.files import write_json
 from trl_ama.mixing import build_strategy
 from trl_ama.reference_losses.shards import LossShards
 from trl_ama.sampling.mixture import Mixture
-from trl_ama.training_stage import TrainingStage
+from trl_ama.training.stage import TrainingStage
 
 
 def test_shards(tmp_path):

@@ -22,9 +22,6 @@ from trl.trainer.utils import get_config_model_id
 
 from .ama_config import AMAConfig
 from .common.errors import AMAError
-from .exact_resume import ExactResume
-from .hub_trainer import Published
-from .mixed_training import MixedTraining
 from .pair_batches import COUNTED, broken_on_plain_path
 from .policies.checks import check_policy_source
 from .policies.objects import check_is_model, check_specialist_objects
@@ -34,7 +31,6 @@ from .reference_losses.columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIS
 from .reference_trainer import ReferenceLogProbs
 from .sampling.mixture import Mixture, strategy_for
 from .stream_sources import checked_losses, stream_arguments
-from .task_evaluation import EvaluationByTask
 from .tasks.held_out import check_eval_dataset, eval_parts
 from .tasks.images import has_images
 from .tasks.pairs import TASK_COLUMN
@@ -50,6 +46,10 @@ from .trainer_checks import (
     check_train_dataset,
     descends_trl_loss,
 )
+from .training.by_task import EvaluationByTask
+from .training.exact_resume import ExactResume
+from .training.mixed import MixedTraining
+from .training.published import Published
 from .training_pairs import default_arguments, training_pairs
 
 

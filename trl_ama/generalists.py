@@ -10,7 +10,7 @@ from .common.processes import from_main
 from .run_fingerprints import generalist_fingerprint
 from .run_losses import joined_data, reference_losses_of
 from .run_settings import RunSettings
-from .training_stage import TrainingStage
+from .training.stage import TrainingStage
 
 
 def generalist_stage(settings: RunSettings, strategy: str) -> TrainingStage:

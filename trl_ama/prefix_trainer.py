@@ -19,9 +19,7 @@ from trl import DPOTrainer
 
 from .common.errors import AMAError, first_line
 from .common.processes import from_main, is_sharded, whole_models
-from .exact_resume import ExactResume
 from .fast_path.choice import PrefixSharing
-from .finite_steps import FiniteSteps
 from .pair_batches import COUNTED, RecordedForward, mark_repeats
 from .policies.objects import check_is_model, check_policy
 from .policies.own_adapter import OwnBase
@@ -30,6 +28,8 @@ from .preference_losses import PreferenceLossConfig, pair_losses
 from .start_errors import StartErrors
 from .tasks.images import has_images
 from .tasks.rows import first_failure
+from .training.exact_resume import ExactResume
+from .training.finite_steps import FiniteSteps
 
 
 _TEMPORARY = "_reference_logps-"

@@ -16,7 +16,7 @@ from .run_inputs import RunInputs
 from .run_recipe import Recipe
 from .run_settings import RunSettings
 from .tasks.pairs import pairs_identity
-from .training_stage import result_in
+from .training.stage import result_in
 
 
 # What `load_best_model_at_end` chooses the saved weights by

@@ -20,7 +20,7 @@ from .run_fingerprints import specialist_fingerprint
 from .run_settings import RunSettings
 from .scoring import score_pairs
 from .specialist_card import write_specialist_card
-from .training_stage import TrainingStage
+from .training.stage import TrainingStage
 
 
 def specialist_stage(settings: RunSettings, task: str) -> TrainingStage:

@@ -39,7 +39,7 @@ from trl_ama.mixing import STRATEGIES, build_strategy  # noqa: E402
 from trl_ama.reference_losses.columns import LOGP_COLUMNS, SPECIALIST_COLUMNS  # noqa: E402
 from trl_ama.sampling.mixture import Mixture  # noqa: E402
 from trl_ama.sampling.sampler import TaskMixtureSampler, count_tasks  # noqa: E402
-from trl_ama.task_evaluation import TaskCollator  # noqa: E402
+from trl_ama.training.by_task import TaskCollator  # noqa: E402
 
 
 NUMBERS_OF_TASKS = (2, 4, 8, 16, 32, 64)

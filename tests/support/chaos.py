@@ -380,7 +380,7 @@ def what_it_is(folder: Path) -> dict[str, Any]:
 
 def left_behind(folder: Path) -> list[str]:
     """What should not be there when a stage is done: parts of checkpoints, and files that never got their name."""
-    from trl_ama.checkpoints import half_of
+    from trl_ama.training.checkpoints import half_of
 
     halves = [path for path in folder.glob("*/*/checkpoint-*") if half_of(path) is not None]
     found = [*halves, *(path for ending in ("partial", "removed") for path in folder.glob(f"**/.*.{ending}"))]

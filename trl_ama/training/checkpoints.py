@@ -13,9 +13,9 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from .common.errors import AMAError
-from .common.files import check_seal, describe_files, first_damage, read_json, sealed, sync, write_json
-from .common.run_folder import STATE_FILE
+from ..common.errors import AMAError
+from ..common.files import check_seal, describe_files, first_damage, read_json, sealed, sync, write_json
+from ..common.run_folder import STATE_FILE
 
 
 MANIFEST = "ama_files.json"

@@ -6,9 +6,9 @@ from typing import Any
 from accelerate.logging import get_logger
 from transformers import Trainer
 
+from ..common.errors import AMAError
+from ..common.versions import VERSIONS, check_version
 from .checkpoints import best_of
-from .common.errors import AMAError
-from .common.versions import VERSIONS, check_version
 
 
 logger = get_logger(__name__)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .common.hub import HubTarget, check_login, full_id, prepare, time_limit
+from ..common.hub import HubTarget, check_login, full_id, prepare, time_limit
 
 
 class Published:

@@ -6,8 +6,8 @@ import torch
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
-from .mixing import MixingStrategy
-from .sampling.mixture import Mixture
+from ..mixing import MixingStrategy
+from ..sampling.mixture import Mixture
 
 
 logger = get_logger(__name__)

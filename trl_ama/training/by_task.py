@@ -9,9 +9,9 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import PredictionOutput
 
-from .metrics import task_metrics, worst_and_mean
-from .tasks.held_out import label_eval, task_number
-from .tasks.pairs import TASK_COLUMN
+from ..metrics import task_metrics, worst_and_mean
+from ..tasks.held_out import label_eval, task_number
+from ..tasks.pairs import TASK_COLUMN
 
 
 class TaskCollator:

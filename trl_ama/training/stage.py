@@ -7,6 +7,12 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 from transformers import PrinterCallback, Trainer
 
+from ..common.errors import AMAError, first_line
+from ..common.files import check_seal, describe_files, first_damage, read_json, sealed, sync, write_json
+from ..common.fingerprint import check_fingerprint
+from ..common.processes import from_main
+from ..common.run_folder import STAGE_FILE
+from ..common.versions import VERSIONS, check_version
 from .checkpoints import (
     Found,
     complete_checkpoint,
@@ -16,12 +22,6 @@ from .checkpoints import (
     remove_checkpoint,
     remove_checkpoints,
 )
-from .common.errors import AMAError, first_line
-from .common.files import check_seal, describe_files, first_damage, read_json, sealed, sync, write_json
-from .common.fingerprint import check_fingerprint
-from .common.processes import from_main
-from .common.run_folder import STAGE_FILE
-from .common.versions import VERSIONS, check_version
 from .tracking import begin_runs, finish_runs
 
 

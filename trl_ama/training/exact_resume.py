@@ -1,6 +1,6 @@
 """A trainer whose checkpoints are whole, and from which a training goes on to the same bits; also when a signal asks to leave.
 
-The Trainer restores weights, optimizer, scheduler, random numbers, log and position in the data. What it does not, `resume_progress.py`
+The Trainer restores weights, optimizer, scheduler, random numbers, log and position in the data. What it does not, `training/progress.py`
 restores, and here what the end of an epoch still has to do.
 """
 
@@ -16,6 +16,8 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
 
+from ..common import interruption
+from ..common.errors import AMAError, first_line
 from .checkpoints import (
     begin_checkpoint,
     complete_checkpoint,
@@ -26,9 +28,7 @@ from .checkpoints import (
     remove_halves,
     rotate,
 )
-from .common import interruption
-from .common.errors import AMAError, first_line
-from .resume_progress import KEY, ResumedProgress
+from .progress import KEY, ResumedProgress
 
 
 logger = get_logger(__name__)

@@ -13,7 +13,7 @@ from accelerate.logging import get_logger
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from .common.errors import AMAError
+from ..common.errors import AMAError
 
 
 logger = get_logger(__name__)
@@ -39,7 +39,7 @@ class FiniteSteps:
     A part of a [`~transformers.Trainer`]: it leaves out the optimizer steps whose gradient is not finite.
 
     fp16's loss scaling does so itself, and DeepSpeed steps within the backward pass, where nothing can be left out; the run
-    ends after [`trl_ama.finite_steps.MOST_IN_A_ROW`] steps there, too.
+    ends after [`trl_ama.training.finite_steps.MOST_IN_A_ROW`] steps there, too.
 
     Attributes:
         what (`str`): Who is trained, for messages.
