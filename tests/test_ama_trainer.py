@@ -22,10 +22,10 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 import trl_ama
 from trl_ama import AMAConfig, AMATrainer
-from trl_ama.preference_losses import PairLogProbs, PreferenceLossConfig, pair_losses
-from trl_ama.prefix_trainer import ScoringTrainer
+from trl_ama.dpo.losses import PairLogProbs, PreferenceLossConfig, pair_losses
+from trl_ama.dpo.pair_trainer import ScoringTrainer
+from trl_ama.dpo.scoring import score_pairs
 from trl_ama.reference_losses.columns import LOGP_COLUMNS
-from trl_ama.scoring import score_pairs
 
 
 SIZES = {"list": 40, "sort": 12, "brief": 28}

@@ -116,7 +116,7 @@ def test_a_specialist_of_another_base_model(refuse, tmp_path, model_dir):
 
 
 def test_specialists_are_checked_before_a_pair_is_scored(refuse, tmp_path, monkeypatch):
-    monkeypatch.setattr("trl_ama.scoring.score_policies", lambda *args: pytest.fail("pairs were scored"))
+    monkeypatch.setattr("trl_ama.dpo.scoring.score_policies", lambda *args: pytest.fail("pairs were scored"))
     (tmp_path / "broken").mkdir()
     text = refuse(specialists=dict.fromkeys(SIZES, str(tmp_path / "broken")))
     assert "neither an adapter (no adapter_config.json) nor a model" in text

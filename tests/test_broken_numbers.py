@@ -15,10 +15,10 @@ from tiny_runs import logged, losses_of, weights_of
 from transformers import TrainerCallback
 
 from trl_ama import AMAError, AMATrainer
+from trl_ama.dpo.pair_trainer import SpecialistTrainer
 from trl_ama.metrics import worst_and_mean
 from trl_ama.mixing import STRATEGIES, build_strategy
 from trl_ama.mixing.monitor import MixtureMonitor
-from trl_ama.prefix_trainer import SpecialistTrainer
 from trl_ama.sampling.mixture import Mixture
 from trl_ama.sampling.step_recorder import StepRecorder
 from trl_ama.training.stage import TrainingStage

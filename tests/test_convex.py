@@ -17,7 +17,7 @@ from convex_case import (
     slope,
 )
 
-from trl_ama.preference_losses import PairLogProbs, PreferenceLossConfig, excess_losses, pair_losses
+from trl_ama.dpo.losses import PairLogProbs, PreferenceLossConfig, excess_losses, pair_losses
 
 
 HORIZONS, SEEDS = [200, 800, 3200, 12_800], [0, 1, 2, 3]

@@ -17,7 +17,7 @@ from trl_ama.data_duplicates import duplicates, text_hashes
 from trl_ama.data_formats import mistakes_of
 from trl_ama.data_report import render, safe
 from trl_ama.data_rules import trivial_rules
-from trl_ama.pair_tokens import token_counts, tokenise
+from trl_ama.dpo.tokens import token_counts, tokenise
 from trl_ama.scripts import ama_check
 from trl_ama.scripts.common import parse_arguments
 from trl_ama.tasks.loading import fits_into

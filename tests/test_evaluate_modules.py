@@ -14,9 +14,9 @@ import yaml
 from places import DOCS
 
 from trl_ama import AMAError
+from trl_ama.dpo.losses import excess_losses as training_excess
 from trl_ama.evaluate_modules.excess_loss.formula import excess_losses
 from trl_ama.metrics import METRICS, metric_folder, task_metrics, worst_and_mean
-from trl_ama.preference_losses import excess_losses as training_excess
 
 
 DOC = DOCS / "metrics.md"

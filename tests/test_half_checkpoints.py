@@ -266,7 +266,7 @@ def test_everything_that_is_written_ends_alike():
     temporary = [name for name, text in sources.items() if "tempfile.mk" in text or "NamedTemporaryFile" in text]
     assert sorted(temporary) == [
         "merged_folder.py",
-        "prefix_trainer.py",
+        "dpo/pair_trainer.py",
         "common/files.py",
     ]  # of these, one for itself
     assert "tempfile" not in Path(html_page.__file__).read_text()

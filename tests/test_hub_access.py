@@ -14,7 +14,7 @@ from tiny_pairs import make_dataset
 from trl import DPOTrainer
 
 from trl_ama import AMAConfig, AMAError, AMATrainer, run_pipeline
-from trl_ama.rehearsal import _Rehearsal
+from trl_ama.dpo.rehearsal import _Rehearsal
 
 
 TOKENS = {

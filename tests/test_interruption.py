@@ -16,9 +16,10 @@ from resumed_runs import At, assert_same, recipe_fixture, training_fixture  # no
 from surroundings import client_env
 from trl import DPOTrainer
 
-from trl_ama import run_pipeline, scoring
+from trl_ama import run_pipeline
 from trl_ama.common import interruption
 from trl_ama.common.interruption import Interrupted, asked, caught, finishing
+from trl_ama.dpo import scoring
 from trl_ama.training import exact_resume
 
 

@@ -18,16 +18,17 @@ from places import ROOT
 from saved_adapters import save_adapter
 from surroundings import client_env
 
-from trl_ama import AMAError, run_pipeline, scoring
+from trl_ama import AMAError, run_pipeline
 from trl_ama.common.files import read_json, write_json
+from trl_ama.dpo import scoring
+from trl_ama.dpo.pair_trainer import ScoringTrainer
+from trl_ama.dpo.scoring import score_pairs
 from trl_ama.policies.switching import reference_policy, trained_policy
-from trl_ama.prefix_trainer import ScoringTrainer
 from trl_ama.reference_losses import shards as loss_shards
 from trl_ama.reference_losses.columns import LOGP_COLUMNS
 from trl_ama.reference_losses.files import tasks_in
 from trl_ama.reference_losses.shards import LossShards
 from trl_ama.run_settings import RunSettings
-from trl_ama.scoring import score_pairs
 
 
 # ---- Shards alone ----

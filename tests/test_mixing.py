@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from trl_ama.common.errors import AMAError
+from trl_ama.dpo.losses import excess_losses
 from trl_ama.mixing import STRATEGIES, StepStatistics, build_strategy
 from trl_ama.mixing.monitor import MixtureMonitor
-from trl_ama.preference_losses import excess_losses
 from trl_ama.sampling.sampler import TaskMixtureSampler
 
 

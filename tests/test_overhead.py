@@ -16,12 +16,12 @@ from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets
 
 from trl_ama.common.arrays import encoded_column, list_lengths, numpy_column
 from trl_ama.common.errors import AMAError
+from trl_ama.dpo.checks import check_no_task_lost, check_token_counts
 from trl_ama.mixing import STRATEGIES, build_strategy
 from trl_ama.reference_losses.columns import LOGP_COLUMNS, has_columns
 from trl_ama.sampling.mixture import Mixture, strategy_for
 from trl_ama.sampling.step_recorder import StepRecorder
 from trl_ama.tasks.pairs import concatenate_tasks, task_names_of, with_task_labels
-from trl_ama.trainer_checks import check_no_task_lost, check_token_counts
 
 
 def peak_of(function, *arguments) -> tuple[int, object]:

@@ -246,7 +246,7 @@ def test_a_sweep_begins_with_the_planned_batch(mode, size):
     from accelerate import Accelerator
     from datasets import Dataset
 
-    from trl_ama.sweep import Sweep
+    from trl_ama.dpo.sweep import Sweep
 
     sizes = np.random.default_rng(0).integers(1, 30, size=(60, 3))
     names = ("prompt_ids", "chosen_ids", "rejected_ids")

@@ -15,10 +15,10 @@ from tiny_runs import QUICK
 from transformers import AutoModelForCausalLM
 
 from trl_ama import AMAConfig, AMAError
+from trl_ama.dpo.pair_trainer import ScoringTrainer
 from trl_ama.policies.adapter_keys import saved_shapes
 from trl_ama.policies.checks import check_policy_source
 from trl_ama.policies.switching import trained_policy
-from trl_ama.prefix_trainer import ScoringTrainer
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -14,8 +14,7 @@ from tiny_pairs import make_dataset
 from trl import DPOConfig, DPOTrainer
 
 from trl_ama.common.errors import AMAError
-from trl_ama.pair_batches import RecordedForward
-from trl_ama.preference_losses import (
+from trl_ama.dpo.losses import (
     PAIR_LOSSES,
     PairLogProbs,
     PreferenceLossConfig,
@@ -24,6 +23,7 @@ from trl_ama.preference_losses import (
     sequence_logps,
     untrained_loss,
 )
+from trl_ama.dpo.pair_batches import RecordedForward
 
 
 F_DIVERGENCES = ["forward_kl", "js_divergence", "alpha_divergence"]

@@ -19,10 +19,10 @@ import trl_ama.fast_path.choice
 import trl_ama.fast_path.proof
 from trl_ama import AMAConfig, AMATrainer
 from trl_ama.common.errors import AMAError
+from trl_ama.dpo.pair_trainer import ScoringTrainer
+from trl_ama.dpo.scoring import score_policies
 from trl_ama.fast_path.packing import CannotShare, pack_pairs
 from trl_ama.fast_path.proof import NoVerdict, RandomState, prove
-from trl_ama.prefix_trainer import ScoringTrainer
-from trl_ama.scoring import score_policies
 
 
 def longer_is_smaller(module, args, output):

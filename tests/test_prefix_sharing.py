@@ -20,8 +20,8 @@ from tiny_models import make_model
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_ama import AMAConfig, AMAError
+from trl_ama.dpo.losses import sequence_logps
 from trl_ama.fast_path.packing import CannotShare, PackedPairs, pack_pairs
-from trl_ama.preference_losses import sequence_logps
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from tiny_pairs import make_dataset
 from trl import DPOConfig, DPOTrainer
 
 from trl_ama import AMAConfig, AMATrainer
-from trl_ama.prefix_trainer import ScoringTrainer, SpecialistTrainer
-from trl_ama.scoring import score_pairs
+from trl_ama.dpo.pair_trainer import ScoringTrainer, SpecialistTrainer
+from trl_ama.dpo.scoring import score_pairs
 
 
 def peft_of(kind: str):

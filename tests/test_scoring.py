@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from trl_ama import AMAConfig
+from trl_ama.dpo.pair_trainer import ScoringTrainer, SpecialistTrainer
+from trl_ama.dpo.scoring import score_pairs, score_policies
 from trl_ama.policies.switching import reference_policy, trained_policy, trained_policy_and_reference
-from trl_ama.prefix_trainer import ScoringTrainer, SpecialistTrainer
-from trl_ama.scoring import score_pairs, score_policies
 
 
 ALL_KINDS = {

@@ -12,7 +12,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
 from trl_ama import AMAConfig, AMATrainer
-from trl_ama.prefix_trainer import SpecialistTrainer
+from trl_ama.dpo.pair_trainer import SpecialistTrainer
 
 
 WRITE_INTO_THE_BASE = ("pissa", "olora")

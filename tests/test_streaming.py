@@ -161,7 +161,7 @@ def sources(kind, folder):
         data = {task: Dataset.from_list(list(pairs(FIRSTS[task], size))) for task, size in SIZES.items()}
         return {task: part.to_iterable_dataset(num_shards=min(3, len(part))) for task, part in data.items()}
     if kind == "views of one":
-        from trl_ama.stream_sources import _own_copy
+        from trl_ama.dpo.streams import _own_copy
 
         whole = IterableDataset.from_generator(pairs, gen_kwargs={"first": 0, "count": 30})
         views = {

@@ -14,8 +14,8 @@ from tiny_runs import assert_learns, logged, losses_of, weights_of
 
 from trl_ama import AMATrainer, TaskConfig
 from trl_ama.common.errors import AMAError
+from trl_ama.dpo.checks import kept_tokens
 from trl_ama.scripts.common import check_keys, make_parser, read_config
-from trl_ama.trainer_checks import kept_tokens
 
 
 SIZES = {"list": 30, "sort": 18, "brief": 12}

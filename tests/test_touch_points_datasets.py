@@ -8,7 +8,7 @@ from datasets.iterable_dataset import BufferShuffledExamplesIterable
 from tiny_pairs import make_dataset
 from vision_model import make_image
 
-from trl_ama.stream_sources import _own_copy
+from trl_ama.dpo.streams import _own_copy
 
 
 def test_21_datasets_names_its_cache_by_commit(hub):

@@ -7,7 +7,7 @@ import torch
 from touched import batch_of, dpo_fixture  # noqa: F401 - fixtures
 from trl import DPOTrainer
 
-from trl_ama.pair_batches import RecordedForward
+from trl_ama.dpo.pair_batches import RecordedForward
 
 
 def test_3_dpo_loss_only_calls_its_model(dpo):

@@ -11,13 +11,13 @@ from peft import LoraConfig
 from trl import DPOTrainer
 
 import trl_ama
-from trl_ama.ama_trainer import AMATrainer
+from trl_ama.dpo.ama_trainer import AMATrainer
+from trl_ama.dpo.pair_trainer import PairTrainer, ScoringTrainer, SpecialistTrainer
+from trl_ama.dpo.reference_trainer import ReferenceLogProbs
+from trl_ama.dpo.start_errors import StartErrors
 from trl_ama.generalists import GeneralistTrainer
-from trl_ama.prefix_trainer import PairTrainer, ScoringTrainer, SpecialistTrainer
-from trl_ama.reference_trainer import ReferenceLogProbs
 from trl_ama.sampling.sampler import TaskMixtureSampler
 from trl_ama.sampling.streams import StreamSampler
-from trl_ama.start_errors import StartErrors
 from trl_ama.training.by_task import EvaluationByTask
 from trl_ama.training.checkpoints import complete_checkpoint
 from trl_ama.training.exact_resume import ExactResume

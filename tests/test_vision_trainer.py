@@ -116,8 +116,8 @@ def test_scoring_keeps_one_model_in_memory(vision_dir, tmp_path):
     from datasets import Dataset
     from trl import DPOConfig
 
-    from trl_ama.prefix_trainer import ScoringTrainer
-    from trl_ama.scoring import score_pairs
+    from trl_ama.dpo.pair_trainer import ScoringTrainer
+    from trl_ama.dpo.scoring import score_pairs
 
     rows = make_vision_rows("name", 5)
     args = DPOConfig(**{**QUICK, "output_dir": str(tmp_path), "per_device_eval_batch_size": 2})

@@ -21,8 +21,8 @@ _EXPORTS = {
     "ReferenceLosses": "reference_losses.dataset",
     "MixingStrategy": "mixing",
     "StepStatistics": "mixing",
-    "AMAConfig": "ama_config",
-    "AMATrainer": "ama_trainer",
+    "AMAConfig": "dpo.config",
+    "AMATrainer": "dpo.ama_trainer",
     "evaluate_policies": "evaluation",
     "run_pipeline": "pipeline",
     "AMAError": "common.errors",
@@ -30,10 +30,10 @@ _EXPORTS = {
 }
 
 if TYPE_CHECKING:
-    from .ama_config import AMAConfig
-    from .ama_trainer import AMATrainer
     from .common.errors import AMAError
     from .common.versions import __version__
+    from .dpo.ama_trainer import AMATrainer
+    from .dpo.config import AMAConfig
     from .evaluation import evaluate_policies
     from .loss_scoring import compute_reference_losses
     from .mixing import MixingStrategy, StepStatistics

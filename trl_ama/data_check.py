@@ -12,7 +12,6 @@ import numpy as np
 from datasets import Dataset, DatasetDict, Value
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from .ama_config import AMAConfig
 from .common.errors import AMAError, first_line
 from .data_account import judge_account
 from .data_duplicates import duplicates, text_hashes
@@ -20,7 +19,8 @@ from .data_formats import mistakes_of, text_of
 from .data_rules import trivial_rules
 from .data_tokens import unknown_tokens
 from .data_verdict import FATAL, TaskFigures, judge, judge_sizes
-from .pair_tokens import SAME_AFTER_CUT, SAME_TEXT, SAME_TOKENS, equal_answers, token_counts, tokenise
+from .dpo.config import AMAConfig
+from .dpo.tokens import SAME_AFTER_CUT, SAME_TEXT, SAME_TOKENS, equal_answers, token_counts, tokenise
 from .run_recipe import Recipe
 from .run_settings import RunSettings
 from .stage_rehearsal import model_problem

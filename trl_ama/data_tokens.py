@@ -7,7 +7,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .pair_tokens import PAIR_IDS
+from .dpo.tokens import PAIR_IDS
 from .tasks.forms import PAIR_COLUMNS
 
 

@@ -8,15 +8,15 @@ import torch
 from datasets import Dataset
 
 from .common.errors import AMAError
+from .dpo.losses import PairLogProbs, PreferenceLossConfig, excess_losses, pair_losses
+from .dpo.pair_trainer import ScoringTrainer
+from .dpo.scoring import score_pairs
 from .metrics import task_metrics, worst_and_mean
 from .pair_scores import save_margins
 from .policies.switching import trained_policy
-from .preference_losses import PairLogProbs, PreferenceLossConfig, excess_losses, pair_losses
-from .prefix_trainer import ScoringTrainer
 from .reference_losses.columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
 from .run_losses import joined_data
 from .run_settings import RunSettings
-from .scoring import score_pairs
 from .tasks.pairs import TASK_COLUMN
 
 

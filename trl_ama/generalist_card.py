@@ -9,6 +9,7 @@ from trl.trainer.utils import generate_model_card
 
 from .common.files import read_json
 from .common.run_folder import PLOT, STAGE_FILE
+from .dpo.card import NAME, PAPER, TAGS, hyper_parameters, save_card, template_for_trl
 from .policies.identity import model_identity
 from .recipe_text import recipe_yaml
 from .report.card_parts import eval_results, hub_name, identity_link, load_snippet, versions_line
@@ -17,7 +18,6 @@ from .report.results import result_table
 from .run_inputs import RunInputs
 from .run_recipe import Recipe
 from .run_settings import RunSettings
-from .trainer_card import NAME, PAPER, TAGS, hyper_parameters, save_card, template_for_trl
 
 
 _SHOWN = f"![Sampling probability and excess loss of each task]({PLOT})"

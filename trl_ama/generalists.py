@@ -4,9 +4,9 @@ import gc
 
 from transformers import set_seed
 
-from .ama_trainer import AMATrainer
 from .common.errors import AMAError
 from .common.processes import from_main
+from .dpo.ama_trainer import AMATrainer
 from .run_fingerprints import generalist_fingerprint
 from .run_losses import joined_data, reference_losses_of
 from .run_settings import RunSettings

@@ -5,9 +5,9 @@ from functools import partial
 
 from datasets import Dataset
 
-from .ama_config import AMAConfig
 from .common.errors import AMAError
 from .common.processes import from_main
+from .dpo.config import AMAConfig
 from .run_inputs import RunInputs
 from .run_recipe import Recipe
 from .tasks.image_tokens import check_takes_images

@@ -4,9 +4,9 @@ import numpy as np
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from .ama_config import AMAConfig
 from .common.errors import AMAError
-from .pair_tokens import equal_answers, token_counts, tokenise
+from .dpo.config import AMAConfig
+from .dpo.tokens import equal_answers, token_counts, tokenise
 from .run_inputs import RunInputs
 from .run_recipe import Recipe
 from .tasks.images import has_images

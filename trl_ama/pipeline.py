@@ -11,7 +11,6 @@ from datasets import disable_progress_bars as disable_dataset_bars
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 from trl import ModelConfig
 
-from .ama_config import AMAConfig
 from .common import interruption
 from .common.errors import AMAError, first_line
 from .common.files import check_seal, is_full, read_json, sealed, write_json
@@ -19,6 +18,7 @@ from .common.hub import check_login, time_limit
 from .common.processes import from_main, main_first
 from .common.run_folder import RunFolder
 from .common.versions import VERSIONS, check_version
+from .dpo.config import AMAConfig
 from .evaluation import evaluate_policies
 from .generalist_card import write_card
 from .generalists import train_generalist

@@ -10,8 +10,8 @@ from functools import cached_property
 from math import ceil
 from typing import Any
 
-from .ama_config import AMAConfig
 from .common.errors import AMAError
+from .dpo.config import AMAConfig
 from .memory_plan import StageMemory
 from .optimizer_memory import optimizer_family
 from .plan_cost import Work

@@ -9,8 +9,8 @@ import numpy as np
 from datasets import Dataset
 
 from .common.errors import AMAError, sentence
+from .dpo.tokens import token_counts, tokenise
 from .fast_path.packing import WORTH_SHARING
-from .pair_tokens import token_counts, tokenise
 from .run_inputs import RunInputs
 from .run_recipe import Recipe
 from .tasks.images import has_images
@@ -162,7 +162,7 @@ def largest_batch(parts: list[Lengths], size: int, packed: bool = True) -> list[
 
 
 def scoring_batch(parts: list[Lengths], size: int, packed: bool) -> list[Pair]:
-    """The first and largest batch of a sweep; see `Sweep.batches` in sweep.py: longest first, as many pairs as hold no more
+    """The first and largest batch of a sweep; see `Sweep.batches` in dpo/sweep.py: longest first, as many pairs as hold no more
     tokens, packed, than the `size` longest have, padded."""
     longest = max(int(part.longest.max()) for part in parts)
     budget = 2 * size * longest

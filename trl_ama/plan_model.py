@@ -8,8 +8,8 @@ import torch
 from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig
 from trl import get_peft_config
 
-from .ama_config import AMAConfig
 from .common.errors import AMAError, sentence
+from .dpo.config import AMAConfig
 from .fast_path.forward import KNOWN_ATTENTION
 from .fast_path.rules import broken_rule
 from .memory_plan import StageMemory, scoring_memory, training_memory, why_not_packed

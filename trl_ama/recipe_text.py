@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from .ama_config import MIXING_FIELDS
 from .common.secrets import is_secret, without_secrets
+from .dpo.config import MIXING_FIELDS
 from .run_recipe import Recipe
 
 

@@ -6,11 +6,11 @@ import math
 from enum import Enum
 from typing import Any
 
-from .ama_config import MIXING_FIELDS
 from .common.fingerprint import PAIRS_PER_STEP, SPLIT, package_versions
 from .common.secrets import is_secret
+from .dpo.config import MIXING_FIELDS
+from .dpo.losses import PreferenceLossConfig
 from .policies.identity import model_identity
-from .preference_losses import PreferenceLossConfig
 from .reference_losses.files import TaskLosses
 from .run_inputs import RunInputs
 from .run_recipe import Recipe

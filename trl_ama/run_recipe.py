@@ -8,11 +8,11 @@ from transformers import BitsAndBytesConfig
 from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig, get_quantization_config
 
-from .ama_config import AMAConfig
 from .common.errors import AMAError, nearest, sentence
 from .common.limits import LimitError, check_limits
 from .common.run_folder import RunFolder
 from .common.value_types import check_value
+from .dpo.config import AMAConfig
 from .pipeline_arguments import PipelineArguments
 from .tasks.config import TaskConfig, TaskMixtureConfig
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from trl import ModelConfig
 
-from .ama_config import AMAConfig
 from .common.run_folder import RunFolder
+from .dpo.config import AMAConfig
 from .pipeline_arguments import PipelineArguments
 from .run_inputs import RunInputs
 from .run_recipe import Recipe

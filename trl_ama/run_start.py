@@ -7,11 +7,12 @@ from accelerate import PartialState
 from transformers.trainer_utils import IntervalStrategy
 
 from .common.errors import AMAError
+from .dpo.checks import check_arguments
+from .dpo.losses import check_loss_types
 from .generalists import generalist_stage
 from .image_checks import check_images
 from .policies.checks import check_policy_source
 from .policies.quantized import check_optimizer, check_quantization
-from .preference_losses import check_loss_types
 from .run_inputs import RunInputs
 from .run_losses import reference_losses_done, reference_losses_of
 from .run_recipe import Recipe
@@ -21,7 +22,6 @@ from .specialists import require_specialists, specialist_stage
 from .tasks.account import account_lines
 from .tasks.loading import prompt_fits_into
 from .tasks.template_date import asks_for_the_day
-from .trainer_checks import check_arguments
 
 
 STAGES = ("specialists", "losses", "train", "eval")

@@ -12,13 +12,13 @@ from trl import DPOTrainer
 
 from .common.errors import AMAError
 from .common.processes import from_main
+from .dpo.losses import PairLogProbs, PreferenceLossConfig, pair_losses, untrained_loss
+from .dpo.pair_trainer import SpecialistTrainer
+from .dpo.scoring import score_pairs
 from .metrics import task_metrics
 from .policies.switching import reference_policy
-from .preference_losses import PairLogProbs, PreferenceLossConfig, pair_losses, untrained_loss
-from .prefix_trainer import SpecialistTrainer
 from .run_fingerprints import specialist_fingerprint
 from .run_settings import RunSettings
-from .scoring import score_pairs
 from .specialist_card import write_specialist_card
 from .training.stage import TrainingStage
 

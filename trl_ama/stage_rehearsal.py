@@ -1,4 +1,4 @@
-"""Rehearses every stage of a run that trains, before the first of them does: see `rehearsal.py` for how."""
+"""Rehearses every stage of a run that trains, before the first of them does: see `dpo/rehearsal.py` for how."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,15 +9,15 @@ from datasets import DatasetDict
 from transformers import PreTrainedModel
 from trl import get_peft_config
 
-from .ama_config import MIXING_FIELDS, AMAConfig
 from .common.errors import AMAError
 from .common.others_errors import told
-from .pair_tokens import tokenise
+from .dpo.config import MIXING_FIELDS, AMAConfig
+from .dpo.rehearsal import check_batches, check_optimization, empty_policy, read_config, rehearse
+from .dpo.tokens import tokenise
 from .policies.adapter_settings import check_adapter
 from .policies.identity import tokenizer_identity
 from .policies.quantized import check_quantization
 from .policies.token_limits import TokenLimits
-from .rehearsal import check_batches, check_optimization, empty_policy, read_config, rehearse
 from .run_inputs import RunInputs
 from .run_recipe import Recipe
 from .tasks.images import has_images

@@ -326,7 +326,7 @@ class World:
         path.write_text(yaml.safe_dump(recipe, allow_unicode=False))
         outcome = self.command(["--config", str(path)])
         if outcome.name == "success" and rng.random() < 0.5:
-            from trl_ama.prefix_trainer import SpecialistTrainer
+            from trl_ama.dpo.pair_trainer import SpecialistTrainer
 
             # What the first stage does with the pairs
             def prepare(settings):

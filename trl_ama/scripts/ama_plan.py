@@ -92,7 +92,7 @@ def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str 
     """Return the parser of `trl ama-plan`."""
     from trl import ModelConfig
 
-    from trl_ama.ama_config import AMAConfig
+    from trl_ama.dpo.config import AMAConfig
     from trl_ama.pipeline_arguments import PipelineArguments
     from trl_ama.scripts import COMMANDS
     from trl_ama.scripts.common import no_device_parser

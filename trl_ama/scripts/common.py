@@ -33,7 +33,7 @@ def make_parser(
     """Build the parser of `command`; all commands read the same four dataclasses, so one YAML file serves them all."""
     from trl import ModelConfig, TrlParser
 
-    from trl_ama.ama_config import AMAConfig
+    from trl_ama.dpo.config import AMAConfig
     from trl_ama.pipeline_arguments import PipelineArguments
     from trl_ama.scripts import COMMANDS
     from trl_ama.tasks.config import TaskMixtureConfig

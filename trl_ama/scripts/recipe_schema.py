@@ -193,8 +193,8 @@ def _launch_option(action: argparse.Action) -> dict[str, Any]:
 
 def _by_hand() -> dict[str, dict[str, Any]]:
     """What the dataclasses see to themselves, where annotations and choices do not say it."""
+    from trl_ama.dpo.losses import BATCH_LOSSES, PAIR_LOSSES
     from trl_ama.mixing import STRATEGIES
-    from trl_ama.preference_losses import BATCH_LOSSES, PAIR_LOSSES
 
     strategies, losses = list(STRATEGIES), [*PAIR_LOSSES, *BATCH_LOSSES]
     number = {"type": "number", "exclusiveMinimum": 0}

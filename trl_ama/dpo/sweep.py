@@ -9,16 +9,16 @@ import torch
 from datasets import Dataset
 from trl import DPOTrainer
 
-from .common.errors import AMAError
-from .common.processes import is_sharded
-from .fast_path.choice import PrefixSharing
-from .fast_path.forward import causal_lm, packed_forward
-from .policies.switching import Policy
-from .preference_losses import sequence_logps
-from .prefix_trainer import ScoringTrainer
-from .reference_losses.columns import REFERENCE_COLUMNS
+from ..common.errors import AMAError
+from ..common.processes import is_sharded
+from ..fast_path.choice import PrefixSharing
+from ..fast_path.forward import causal_lm, packed_forward
+from ..policies.switching import Policy
+from ..reference_losses.columns import REFERENCE_COLUMNS
+from ..tasks.images import has_images
+from .losses import sequence_logps
+from .pair_trainer import ScoringTrainer
 from .scored_rows import scored_columns, sequence_lengths
-from .tasks.images import has_images
 
 
 _NOT_FOR_THE_MODEL = ("completion_mask", *REFERENCE_COLUMNS)

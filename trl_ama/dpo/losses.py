@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .common.errors import AMAError, nearest
-from .common.limits import check_limits
-from .evaluate_modules.excess_loss import formula
+from ..common.errors import AMAError, nearest
+from ..common.limits import check_limits
+from ..evaluate_modules.excess_loss import formula
 
 
 @dataclass

@@ -11,16 +11,16 @@ from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, Iterable
 from datasets.iterable_dataset import BufferShuffledExamplesIterable
 from trl import DPOTrainer
 
-from .ama_config import AMAConfig
-from .common.errors import AMAError, short
-from .mixing import MixingStrategy
-from .reference_losses.columns import LOGP_COLUMNS, REFERENCE_COLUMNS, TOKEN_COLUMNS
-from .sampling.streams import TaskStreams
-from .tasks.config import check_task_names
-from .tasks.forms import PAIR_COLUMNS, TEMPLATE_KWARGS
-from .tasks.pairs import TASK_COLUMN
-from .tasks.rows import check_pair
-from .trainer_checks import kept_tokens
+from ..common.errors import AMAError, short
+from ..mixing import MixingStrategy
+from ..reference_losses.columns import LOGP_COLUMNS, REFERENCE_COLUMNS, TOKEN_COLUMNS
+from ..sampling.streams import TaskStreams
+from ..tasks.config import check_task_names
+from ..tasks.forms import PAIR_COLUMNS, TEMPLATE_KWARGS
+from ..tasks.pairs import TASK_COLUMN
+from ..tasks.rows import check_pair
+from .checks import kept_tokens
+from .config import AMAConfig
 
 
 logger = get_logger(__name__)

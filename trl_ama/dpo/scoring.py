@@ -12,15 +12,15 @@ from tqdm.std import tqdm as ProgressBar
 from transformers import PreTrainedModel
 from trl import DPOTrainer
 
-from .common import interruption
-from .common.arrays import numpy_column
-from .common.processes import from_main
-from .policies.switching import Policy, reference_policy, trained_policy, trained_policy_and_reference
-from .reference_losses.columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
-from .reference_losses.shards import LossShards
+from ..common import interruption
+from ..common.arrays import numpy_column
+from ..common.processes import from_main
+from ..policies.switching import Policy, reference_policy, trained_policy, trained_policy_and_reference
+from ..reference_losses.columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
+from ..reference_losses.shards import LossShards
+from ..tasks.pairs import TASK_COLUMN
 from .scored_rows import unit_of
 from .sweep import Sweep
-from .tasks.pairs import TASK_COLUMN
 
 
 def score_pairs(

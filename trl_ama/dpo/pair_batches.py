@@ -7,9 +7,9 @@ import torch
 from accelerate import Accelerator
 from trl import DPOTrainer
 
-from .preference_losses import PairLogProbs, PreferenceLossConfig, pair_losses, sequence_logps
-from .reference_losses.columns import LOGP_COLUMNS
-from .tasks.pairs import TASK_COLUMN
+from ..reference_losses.columns import LOGP_COLUMNS
+from ..tasks.pairs import TASK_COLUMN
+from .losses import PairLogProbs, PreferenceLossConfig, pair_losses, sequence_logps
 
 
 # In a batch with repeats: how many of its pairs count, which come first, and how many do on all processes together

@@ -3,9 +3,9 @@
 import numpy as np
 from datasets import Dataset
 
-from .common.arrays import list_lengths
-from .tasks.forms import EXTRA_COLUMNS, PAIR_COLUMNS
-from .tasks.images import has_images
+from ..common.arrays import list_lengths
+from ..tasks.forms import EXTRA_COLUMNS, PAIR_COLUMNS
+from ..tasks.images import has_images
 
 
 _INPUTS = ("prompt_ids", "chosen_ids", "rejected_ids")

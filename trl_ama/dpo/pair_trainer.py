@@ -17,19 +17,19 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import DPOTrainer
 
-from .common.errors import AMAError, first_line
-from .common.processes import from_main, is_sharded, whole_models
-from .fast_path.choice import PrefixSharing
+from ..common.errors import AMAError, first_line
+from ..common.processes import from_main, is_sharded, whole_models
+from ..fast_path.choice import PrefixSharing
+from ..policies.objects import check_is_model, check_policy
+from ..policies.own_adapter import OwnBase
+from ..policies.quantized import keep_weights
+from ..tasks.images import has_images
+from ..tasks.rows import first_failure
+from ..training.exact_resume import ExactResume
+from ..training.finite_steps import FiniteSteps
+from .losses import PreferenceLossConfig, pair_losses
 from .pair_batches import COUNTED, RecordedForward, mark_repeats
-from .policies.objects import check_is_model, check_policy
-from .policies.own_adapter import OwnBase
-from .policies.quantized import keep_weights
-from .preference_losses import PreferenceLossConfig, pair_losses
 from .start_errors import StartErrors
-from .tasks.images import has_images
-from .tasks.rows import first_failure
-from .training.exact_resume import ExactResume
-from .training.finite_steps import FiniteSteps
 
 
 _TEMPORARY = "_reference_logps-"

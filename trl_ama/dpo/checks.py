@@ -9,15 +9,15 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from trl import DPOConfig
 
-from .ama_config import AMAConfig
-from .common.arrays import list_lengths, numpy_column
-from .common.errors import AMAError, nearest
-from .mixing import MixingStrategy
-from .preference_losses import check_loss_types
-from .reference_losses.columns import REFERENCE_COLUMNS, SPECIALIST_COLUMNS, TOKEN_COLUMNS, has_columns
-from .sampling.sampler import count_tasks
-from .tasks.held_out import eval_parts
-from .tasks.pairs import TASK_COLUMN
+from ..common.arrays import list_lengths, numpy_column
+from ..common.errors import AMAError, nearest
+from ..mixing import MixingStrategy
+from ..reference_losses.columns import REFERENCE_COLUMNS, SPECIALIST_COLUMNS, TOKEN_COLUMNS, has_columns
+from ..sampling.sampler import count_tasks
+from ..tasks.held_out import eval_parts
+from ..tasks.pairs import TASK_COLUMN
+from .config import AMAConfig
+from .losses import check_loss_types
 
 
 logger = get_logger(__name__)

@@ -6,12 +6,12 @@ from typing import Any
 from accelerate.logging import get_logger
 from datasets import ClassLabel, Dataset, IterableDataset
 
-from .ama_config import AMAConfig
-from .common.errors import AMAError
-from .reference_losses.columns import SPECIALIST_COLUMNS
-from .stream_sources import StreamedTasks, is_streamed
-from .tasks.forms import PAIR_COLUMNS
-from .tasks.pairs import TASK_COLUMN, task_names_of, with_task_labels
+from ..common.errors import AMAError
+from ..reference_losses.columns import SPECIALIST_COLUMNS
+from ..tasks.forms import PAIR_COLUMNS
+from ..tasks.pairs import TASK_COLUMN, task_names_of, with_task_labels
+from .config import AMAConfig
+from .streams import StreamedTasks, is_streamed
 
 
 logger = get_logger(__name__)

@@ -9,13 +9,13 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers.trainer_utils import PredictionOutput
 
-from .common.errors import AMAError
-from .common.processes import is_sharded, sum_of_all
-from .preference_losses import PairLogProbs
-from .reference_losses.columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
+from ..common.errors import AMAError
+from ..common.processes import is_sharded, sum_of_all
+from ..reference_losses.columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
+from ..tasks.held_out import columns_of
+from ..tasks.pairs import TASK_COLUMN
+from .losses import PairLogProbs
 from .scoring import add_logp_columns
-from .tasks.held_out import columns_of
-from .tasks.pairs import TASK_COLUMN
 
 
 logger = get_logger(__name__)

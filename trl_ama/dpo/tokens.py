@@ -10,13 +10,13 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import DPOTrainer
 
-from .ama_config import AMAConfig
-from .common.arrays import list_lengths
-from .common.errors import AMAError, first_line
-from .tasks.forms import EXTRA_COLUMNS, PAIR_COLUMNS
-from .tasks.image_tokens import check_takes_images, image_pair_ids
-from .tasks.images import has_images
-from .tasks.rows import first_failure
+from ..common.arrays import list_lengths
+from ..common.errors import AMAError, first_line
+from ..tasks.forms import EXTRA_COLUMNS, PAIR_COLUMNS
+from ..tasks.image_tokens import check_takes_images, image_pair_ids
+from ..tasks.images import has_images
+from ..tasks.rows import first_failure
+from .config import AMAConfig
 
 
 PAIR_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -77,7 +77,7 @@ def equal_answers(tokenised: Dataset, pairs: Iterable[dict[str, Any]], args: AMA
     """For each pair, in which respect a model cannot tell its answers apart, so that it sends no gradient; `None` if it can.
 
     Args:
-        tokenised (`Dataset`): As [`~trl_ama.pair_tokens.tokenise`] returns it.
+        tokenised (`Dataset`): As [`~trl_ama.dpo.tokens.tokenise`] returns it.
         pairs (`Iterable[dict]`): The same pairs before that.
         args ([`AMAConfig`]): `max_length` and `truncation_mode`.
     """

@@ -30,11 +30,11 @@ from transformers.utils import logging
 from trl import DPOTrainer
 from trl.trainer.utils import create_model_from_path
 
-from .ama_config import AMAConfig
-from .common.errors import AMAError
-from .common.others_errors import told
-from .policies.adapter_settings import check_adapter, check_head, explain_adapter
-from .policies.empty import fill_with_fakes
+from ..common.errors import AMAError
+from ..common.others_errors import told
+from ..policies.adapter_settings import check_adapter, check_head, explain_adapter
+from ..policies.empty import fill_with_fakes
+from .config import AMAConfig
 
 
 # Arguments of `from_pretrained` that say where weights come from and go to

@@ -20,22 +20,20 @@ from transformers import (
 )
 from trl.trainer.utils import get_config_model_id
 
-from .ama_config import AMAConfig
-from .common.errors import AMAError
-from .pair_batches import COUNTED, broken_on_plain_path
-from .policies.checks import check_policy_source
-from .policies.objects import check_is_model, check_specialist_objects
-from .preference_losses import BATCH_LOSSES, PreferenceLossConfig, excess_losses, pair_losses, untrained_loss
-from .prefix_trainer import PairTrainer
-from .reference_losses.columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
-from .reference_trainer import ReferenceLogProbs
-from .sampling.mixture import Mixture, strategy_for
-from .stream_sources import checked_losses, stream_arguments
-from .tasks.held_out import check_eval_dataset, eval_parts
-from .tasks.images import has_images
-from .tasks.pairs import TASK_COLUMN
-from .trainer_card import NAME, PAPER, TAGS, complete_card, template_for_trl
-from .trainer_checks import (
+from ..common.errors import AMAError
+from ..policies.checks import check_policy_source
+from ..policies.objects import check_is_model, check_specialist_objects
+from ..reference_losses.columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
+from ..sampling.mixture import Mixture, strategy_for
+from ..tasks.held_out import check_eval_dataset, eval_parts
+from ..tasks.images import has_images
+from ..tasks.pairs import TASK_COLUMN
+from ..training.by_task import EvaluationByTask
+from ..training.exact_resume import ExactResume
+from ..training.mixed import MixedTraining
+from ..training.published import Published
+from .card import NAME, PAPER, TAGS, complete_card, template_for_trl
+from .checks import (
     check_arguments,
     check_best_metric,
     check_columns,
@@ -46,10 +44,12 @@ from .trainer_checks import (
     check_train_dataset,
     descends_trl_loss,
 )
-from .training.by_task import EvaluationByTask
-from .training.exact_resume import ExactResume
-from .training.mixed import MixedTraining
-from .training.published import Published
+from .config import AMAConfig
+from .losses import BATCH_LOSSES, PreferenceLossConfig, excess_losses, pair_losses, untrained_loss
+from .pair_batches import COUNTED, broken_on_plain_path
+from .pair_trainer import PairTrainer
+from .reference_trainer import ReferenceLogProbs
+from .streams import checked_losses, stream_arguments
 from .training_pairs import default_arguments, training_pairs
 
 

@@ -4,12 +4,12 @@ from typing import Any
 
 from trl import DPOConfig
 
-from .common.errors import AMAError, short
-from .common.limits import LIMITS, check_limits
-from .common.secrets import is_secret
-from .common.value_types import check_value
-from .mixing import STRATEGIES, check_strategy_name
-from .preference_losses import check_loss_types
+from ..common.errors import AMAError, short
+from ..common.limits import LIMITS, check_limits
+from ..common.secrets import is_secret
+from ..common.value_types import check_value
+from ..mixing import STRATEGIES, check_strategy_name
+from .losses import check_loss_types
 
 
 _EXCESS_CLIPS = ("pair", "task", "none")

@@ -10,9 +10,9 @@ from huggingface_hub import ModelCard
 from transformers import ProcessorMixin
 from trl import DPOTrainer
 
-from .ama_config import MIXING_FIELDS, AMAConfig
-from .report.card_parts import CITATION, load_snippet, template
-from .report.markdown import escape, fence, fill, table
+from ..report.card_parts import CITATION, load_snippet, template
+from ..report.markdown import escape, fence, fill, table
+from .config import MIXING_FIELDS, AMAConfig
 
 
 # As TRL's `generate_model_card` takes them

@@ -6,10 +6,10 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 
-from .common.errors import AMAError
-from .common.others_errors import told
-from .policies.adapter_settings import check_adapter, check_head
-from .policies.token_limits import TokenLimits
+from ..common.errors import AMAError
+from ..common.others_errors import told
+from ..policies.adapter_settings import check_adapter, check_head
+from ..policies.token_limits import TokenLimits
 from .rehearsal import check_batches, check_kind, check_tokenizer, empty_policy, explained
 
 
