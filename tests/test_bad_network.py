@@ -9,8 +9,8 @@ from pushed_runs import REPOSITORIES, Run, finished_fixture, nothing_computed_fi
 
 from trl_ama import AMAError, run_pipeline
 from trl_ama.pipeline import STAGES
+from trl_ama.recipe.settings import RunSettings
 from trl_ama.reference_losses.files import read_task
-from trl_ama.run_settings import RunSettings
 
 
 PUSHES = [("specialists",), ("losses",), ("train", "eval")]

@@ -12,8 +12,8 @@ from trl import DPOTrainer, ModelConfig
 from trl_ama import AMAConfig, TaskMixtureConfig
 from trl_ama.data_check import check_data
 from trl_ama.data_report import render
-from trl_ama.pipeline_arguments import PipelineArguments
-from trl_ama.run_settings import RunSettings
+from trl_ama.recipe.arguments import PipelineArguments
+from trl_ama.recipe.settings import RunSettings
 from trl_ama.tasks.transcripts import DIFFER
 
 

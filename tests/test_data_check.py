@@ -428,7 +428,7 @@ def test_command_reads_no_weights(run, monkeypatch):
         if module in sys.modules:
             monkeypatch.setattr(f"{module}.safe_open", lambda *args, **kwargs: pytest.fail("weights were read"))
     monkeypatch.setattr("trl_ama.policies.identity.model_identity", lambda *args: pytest.fail("weights were hashed"))
-    monkeypatch.setattr("trl_ama.run_inputs.model_identity", lambda *args: pytest.fail("weights were hashed"))
+    monkeypatch.setattr("trl_ama.recipe.inputs.model_identity", lambda *args: pytest.fail("weights were hashed"))
     made, make = [], PreTrainedModel.from_pretrained.__func__
 
     def from_pretrained(cls, path, *args, **kwargs):

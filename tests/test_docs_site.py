@@ -89,7 +89,7 @@ def test_commands_and_keys_are_all_there(site):
     from trl import ModelConfig
 
     from trl_ama import AMAConfig, TaskConfig, TaskMixtureConfig
-    from trl_ama.pipeline_arguments import PipelineArguments
+    from trl_ama.recipe.arguments import PipelineArguments
     from trl_ama.scripts import COMMANDS
 
     commands = page(site, "docs/cli")

@@ -18,8 +18,8 @@ from trl_ama import AMAConfig, AMAError, AMATrainer, TaskMixtureConfig
 from trl_ama.data_check import check_data
 from trl_ama.dpo.rehearsal import empty_policy, rehearse
 from trl_ama.pipeline import run_pipeline
-from trl_ama.pipeline_arguments import PipelineArguments
-from trl_ama.run_settings import RunSettings
+from trl_ama.recipe.arguments import PipelineArguments
+from trl_ama.recipe.settings import RunSettings
 
 
 SIZES = {"list": 6, "sort": 6}

@@ -13,7 +13,7 @@ from made_runs import FINGERPRINT, Tree, copy_fixture, finished_fixture, make_ru
 
 from trl_ama import cli
 from trl_ama.common.run_folder import MARGINS_FILE, NOTE_FILE
-from trl_ama.recipe_text import public_arguments
+from trl_ama.recipe.text import public_arguments
 from trl_ama.report.collect import MASK, collect, masked
 from trl_ama.report.page import write_comparison
 

@@ -7,7 +7,7 @@ from trl import DPOTrainer
 
 from trl_ama import AMAError
 from trl_ama.length_note import length_lines
-from trl_ama.run_settings import RunSettings
+from trl_ama.recipe.settings import RunSettings
 
 
 def lines_of(settings: RunSettings) -> list[str]:

@@ -18,8 +18,8 @@ from trl import DPOConfig, ModelConfig
 from trl_ama import AMAConfig, AMAError, AMATrainer, TaskConfig, TaskMixtureConfig
 from trl_ama.common.limits import FREE, LIMITS, LimitError, check_limits
 from trl_ama.dpo.losses import PAIR_LOSSES, PreferenceLossConfig
-from trl_ama.pipeline_arguments import PipelineArguments
-from trl_ama.run_settings import RunSettings
+from trl_ama.recipe.arguments import PipelineArguments
+from trl_ama.recipe.settings import RunSettings
 from trl_ama.scripts.ama_check import CheckArguments
 from trl_ama.scripts.common import make_parser, parse_dataclasses
 

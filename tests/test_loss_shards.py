@@ -24,11 +24,11 @@ from trl_ama.dpo import scoring
 from trl_ama.dpo.pair_trainer import ScoringTrainer
 from trl_ama.dpo.scoring import score_pairs
 from trl_ama.policies.switching import reference_policy, trained_policy
+from trl_ama.recipe.settings import RunSettings
 from trl_ama.reference_losses import shards as loss_shards
 from trl_ama.reference_losses.columns import LOGP_COLUMNS
 from trl_ama.reference_losses.files import tasks_in
 from trl_ama.reference_losses.shards import LossShards
-from trl_ama.run_settings import RunSettings
 
 
 # ---- Shards alone ----

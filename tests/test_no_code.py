@@ -10,7 +10,7 @@ from forgery import readable
 from hub_world import SIZES, parse, upload_model, upload_pairs, write_recipe
 
 from trl_ama import AMAError, run_pipeline
-from trl_ama.run_settings import RunSettings
+from trl_ama.recipe.settings import RunSettings
 from trl_ama.run_start import check_recipe
 
 

@@ -14,8 +14,8 @@ from huggingface_hub import HfApi, constants
 from trl_ama import AMAError, load_reference_losses, run_pipeline
 from trl_ama.common.hub import HubTarget, say
 from trl_ama.common.secrets import redact
-from trl_ama.recipe_text import recipe_yaml
-from trl_ama.run_settings import RunSettings
+from trl_ama.recipe.settings import RunSettings
+from trl_ama.recipe.text import recipe_yaml
 from trl_ama.tasks.config import check_config_name, check_task_names
 
 

@@ -4,7 +4,7 @@ import pytest
 from whole_runs import copy_fixture, finished_fixture, no_training_fixture, recipe_fixture  # noqa: F401 - fixtures
 
 from trl_ama import AMAError, run_pipeline
-from trl_ama.run_settings import RunSettings
+from trl_ama.recipe.settings import RunSettings
 
 
 @pytest.mark.parametrize(

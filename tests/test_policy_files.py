@@ -214,7 +214,7 @@ def test_the_pipeline_with_specialists_of_the_hub(hub, pulled, model_dir, tmp_pa
     from trl import ModelConfig, TrlParser
 
     from trl_ama import TaskMixtureConfig, run_pipeline
-    from trl_ama.pipeline_arguments import PipelineArguments
+    from trl_ama.recipe.arguments import PipelineArguments
 
     (old, new), folders = pulled
     for task in SIZES:

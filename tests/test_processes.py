@@ -19,8 +19,8 @@ from tiny_runs import QUICK
 
 from trl_ama import AMAError
 from trl_ama.common.fingerprint import check_fingerprint
+from trl_ama.recipe.fingerprint import relevant_arguments
 from trl_ama.reference_losses.shards import LossShards
-from trl_ama.run_fingerprints import relevant_arguments
 from trl_ama.training.checkpoints import damage_of, read_manifest
 
 

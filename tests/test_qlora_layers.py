@@ -11,7 +11,7 @@ from trl import DPOConfig, DPOTrainer
 
 from trl_ama import AMAError, run_pipeline
 from trl_ama.policies.quantized import check_optimizer, dequantized_weight, keep_weights, quantized_layers
-from trl_ama.run_settings import RunSettings
+from trl_ama.recipe.settings import RunSettings
 from trl_ama.run_start import check_recipe
 
 

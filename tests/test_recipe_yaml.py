@@ -4,7 +4,7 @@ import pytest
 
 from trl_ama import AMAError, TaskConfig, TaskMixtureConfig
 from trl_ama.common.yaml_files import load_yaml
-from trl_ama.pipeline_arguments import PipelineArguments
+from trl_ama.recipe.arguments import PipelineArguments
 from trl_ama.scripts.common import make_parser, parse_arguments, read_config, split_arguments
 
 

@@ -26,7 +26,7 @@ from tiny_pairs import write_pairs
 from trl import DPOConfig
 
 from trl_ama import AMAConfig, run_pipeline
-from trl_ama.pipeline_arguments import PipelineArguments
+from trl_ama.recipe.arguments import PipelineArguments
 from trl_ama.scripts.common import check_keys, make_parser, read_config, split_arguments
 from trl_ama.scripts.recipe_check import PATH
 from trl_ama.tasks.config import TaskMixtureConfig

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from trl_ama import AMAError, run_pipeline
 from trl_ama.common.files import read_json
 from trl_ama.policies.identity import tokenizer_identity
-from trl_ama.run_settings import RunSettings
+from trl_ama.recipe.settings import RunSettings
 from trl_ama.tasks.template_date import asks_for_the_day, fix_date
 
 

@@ -13,7 +13,7 @@ from trl import DPOTrainer, ModelConfig, TrlParser
 
 from trl_ama import AMAConfig, AMATrainer, TaskMixtureConfig, run_pipeline
 from trl_ama.common.files import write_json
-from trl_ama.pipeline_arguments import PipelineArguments
+from trl_ama.recipe.arguments import PipelineArguments
 from trl_ama.training.stage import TrainingStage
 
 

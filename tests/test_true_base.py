@@ -29,12 +29,12 @@ from trl import DPOConfig, DPOTrainer, ModelConfig
 
 from trl_ama import AMAConfig, AMAError, AMATrainer
 from trl_ama.dpo.pair_trainer import ScoringTrainer
-from trl_ama.pipeline_arguments import PipelineArguments
 from trl_ama.policies.base_weights import BaseWeights, checksums
 from trl_ama.policies.objects import check_policy
 from trl_ama.policies.own_adapter import OwnBase
 from trl_ama.policies.switching import trained_policy, trained_policy_and_reference
-from trl_ama.run_settings import RunSettings
+from trl_ama.recipe.arguments import PipelineArguments
+from trl_ama.recipe.settings import RunSettings
 from trl_ama.tasks.config import TaskMixtureConfig
 
 

@@ -21,9 +21,9 @@ from .data_tokens import unknown_tokens
 from .data_verdict import FATAL, TaskFigures, judge, judge_sizes
 from .dpo.config import AMAConfig
 from .dpo.tokens import SAME_AFTER_CUT, SAME_TEXT, SAME_TOKENS, equal_answers, token_counts, tokenise
-from .run_recipe import Recipe
-from .run_settings import RunSettings
-from .stage_rehearsal import model_problem
+from .recipe.recipe import Recipe
+from .recipe.rehearsal import model_problem
+from .recipe.settings import RunSettings
 from .tasks.account import RowAccount
 from .tasks.forms import PAIR_COLUMNS, TEMPLATE_COLUMNS
 from .tasks.images import has_images

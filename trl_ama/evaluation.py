@@ -14,9 +14,9 @@ from .dpo.scoring import score_pairs
 from .metrics import task_metrics, worst_and_mean
 from .pair_scores import save_margins
 from .policies.switching import trained_policy
+from .recipe.settings import RunSettings
 from .reference_losses.columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
 from .run_losses import joined_data
-from .run_settings import RunSettings
 from .tasks.pairs import TASK_COLUMN
 
 

@@ -7,9 +7,9 @@ from transformers import set_seed
 from .common.errors import AMAError
 from .common.processes import from_main
 from .dpo.ama_trainer import AMATrainer
-from .run_fingerprints import generalist_fingerprint
+from .recipe.fingerprint import generalist_fingerprint
+from .recipe.settings import RunSettings
 from .run_losses import joined_data, reference_losses_of
-from .run_settings import RunSettings
 from .training.stage import TrainingStage
 
 

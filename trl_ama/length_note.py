@@ -7,8 +7,8 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from .common.errors import AMAError
 from .dpo.config import AMAConfig
 from .dpo.tokens import equal_answers, token_counts, tokenise
-from .run_inputs import RunInputs
-from .run_recipe import Recipe
+from .recipe.inputs import RunInputs
+from .recipe.recipe import Recipe
 from .tasks.images import has_images
 
 

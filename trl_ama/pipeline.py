@@ -24,20 +24,20 @@ from .generalist_card import write_card
 from .generalists import train_generalist
 from .length_note import length_lines
 from .loss_scoring import compute_reference_losses
-from .pipeline_arguments import PipelineArguments
 from .publishing import Publisher
+from .recipe.arguments import PipelineArguments
+from .recipe.fingerprint import evaluation_fingerprint
+from .recipe.inputs import RunInputs
+from .recipe.recipe import Recipe
+from .recipe.rehearsal import rehearse_stages
+from .recipe.settings import RunSettings
 from .reference_losses.files import tasks_in
 from .report.results import plot_mixture, result_table
-from .run_fingerprints import evaluation_fingerprint
-from .run_inputs import RunInputs
 from .run_lock import folder_held
 from .run_losses import reference_losses_of
 from .run_note import leave_page
-from .run_recipe import Recipe
-from .run_settings import RunSettings
 from .run_start import STAGES, check_recipe, describe_plan
 from .specialists import require_specialists, train_specialists
-from .stage_rehearsal import rehearse_stages
 from .tasks.config import TaskMixtureConfig
 
 

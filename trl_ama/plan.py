@@ -17,7 +17,7 @@ from .optimizer_memory import optimizer_family
 from .plan_cost import Work
 from .plan_lengths import Lengths, Pair, common_beginning, count_lengths, largest_batch, scoring_batch
 from .plan_model import PlannedModel
-from .run_settings import RunSettings
+from .recipe.settings import RunSettings
 
 
 _BY_SIZE = ("proportional", "task_normalized")  # strategies that draw tasks by their number of pairs

@@ -11,8 +11,8 @@ from datasets import Dataset
 from .common.errors import AMAError, sentence
 from .dpo.tokens import token_counts, tokenise
 from .fast_path.packing import WORTH_SHARING
-from .run_inputs import RunInputs
-from .run_recipe import Recipe
+from .recipe.inputs import RunInputs
+from .recipe.recipe import Recipe
 from .tasks.images import has_images
 
 

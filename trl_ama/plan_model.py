@@ -16,7 +16,7 @@ from .memory_plan import StageMemory, scoring_memory, training_memory, why_not_p
 from .plan_cost import Products
 from .plan_empty import MemorySettings, empty_model
 from .plan_lengths import Pair
-from .run_recipe import Recipe
+from .recipe.recipe import Recipe
 
 
 class PlannedModel:

@@ -26,7 +26,7 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from .common.errors import AMAError, first_line
 from .common.files import PARTIAL, remove_partial, write_json
 from .common.run_folder import LOCKS, RUN_LOCK, RunFolder, task_lock
-from .recipe_text import public_arguments
+from .recipe.text import public_arguments
 
 
 logger = get_logger(__name__)

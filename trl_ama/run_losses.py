@@ -8,14 +8,14 @@ from datasets import DatasetDict
 
 from .common.errors import AMAError
 from .common.fingerprint import check_fingerprint
+from .recipe.fingerprint import reference_fingerprint
+from .recipe.inputs import RunInputs
+from .recipe.recipe import Recipe
+from .recipe.settings import RunSettings
 from .reference_losses.columns import join_reference_losses
 from .reference_losses.dataset import ReferenceLosses
 from .reference_losses.files import TaskLosses, damaged_file, read_note, read_task, tasks_in
 from .reference_losses.shards import check_unfinished
-from .run_fingerprints import reference_fingerprint
-from .run_inputs import RunInputs
-from .run_recipe import Recipe
-from .run_settings import RunSettings
 from .tasks.loading import prompt_fits_into
 from .tasks.pairs import PAIR_ID_COLUMN
 

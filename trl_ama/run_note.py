@@ -13,11 +13,11 @@ from .common.hub import is_hub_id
 from .common.run_folder import NOTE_FILE
 from .common.secrets import public_name
 from .common.versions import VERSIONS, __version__
-from .recipe_text import public_arguments, recipe_yaml
+from .recipe.inputs import RunInputs
+from .recipe.recipe import Recipe
+from .recipe.settings import RunSettings
+from .recipe.text import public_arguments, recipe_yaml
 from .report.page import write_page
-from .run_inputs import RunInputs
-from .run_recipe import Recipe
-from .run_settings import RunSettings
 
 
 def run_note(recipe: Recipe, inputs: RunInputs, published: dict[str, str]) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from .generalists import generalist_stage
 from .image_checks import check_images
 from .policies.checks import check_policy_source
 from .policies.quantized import check_optimizer, check_quantization
-from .run_inputs import RunInputs
+from .recipe.inputs import RunInputs
+from .recipe.recipe import Recipe
+from .recipe.settings import RunSettings
 from .run_losses import reference_losses_done, reference_losses_of
-from .run_recipe import Recipe
-from .run_settings import RunSettings
 from .sampling.mixture import strategy_for
 from .specialists import require_specialists, specialist_stage
 from .tasks.account import account_lines

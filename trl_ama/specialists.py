@@ -17,8 +17,8 @@ from .dpo.pair_trainer import SpecialistTrainer
 from .dpo.scoring import score_pairs
 from .metrics import task_metrics
 from .policies.switching import reference_policy
-from .run_fingerprints import specialist_fingerprint
-from .run_settings import RunSettings
+from .recipe.fingerprint import specialist_fingerprint
+from .recipe.settings import RunSettings
 from .specialist_card import write_specialist_card
 from .training.stage import TrainingStage
 

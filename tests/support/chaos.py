@@ -221,7 +221,7 @@ def run_stages(home: Path, folder: Path, variant: Variant, stages: tuple[str, ..
     from trl import ModelConfig, TrlParser
 
     from trl_ama import AMAConfig, TaskMixtureConfig, run_pipeline
-    from trl_ama.pipeline_arguments import PipelineArguments
+    from trl_ama.recipe.arguments import PipelineArguments
     from trl_ama.reference_losses import shards as loss_shards
 
     datasets.config.HF_DATASETS_CACHE = home / "cache"

@@ -274,7 +274,7 @@ class World:
 
     def command(self, argv: list[str]) -> Outcome:
         """What `trl ama` does before it trains."""
-        from trl_ama.run_settings import RunSettings
+        from trl_ama.recipe.settings import RunSettings
         from trl_ama.run_start import STAGES, check_recipe, describe_plan
         from trl_ama.scripts.common import make_parser, parse_arguments, read_config, report_errors, split_arguments
 

@@ -146,7 +146,7 @@ def pipeline(spec, output_dir, *flags, said=None):
 
     from trl_ama import AMAConfig, TaskMixtureConfig
     from trl_ama.pipeline import run_pipeline
-    from trl_ama.pipeline_arguments import PipelineArguments
+    from trl_ama.recipe.arguments import PipelineArguments
 
     parser = TrlParser((PipelineArguments, AMAConfig, ModelConfig, TaskMixtureConfig))
     arguments = parser.parse_args_and_config(["--config", spec["recipe"], "--output_dir", str(output_dir), *flags])

@@ -11,7 +11,7 @@ from trl import DPOTrainer, ModelConfig, TrlParser
 
 from trl_ama import AMAConfig, TaskMixtureConfig, run_pipeline
 from trl_ama.pipeline import STAGES
-from trl_ama.pipeline_arguments import PipelineArguments
+from trl_ama.recipe.arguments import PipelineArguments
 
 
 REPOSITORIES = [

@@ -50,7 +50,7 @@ def main(check_args: CheckArguments, pipeline_args, training_args, model_args, t
 
     from trl_ama.data_check import check_data
     from trl_ama.data_report import render
-    from trl_ama.run_settings import RunSettings
+    from trl_ama.recipe.settings import RunSettings
     from trl_ama.scripts.messages import show
 
     disable_progress_bars()  # there would be a dozen for each task, and seconds for all
@@ -74,7 +74,7 @@ def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str 
     from trl import ModelConfig
 
     from trl_ama.dpo.config import AMAConfig
-    from trl_ama.pipeline_arguments import PipelineArguments
+    from trl_ama.recipe.arguments import PipelineArguments
     from trl_ama.scripts import COMMANDS
     from trl_ama.scripts.common import no_device_parser
     from trl_ama.tasks.config import TaskMixtureConfig

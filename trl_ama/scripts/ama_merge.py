@@ -102,7 +102,7 @@ def _generalist(strategy: str | None, pipeline_args, training_args, model_args, 
     """The folder of the run's generalist."""
     from trl_ama.common.errors import AMAError
     from trl_ama.common.run_folder import STAGE_FILE
-    from trl_ama.run_settings import RunSettings
+    from trl_ama.recipe.settings import RunSettings
 
     strategy = strategy or training_args.mixing
     folder = RunSettings(pipeline_args, training_args, model_args, task_args).folder.generalist(strategy)
@@ -132,7 +132,7 @@ def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str 
     from trl import ModelConfig, TrlParser
 
     from trl_ama.dpo.config import AMAConfig
-    from trl_ama.pipeline_arguments import PipelineArguments
+    from trl_ama.recipe.arguments import PipelineArguments
     from trl_ama.scripts import COMMANDS
     from trl_ama.tasks.config import TaskMixtureConfig
 

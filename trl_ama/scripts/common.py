@@ -34,7 +34,7 @@ def make_parser(
     from trl import ModelConfig, TrlParser
 
     from trl_ama.dpo.config import AMAConfig
-    from trl_ama.pipeline_arguments import PipelineArguments
+    from trl_ama.recipe.arguments import PipelineArguments
     from trl_ama.scripts import COMMANDS
     from trl_ama.tasks.config import TaskMixtureConfig
 

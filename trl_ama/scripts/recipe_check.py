@@ -149,7 +149,7 @@ class _EarlyCheck:
     def _check_arguments(self) -> None:
         """What the dataclasses say, one after the other, and then the pipeline."""
         from trl_ama.mixing import check_strategy_name
-        from trl_ama.pipeline_arguments import PipelineArguments
+        from trl_ama.recipe.arguments import PipelineArguments
         from trl_ama.tasks.config import TaskMixtureConfig
 
         try:

@@ -8,13 +8,13 @@ from transformers import BitsAndBytesConfig
 from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig, get_quantization_config
 
-from .common.errors import AMAError, nearest, sentence
-from .common.limits import LimitError, check_limits
-from .common.run_folder import RunFolder
-from .common.value_types import check_value
-from .dpo.config import AMAConfig
-from .pipeline_arguments import PipelineArguments
-from .tasks.config import TaskConfig, TaskMixtureConfig
+from ..common.errors import AMAError, nearest, sentence
+from ..common.limits import LimitError, check_limits
+from ..common.run_folder import RunFolder
+from ..common.value_types import check_value
+from ..dpo.config import AMAConfig
+from ..tasks.config import TaskConfig, TaskMixtureConfig
+from .arguments import PipelineArguments
 
 
 @dataclass

@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from .common.secrets import is_secret, without_secrets
-from .dpo.config import MIXING_FIELDS
-from .run_recipe import Recipe
+from ..common.secrets import is_secret, without_secrets
+from ..dpo.config import MIXING_FIELDS
+from .recipe import Recipe
 
 
 # Where results go and how they are shown, which is not what made them

@@ -9,19 +9,19 @@ from datasets import DatasetDict
 from transformers import PreTrainedModel
 from trl import get_peft_config
 
-from .common.errors import AMAError
-from .common.others_errors import told
-from .dpo.config import MIXING_FIELDS, AMAConfig
-from .dpo.rehearsal import check_batches, check_optimization, empty_policy, read_config, rehearse
-from .dpo.tokens import tokenise
-from .policies.adapter_settings import check_adapter
-from .policies.identity import tokenizer_identity
-from .policies.quantized import check_quantization
-from .policies.token_limits import TokenLimits
-from .run_inputs import RunInputs
-from .run_recipe import Recipe
-from .tasks.images import has_images
-from .tasks.pairs import TASK_COLUMN
+from ..common.errors import AMAError
+from ..common.others_errors import told
+from ..dpo.config import MIXING_FIELDS, AMAConfig
+from ..dpo.rehearsal import check_batches, check_optimization, empty_policy, read_config, rehearse
+from ..dpo.tokens import tokenise
+from ..policies.adapter_settings import check_adapter
+from ..policies.identity import tokenizer_identity
+from ..policies.quantized import check_quantization
+from ..policies.token_limits import TokenLimits
+from ..tasks.images import has_images
+from ..tasks.pairs import TASK_COLUMN
+from .inputs import RunInputs
+from .recipe import Recipe
 
 
 _PAIRS = 2  # of a stage's own that are tokenised; what is looked at is the settings

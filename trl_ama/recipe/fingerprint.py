@@ -6,17 +6,17 @@ import math
 from enum import Enum
 from typing import Any
 
-from .common.fingerprint import PAIRS_PER_STEP, SPLIT, package_versions
-from .common.secrets import is_secret
-from .dpo.config import MIXING_FIELDS
-from .dpo.losses import PreferenceLossConfig
-from .policies.identity import model_identity
-from .reference_losses.files import TaskLosses
-from .run_inputs import RunInputs
-from .run_recipe import Recipe
-from .run_settings import RunSettings
-from .tasks.pairs import pairs_identity
-from .training.stage import result_in
+from ..common.fingerprint import PAIRS_PER_STEP, SPLIT, package_versions
+from ..common.secrets import is_secret
+from ..dpo.config import MIXING_FIELDS
+from ..dpo.losses import PreferenceLossConfig
+from ..policies.identity import model_identity
+from ..reference_losses.files import TaskLosses
+from ..tasks.pairs import pairs_identity
+from ..training.stage import result_in
+from .inputs import RunInputs
+from .recipe import Recipe
+from .settings import RunSettings
 
 
 # What `load_best_model_at_end` chooses the saved weights by

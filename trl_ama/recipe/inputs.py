@@ -10,23 +10,23 @@ from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import get_peft_config
 
-from .common.arrays import numpy_column
-from .common.errors import AMAError
-from .common.hub import is_commit, is_hub_id
-from .common.others_errors import told
-from .common.secrets import public_name
-from .policies.identity import model_identity, tokenizer_identity
-from .policies.processors import load_processor
-from .reference_losses.dataset import ReferenceLosses
-from .reference_losses.files import TaskLosses
-from .reference_losses.loading import load_some_of
-from .run_recipe import Recipe
-from .tasks.account import RowAccount
-from .tasks.forms import EXTRA_COLUMNS, PAIR_COLUMNS
-from .tasks.images import has_images
-from .tasks.loading import LoadedTasks, fits_into, read_tasks
-from .tasks.pairs import PAIR_ID_COLUMN, TASK_COLUMN
-from .tasks.template_date import fix_date, restore_template
+from ..common.arrays import numpy_column
+from ..common.errors import AMAError
+from ..common.hub import is_commit, is_hub_id
+from ..common.others_errors import told
+from ..common.secrets import public_name
+from ..policies.identity import model_identity, tokenizer_identity
+from ..policies.processors import load_processor
+from ..reference_losses.dataset import ReferenceLosses
+from ..reference_losses.files import TaskLosses
+from ..reference_losses.loading import load_some_of
+from ..tasks.account import RowAccount
+from ..tasks.forms import EXTRA_COLUMNS, PAIR_COLUMNS
+from ..tasks.images import has_images
+from ..tasks.loading import LoadedTasks, fits_into, read_tasks
+from ..tasks.pairs import PAIR_ID_COLUMN, TASK_COLUMN
+from ..tasks.template_date import fix_date, restore_template
+from .recipe import Recipe
 
 
 class RunInputs:

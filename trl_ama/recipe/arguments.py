@@ -2,10 +2,10 @@ import datetime
 from dataclasses import dataclass, field
 from typing import Any
 
-from .common.errors import AMAError, short
-from .common.yaml_files import load_yaml
-from .mixing import check_strategy_name
-from .tasks.config import check_config_name
+from ..common.errors import AMAError, short
+from ..common.yaml_files import load_yaml
+from ..mixing import check_strategy_name
+from ..tasks.config import check_config_name
 
 
 @dataclass

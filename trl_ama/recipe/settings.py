@@ -4,12 +4,12 @@ from pathlib import Path
 
 from trl import ModelConfig
 
-from .common.run_folder import RunFolder
-from .dpo.config import AMAConfig
-from .pipeline_arguments import PipelineArguments
-from .run_inputs import RunInputs
-from .run_recipe import Recipe
-from .tasks.config import TaskMixtureConfig
+from ..common.run_folder import RunFolder
+from ..dpo.config import AMAConfig
+from ..tasks.config import TaskMixtureConfig
+from .arguments import PipelineArguments
+from .inputs import RunInputs
+from .recipe import Recipe
 
 
 class RunSettings:
