@@ -8,7 +8,7 @@ from hub_world import SIZES
 from pushed_runs import REPOSITORIES, Run, finished_fixture, nothing_computed_fixture, waits_fixture  # noqa: F401 - fixtures
 
 from trl_ama import AMAError, run_pipeline
-from trl_ama.pipeline import STAGES
+from trl_ama.pipeline.run import STAGES
 from trl_ama.recipe.settings import RunSettings
 from trl_ama.reference_losses.files import read_task
 
@@ -20,9 +20,9 @@ PUSHES = [("specialists",), ("losses",), ("train", "eval")]
 def one_reading(finished, monkeypatch):
     """What takes longer than the pushes is done once for many commands: data and losses are read, the plot is drawn."""
     settings = RunSettings(*finished.parse(push_to_hub=True))
-    monkeypatch.setattr("trl_ama.pipeline.RunSettings", lambda *args: settings)
-    monkeypatch.setattr("trl_ama.run_losses.read_task", functools.cache(read_task))
-    monkeypatch.setattr("trl_ama.pipeline.plot_mixture", lambda *args: None)
+    monkeypatch.setattr("trl_ama.pipeline.run.RunSettings", lambda *args: settings)
+    monkeypatch.setattr("trl_ama.pipeline.run_losses.read_task", functools.cache(read_task))
+    monkeypatch.setattr("trl_ama.pipeline.run.plot_mixture", lambda *args: None)
 
 
 def state(hub):
@@ -111,7 +111,7 @@ def test_the_server_says_how_long_to_wait(hub, finished, waits, nothing_computed
 def test_what_is_wrong_for_good_is_not_tried_again(hub, finished, waits, nothing_computed, one_reading, monkeypatch):
     """The Hub's objection to a card comes as a `ValueError`, and so does an answer that is cut off."""
     monkeypatch.setattr(
-        "trl_ama.publishing.write_specialist_card",
+        "trl_ama.pipeline.publishing.write_specialist_card",
         lambda settings, task, *args: (settings.folder.specialist(task) / "README.md").write_text(
             "---\nbase_model: /a/b\n---\n"
         ),

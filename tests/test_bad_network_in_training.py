@@ -12,7 +12,7 @@ from surroundings import forget_downloads
 
 from trl_ama import AMAError
 from trl_ama.common.hub import time_limit
-from trl_ama.generalists import train_generalist
+from trl_ama.pipeline.generalists import train_generalist
 from trl_ama.reference_losses.loading import load_reference_losses
 
 
@@ -56,7 +56,7 @@ def test_pushes_during_training(hub, fresh, waits, monkeypatch, strategy, kind, 
             asked.append(path)
         return bool(training)
 
-    monkeypatch.setattr("trl_ama.pipeline.train_generalist", train)
+    monkeypatch.setattr("trl_ama.pipeline.run.train_generalist", train)
     monkeypatch.setattr("trl_ama.common.hub.TIMEOUT", 0.2 if kind == "timeout" else 60.0)
     number = FAULT_KINDS.index(kind) if kind else 0
     hub.fail(kind or "500", match=in_training, index=0 if lasting else number, times=10**6 if lasting else 1)

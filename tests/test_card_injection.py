@@ -14,11 +14,11 @@ from tiny_pairs import make_rows
 
 from trl_ama import load_reference_losses, run_pipeline
 from trl_ama.common.run_folder import RunFolder
-from trl_ama.pipeline import RunSettings
+from trl_ama.pipeline.run import RunSettings
+from trl_ama.pipeline.run_losses import joined_data
 from trl_ama.recipe.text import recipe_yaml
 from trl_ama.report.markdown import code, escape, fence, fill, table
 from trl_ama.report.results import plot_mixture
-from trl_ama.run_losses import joined_data
 
 
 TASKS = ["a._x_", "www.evil.com"]

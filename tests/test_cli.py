@@ -233,9 +233,9 @@ def test_flags_that_accelerate_refuses(config, capsys):
 )
 def test_every_script_runs_its_stages(config, monkeypatch, command, stages):
     calls = []
-    pipeline = types.ModuleType("trl_ama.pipeline")
+    pipeline = types.ModuleType("trl_ama.pipeline.run")
     pipeline.run_pipeline = lambda *args, stages: calls.append((args, stages))
-    monkeypatch.setitem(sys.modules, "trl_ama.pipeline", pipeline)
+    monkeypatch.setitem(sys.modules, "trl_ama.pipeline.run", pipeline)
     script = SCRIPTS[command]
     monkeypatch.setattr(sys, "argv", [script.__file__, *config("seed: 9\n")])
     common.run_script(command, script.make_parser, script.main)
@@ -258,8 +258,8 @@ def test_a_launched_script_reports_its_error_in_one_line(config, tmp_path):
         "    import os\n"
         "    from trl_ama.common.errors import AMAError\n"
         "    raise AMAError(f'seed {training_args.seed},\\n env {os.environ[\"TRL_AMA_TEST\"]}')\n"
-        "sys.modules['trl_ama.pipeline'] = types.ModuleType('trl_ama.pipeline')\n"
-        "sys.modules['trl_ama.pipeline'].run_pipeline = run_pipeline\n"
+        "sys.modules['trl_ama.pipeline.run'] = types.ModuleType('trl_ama.pipeline.run')\n"
+        "sys.modules['trl_ama.pipeline.run'].run_pipeline = run_pipeline\n"
     )
     argv = [*config("env:\n  TRL_AMA_TEST: seven\nnum_processes: 1\n"), "--seed", "11"]
     result = subprocess.run(

@@ -17,7 +17,7 @@ from trl import DPOConfig, DPOTrainer, ModelConfig
 from trl_ama import AMAConfig, AMAError, AMATrainer, TaskMixtureConfig
 from trl_ama.data_check import check_data
 from trl_ama.dpo.rehearsal import empty_policy, rehearse
-from trl_ama.pipeline import run_pipeline
+from trl_ama.pipeline.run import run_pipeline
 from trl_ama.recipe.arguments import PipelineArguments
 from trl_ama.recipe.settings import RunSettings
 
@@ -188,7 +188,7 @@ OF_THE_PIPELINE = [
 @pytest.mark.filterwarnings("ignore")
 def test_pipeline_and_check(name, folders, tmp_path, monkeypatch):
     monkeypatch.setattr(DPOTrainer, "train", lambda *args, **kwargs: pytest.fail("something was trained"))
-    monkeypatch.setattr("trl_ama.pipeline.train_specialists", lambda *args: pytest.fail("a specialist was begun"))
+    monkeypatch.setattr("trl_ama.pipeline.run.train_specialists", lambda *args: pytest.fail("a specialist was begun"))
     case, text = CASES[name]
     arguments = recipe(case, folders, tmp_path)
     with pytest.raises(AMAError, match=text) as caught:

@@ -13,11 +13,11 @@ from tiny_models import lora
 from tiny_pairs import make_rows
 
 from trl_ama import AMAError, AMATrainer, load_reference_losses, run_pipeline
+from trl_ama.pipeline.run_losses import joined_data
 from trl_ama.recipe.fingerprint import reference_fingerprint
 from trl_ama.recipe.settings import RunSettings
 from trl_ama.reference_losses.columns import LOGP_COLUMNS
 from trl_ama.reference_losses.files import read_note
-from trl_ama.run_losses import joined_data
 
 
 @pytest.fixture(scope="module")

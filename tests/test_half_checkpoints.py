@@ -15,9 +15,9 @@ from trl_ama import AMAError, TaskMixtureConfig
 from trl_ama.common import files as safe_files
 from trl_ama.common.files import write_file, write_json
 from trl_ama.merged_folder import NOTE_FILE, whole_or_not
+from trl_ama.pipeline.lock import folder_held
 from trl_ama.report import page as html_page
 from trl_ama.report.page import save_page
-from trl_ama.run_lock import folder_held
 from trl_ama.tasks.loading import read_tasks
 from trl_ama.training import checkpoints
 from trl_ama.training.checkpoints import (

@@ -214,12 +214,12 @@ def test_a_page_that_fails_does_not_stop_a_run(tmp_path, monkeypatch):
     from types import SimpleNamespace
 
     from trl_ama.common.run_folder import RunFolder
-    from trl_ama.run_note import leave_page
+    from trl_ama.pipeline.note import leave_page
 
     def fail(*args):
         raise ValueError("broken on purpose")
 
-    monkeypatch.setattr("trl_ama.run_note.run_note", fail)
+    monkeypatch.setattr("trl_ama.pipeline.note.run_note", fail)
     with pytest.warns(UserWarning, match="page was not written.*broken on purpose"):
         assert leave_page(SimpleNamespace(recipe=None, inputs=None, folder=RunFolder(tmp_path)), {}) is None
 

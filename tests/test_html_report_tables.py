@@ -55,7 +55,7 @@ def test_specialists_and_their_errors(finished):
 
 
 def test_warning_as_the_run_gives_it(finished):
-    from trl_ama.specialists import quality_warning
+    from trl_ama.pipeline.specialists import quality_warning
 
     folder = finished
     for row in collect(folder)["specialists"]:

@@ -6,7 +6,7 @@ from tiny_pairs import WORDS
 from trl import DPOTrainer
 
 from trl_ama import AMAError
-from trl_ama.length_note import length_lines
+from trl_ama.pipeline.length_note import length_lines
 from trl_ama.recipe.settings import RunSettings
 
 
@@ -62,7 +62,7 @@ def test_pairs_without_a_gradient_are_counted(recipe, limit):
 
 
 def test_a_large_task_is_estimated_from_its_first_pairs(recipe, monkeypatch):
-    monkeypatch.setattr("trl_ama.length_note._SAMPLE", 20)
+    monkeypatch.setattr("trl_ama.pipeline.length_note._SAMPLE", 20)
     settings = recipe(with_list(ROWS[18:]), max_length=30)  # 14 pairs, ten of which are looked at
     (line,) = lines_of(settings)
     assert "about 10 of 14 cut; about 1 of 14 dropped" in line

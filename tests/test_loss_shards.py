@@ -409,7 +409,7 @@ def test_another_batch_size_goes_on_with_what_is_there(stopped, world, monkeypat
 
 def test_other_settings_are_refused_before_anything_is_done(stopped, world, monkeypatch):
     monkeypatch.setattr(
-        "trl_ama.loss_scoring.score_reference_and_specialist", lambda *args: pytest.fail("pairs were scored")
+        "trl_ama.pipeline.losses.score_reference_and_specialist", lambda *args: pytest.fail("pairs were scored")
     )
     flags = ["--output_dir", stopped.parent, "--max_length", 32]
     with pytest.raises(

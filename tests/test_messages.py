@@ -15,7 +15,7 @@ import trl_ama
 from trl_ama.scripts.messages import tidy_warnings
 
 tidy_warnings("ama-check")
-ours = str(Path(trl_ama.__file__).parent / "pipeline.py")
+ours = str(Path(trl_ama.__file__).parent / "pipeline/run.py")
 warnings.warn_explicit("One of ours,\\n  on two lines.", UserWarning, ours, 3)
 warnings.warn_explicit("One of theirs.", UserWarning, "other.py", 3)
 for name in ("gradient_checkpointing", "is_gradient_checkpointing", "gradient_checkpointing_enable", "something"):

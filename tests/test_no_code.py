@@ -10,8 +10,8 @@ from forgery import readable
 from hub_world import SIZES, parse, upload_model, upload_pairs, write_recipe
 
 from trl_ama import AMAError, run_pipeline
+from trl_ama.pipeline.start import check_recipe
 from trl_ama.recipe.settings import RunSettings
-from trl_ama.run_start import check_recipe
 
 
 TRAP = "import pathlib\npathlib.Path({!r}).touch()\n"

@@ -128,7 +128,7 @@ def test_every_form(hub, rows_of, kind, include_text, letters_dir, tmp_path, mon
                 assert all(without_nulls(row[name]) == without_nulls(expected[name]) for name in texts)
 
     # From the Hub: with one's own copy of the pairs, or without one. Nothing is trained or scored again
-    monkeypatch.setattr("trl_ama.loss_scoring.score_reference_and_specialist", lambda *args: pytest.fail("scored"))
+    monkeypatch.setattr("trl_ama.pipeline.losses.score_reference_and_specialist", lambda *args: pytest.fail("scored"))
     run, without = tmp_path / "second", ("tasks",) if include_text and kind == "messages" else ()
     path = write_recipe(tmp_path / "second.yaml", without, **recipe, reference_losses=LOSSES, output_dir=str(run))
     run_pipeline(*parse(path), stages=("specialists", "losses", "train"))

@@ -12,17 +12,17 @@ from whole_runs import SIZES, copy_fixture, finished_fixture, no_training_fixtur
 
 from trl_ama import AMAError, AMATrainer, join_reference_losses, run_pipeline
 from trl_ama.common.files import describe_files, read_json, sealed, write_json
+from trl_ama.pipeline.run_losses import joined_data
+from trl_ama.pipeline.start import check_recipe
 from trl_ama.recipe.settings import RunSettings
 from trl_ama.reference_losses.columns import LOGP_COLUMNS
 from trl_ama.reference_losses.files import read_note
 from trl_ama.reference_losses.loading import load_reference_losses
-from trl_ama.run_losses import joined_data
-from trl_ama.run_start import check_recipe
 
 
 def test_another_beta_needs_no_scoring(copy, recipe, monkeypatch):
     monkeypatch.setattr(
-        "trl_ama.loss_scoring.score_reference_and_specialist", lambda *args: pytest.fail("pairs were scored again")
+        "trl_ama.pipeline.losses.score_reference_and_specialist", lambda *args: pytest.fail("pairs were scored again")
     )
     shutil.rmtree(copy / "generalists")
     flags = ["--beta", "0.2", "--specialist_args", "{max_steps: 12, beta: 0.5}"]

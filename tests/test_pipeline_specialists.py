@@ -10,13 +10,13 @@ from trl import DPOTrainer
 from whole_runs import SIZES, copy_fixture, finished_fixture, recipe_fixture  # noqa: F401 - fixtures
 
 from trl_ama import AMAError, run_pipeline
-from trl_ama.specialists import quality_warning
+from trl_ama.pipeline.specialists import quality_warning
 
 
 def test_a_specialist_trained_again_is_the_same(copy, recipe, monkeypatch):
     """Same settings, same weights: the reference losses still hold, whatever was printed or logged meanwhile."""
     monkeypatch.setattr(
-        "trl_ama.loss_scoring.score_reference_and_specialist", lambda *args: pytest.fail("pairs were scored again")
+        "trl_ama.pipeline.losses.score_reference_and_specialist", lambda *args: pytest.fail("pairs were scored again")
     )
     shutil.rmtree(copy / "specialists" / "sort")
     run_pipeline(
@@ -64,7 +64,9 @@ def test_a_users_own_specialist_is_not_trained(copy, recipe, tmp_path, monkeypat
     shutil.copytree(copy / "specialists" / "sort", source)
     shutil.rmtree(copy)
     trained = []
-    monkeypatch.setattr("trl_ama.specialists.train_specialist", lambda settings, task: trained.append(task) or {})
+    monkeypatch.setattr(
+        "trl_ama.pipeline.specialists.train_specialist", lambda settings, task: trained.append(task) or {}
+    )
     run_pipeline(*recipe(copy, "--specialists", json.dumps({"sort": str(source)})), stages=("specialists",))
     assert trained == ["list", "brief"]
     with pytest.raises(AMAError, match=r"specialist for 'sorting', but the recipe's tasks are .* Did you mean 'sort'"):

@@ -16,7 +16,7 @@ def test_the_plan_comes_first(recipe, tmp_path, monkeypatch, capsys):
     def stop(*args):
         raise Stop
 
-    monkeypatch.setattr("trl_ama.pipeline.train_specialists", stop)
+    monkeypatch.setattr("trl_ama.pipeline.run.train_specialists", stop)
     with pytest.raises(Stop):
         run_pipeline(*recipe(tmp_path))
     printed = capsys.readouterr().out

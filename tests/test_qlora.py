@@ -13,11 +13,11 @@ from trl import DPOTrainer
 from trl_ama import AMATrainer
 from trl_ama.common.files import read_json
 from trl_ama.dpo.pair_trainer import ScoringTrainer, SpecialistTrainer
-from trl_ama.generalists import generalist_stage
+from trl_ama.pipeline.generalists import generalist_stage
+from trl_ama.pipeline.run_losses import joined_data
 from trl_ama.policies.quantized import keep_weights, quantized_layers
 from trl_ama.policies.switching import reference_policy, trained_policy_and_reference
 from trl_ama.reference_losses.loading import load_reference_losses
-from trl_ama.run_losses import joined_data
 
 
 # Mean difference, nats a token, between two ways to compute the same 4-bit model in bf16 (packed or padded, in other batches).

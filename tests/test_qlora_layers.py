@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from trl_ama import AMAError, run_pipeline
+from trl_ama.pipeline.start import check_recipe
 from trl_ama.policies.quantized import check_optimizer, dequantized_weight, keep_weights, quantized_layers
 from trl_ama.recipe.settings import RunSettings
-from trl_ama.run_start import check_recipe
 
 
 pytest.importorskip("bitsandbytes")

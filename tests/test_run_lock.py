@@ -17,8 +17,9 @@ from hub_world import parse
 from resumed_runs import recipe_fixture  # noqa: F401 - fixtures
 
 import trl_ama
-from trl_ama import AMAError, run_lock, run_pipeline
-from trl_ama.run_lock import folder_held
+from trl_ama import AMAError, run_pipeline
+from trl_ama.pipeline import lock as run_lock
+from trl_ama.pipeline.lock import folder_held
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +68,7 @@ def test_a_dead_process_holds_nothing(tmp_path, caplog):
     with another_process(tmp_path) as pid:
         pass
     assert json.loads((tmp_path / ".locks" / "run.json").read_text())["pid"] == pid
-    with caplog.at_level(logging.INFO, logger="trl_ama.run_lock"), folder_held(tmp_path):
+    with caplog.at_level(logging.INFO, logger="trl_ama.pipeline.lock"), folder_held(tmp_path):
         assert f"was left by process {pid} on {socket.gethostname()}" in caplog.text and "which is gone" in caplog.text
         assert json.loads((tmp_path / ".locks" / "run.json").read_text())["pid"] == os.getpid()
     assert not (tmp_path / ".locks" / "run.json").exists()
@@ -154,7 +155,7 @@ def test_the_pipeline_holds_its_folder(recipe, tmp_path, monkeypatch):
         seen.append(sorted(path.name for path in (settings.folder.path / ".locks").glob("*.json")))
         raise AMAError("enough")
 
-    monkeypatch.setattr("trl_ama.pipeline.check_recipe", stop)
+    monkeypatch.setattr("trl_ama.pipeline.run.check_recipe", stop)
     for stages in (("specialists", "losses", "train", "eval"), ("specialists",), ("losses",)):
         with pytest.raises(AMAError, match="enough"):
             run_pipeline(*parse(recipe, "--output_dir", tmp_path), stages=stages)

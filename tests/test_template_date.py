@@ -108,7 +108,7 @@ def test_a_run_has_one_date_and_each_tasks_arguments(dated_model, tmp_path, monk
 
 
 def test_the_plan_says_how_many_pairs_had_no_answer(dated_model, tmp_path):
-    from trl_ama.run_start import describe_plan
+    from trl_ama.pipeline.start import describe_plan
 
     recipe = recipe_of(dated_model, tmp_path, template_date="2025-07-07", drop_empty=True)
     path = tmp_path / "sort_train.jsonl"
@@ -125,7 +125,7 @@ def test_the_plan_says_how_many_pairs_had_no_answer(dated_model, tmp_path):
 
 
 def test_a_date_that_is_not_fixed_is_warned_about(dated_model, tmp_path):
-    from trl_ama.run_start import check_recipe
+    from trl_ama.pipeline.start import check_recipe
 
     recipe = recipe_of(dated_model, tmp_path)
     with pytest.warns(UserWarning, match="writes today's date into every prompt.*template_date"):

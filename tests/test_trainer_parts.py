@@ -15,7 +15,7 @@ from trl_ama.dpo.ama_trainer import AMATrainer
 from trl_ama.dpo.pair_trainer import PairTrainer, ScoringTrainer, SpecialistTrainer
 from trl_ama.dpo.reference_trainer import ReferenceLogProbs
 from trl_ama.dpo.start_errors import StartErrors
-from trl_ama.generalists import GeneralistTrainer
+from trl_ama.pipeline.generalists import GeneralistTrainer
 from trl_ama.sampling.sampler import TaskMixtureSampler
 from trl_ama.sampling.streams import StreamSampler
 from trl_ama.training.by_task import EvaluationByTask

@@ -16,7 +16,7 @@ from vision_model import make_vision_rows, processor_fixture, trl_logps, vision_
 
 from trl_ama import AMAError, join_reference_losses, run_pipeline
 from trl_ama.common.files import write_json
-from trl_ama.loss_scoring import compute_reference_losses
+from trl_ama.pipeline.losses import compute_reference_losses
 from trl_ama.recipe.settings import RunSettings
 from trl_ama.reference_losses.checks import sha256
 from trl_ama.reference_losses.columns import LOGP_COLUMNS

@@ -14,8 +14,8 @@ _EXPORTS = {
     "TaskConfig": "tasks.config",
     "TaskMixtureConfig": "tasks.config",
     "load_tasks": "tasks.loading",
-    "train_specialist": "specialists",
-    "compute_reference_losses": "loss_scoring",
+    "train_specialist": "pipeline.specialists",
+    "compute_reference_losses": "pipeline.losses",
     "join_reference_losses": "reference_losses.columns",
     "load_reference_losses": "reference_losses.loading",
     "ReferenceLosses": "reference_losses.dataset",
@@ -23,8 +23,8 @@ _EXPORTS = {
     "StepStatistics": "mixing",
     "AMAConfig": "dpo.config",
     "AMATrainer": "dpo.ama_trainer",
-    "evaluate_policies": "evaluation",
-    "run_pipeline": "pipeline",
+    "evaluate_policies": "pipeline.evaluation",
+    "run_pipeline": "pipeline.run",
     "AMAError": "common.errors",
     "__version__": "common.versions",
 }
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from .common.versions import __version__
     from .dpo.ama_trainer import AMATrainer
     from .dpo.config import AMAConfig
-    from .evaluation import evaluate_policies
-    from .loss_scoring import compute_reference_losses
     from .mixing import MixingStrategy, StepStatistics
-    from .pipeline import run_pipeline
+    from .pipeline.evaluation import evaluate_policies
+    from .pipeline.losses import compute_reference_losses
+    from .pipeline.run import run_pipeline
+    from .pipeline.specialists import train_specialist
     from .reference_losses.columns import join_reference_losses
     from .reference_losses.dataset import ReferenceLosses
     from .reference_losses.loading import load_reference_losses
-    from .specialists import train_specialist
     from .tasks.config import TaskConfig, TaskMixtureConfig
     from .tasks.loading import load_tasks
 

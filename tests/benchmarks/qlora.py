@@ -110,9 +110,9 @@ def run_compare(options: argparse.Namespace) -> dict:
     from safetensors.torch import load_file
     from trl import DPOTrainer
 
+    from trl_ama.pipeline.run_losses import joined_data
     from trl_ama.policies.quantized import keep_weights
     from trl_ama.recipe.settings import RunSettings
-    from trl_ama.run_losses import joined_data
 
     settings = RunSettings(*parse(options))
     joined = joined_data(settings)["train"]

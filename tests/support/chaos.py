@@ -491,8 +491,8 @@ def import_everything() -> None:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer  # noqa: F401
     from trl import DPOTrainer  # noqa: F401
 
-    import trl_ama.generalists  # noqa: F401
-    import trl_ama.pipeline  # noqa: F401
+    import trl_ama.pipeline.generalists  # noqa: F401
+    import trl_ama.pipeline.run  # noqa: F401
     import trl_ama.report.page  # noqa: F401
 
 

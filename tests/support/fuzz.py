@@ -274,8 +274,8 @@ class World:
 
     def command(self, argv: list[str]) -> Outcome:
         """What `trl ama` does before it trains."""
+        from trl_ama.pipeline.start import STAGES, check_recipe, describe_plan
         from trl_ama.recipe.settings import RunSettings
-        from trl_ama.run_start import STAGES, check_recipe, describe_plan
         from trl_ama.scripts.common import make_parser, parse_arguments, read_config, report_errors, split_arguments
 
         def run():

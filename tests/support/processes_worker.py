@@ -32,7 +32,7 @@ def main(folder: Path, counts: list[int]) -> int:
     import transformers.trainer  # noqa: F401
 
     import trl_ama.dpo.ama_trainer
-    import trl_ama.pipeline  # noqa: F401
+    import trl_ama.pipeline.run  # noqa: F401
 
     torch.set_num_threads(1)
     later = sorted({count for case in LATER.values() for count in case.counts if {1, 2} <= {*counts}})
@@ -145,7 +145,7 @@ def pipeline(spec, output_dir, *flags, said=None):
     from trl import ModelConfig, TrlParser
 
     from trl_ama import AMAConfig, TaskMixtureConfig
-    from trl_ama.pipeline import run_pipeline
+    from trl_ama.pipeline.run import run_pipeline
     from trl_ama.recipe.arguments import PipelineArguments
 
     parser = TrlParser((PipelineArguments, AMAConfig, ModelConfig, TaskMixtureConfig))

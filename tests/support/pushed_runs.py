@@ -10,7 +10,7 @@ from hub_world import RECIPE, write_pairs
 from trl import DPOTrainer, ModelConfig, TrlParser
 
 from trl_ama import AMAConfig, TaskMixtureConfig, run_pipeline
-from trl_ama.pipeline import STAGES
+from trl_ama.pipeline.run import STAGES
 from trl_ama.recipe.arguments import PipelineArguments
 
 

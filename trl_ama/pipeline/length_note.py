@@ -4,12 +4,12 @@ import numpy as np
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from .common.errors import AMAError
-from .dpo.config import AMAConfig
-from .dpo.tokens import equal_answers, token_counts, tokenise
-from .recipe.inputs import RunInputs
-from .recipe.recipe import Recipe
-from .tasks.images import has_images
+from ..common.errors import AMAError
+from ..dpo.config import AMAConfig
+from ..dpo.tokens import equal_answers, token_counts, tokenise
+from ..recipe.inputs import RunInputs
+from ..recipe.recipe import Recipe
+from ..tasks.images import has_images
 
 
 _SAMPLE = 2000  # pairs of a run that are tokenised for this: about two seconds

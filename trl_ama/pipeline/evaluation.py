@@ -7,17 +7,17 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from .common.errors import AMAError
-from .dpo.losses import PairLogProbs, PreferenceLossConfig, excess_losses, pair_losses
-from .dpo.pair_trainer import ScoringTrainer
-from .dpo.scoring import score_pairs
-from .metrics import task_metrics, worst_and_mean
+from ..common.errors import AMAError
+from ..dpo.losses import PairLogProbs, PreferenceLossConfig, excess_losses, pair_losses
+from ..dpo.pair_trainer import ScoringTrainer
+from ..dpo.scoring import score_pairs
+from ..metrics import task_metrics, worst_and_mean
+from ..policies.switching import trained_policy
+from ..recipe.settings import RunSettings
+from ..reference_losses.columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
+from ..tasks.pairs import TASK_COLUMN
 from .pair_scores import save_margins
-from .policies.switching import trained_policy
-from .recipe.settings import RunSettings
-from .reference_losses.columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
 from .run_losses import joined_data
-from .tasks.pairs import TASK_COLUMN
 
 
 def evaluate_policies(settings: RunSettings, policies: dict[str, str]) -> dict[str, Any]:

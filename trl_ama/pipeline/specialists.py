@@ -10,17 +10,17 @@ import torch
 from transformers import set_seed
 from trl import DPOTrainer
 
-from .common.errors import AMAError
-from .common.processes import from_main
-from .dpo.losses import PairLogProbs, PreferenceLossConfig, pair_losses, untrained_loss
-from .dpo.pair_trainer import SpecialistTrainer
-from .dpo.scoring import score_pairs
-from .metrics import task_metrics
-from .policies.switching import reference_policy
-from .recipe.fingerprint import specialist_fingerprint
-from .recipe.settings import RunSettings
+from ..common.errors import AMAError
+from ..common.processes import from_main
+from ..dpo.losses import PairLogProbs, PreferenceLossConfig, pair_losses, untrained_loss
+from ..dpo.pair_trainer import SpecialistTrainer
+from ..dpo.scoring import score_pairs
+from ..metrics import task_metrics
+from ..policies.switching import reference_policy
+from ..recipe.fingerprint import specialist_fingerprint
+from ..recipe.settings import RunSettings
+from ..training.stage import TrainingStage
 from .specialist_card import write_specialist_card
-from .training.stage import TrainingStage
 
 
 def specialist_stage(settings: RunSettings, task: str) -> TrainingStage:

@@ -7,17 +7,17 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 from trl.trainer.utils import generate_model_card
 
-from .common.files import read_json
-from .common.run_folder import PLOT, STAGE_FILE
-from .dpo.card import NAME, PAPER, TAGS, hyper_parameters, save_card, template_for_trl
-from .policies.identity import model_identity
-from .recipe.inputs import RunInputs
-from .recipe.recipe import Recipe
-from .recipe.settings import RunSettings
-from .recipe.text import recipe_yaml
-from .report.card_parts import eval_results, hub_name, identity_link, load_snippet, versions_line
-from .report.markdown import escape, fence, table
-from .report.results import result_table
+from ..common.files import read_json
+from ..common.run_folder import PLOT, STAGE_FILE
+from ..dpo.card import NAME, PAPER, TAGS, hyper_parameters, save_card, template_for_trl
+from ..policies.identity import model_identity
+from ..recipe.inputs import RunInputs
+from ..recipe.recipe import Recipe
+from ..recipe.settings import RunSettings
+from ..recipe.text import recipe_yaml
+from ..report.card_parts import eval_results, hub_name, identity_link, load_snippet, versions_line
+from ..report.markdown import escape, fence, table
+from ..report.results import result_table
 
 
 _SHOWN = f"![Sampling probability and excess loss of each task]({PLOT})"

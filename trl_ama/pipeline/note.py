@@ -7,17 +7,17 @@ from typing import Any
 
 from accelerate import PartialState
 
-from .common.files import write_json
-from .common.fingerprint import package_versions
-from .common.hub import is_hub_id
-from .common.run_folder import NOTE_FILE
-from .common.secrets import public_name
-from .common.versions import VERSIONS, __version__
-from .recipe.inputs import RunInputs
-from .recipe.recipe import Recipe
-from .recipe.settings import RunSettings
-from .recipe.text import public_arguments, recipe_yaml
-from .report.page import write_page
+from ..common.files import write_json
+from ..common.fingerprint import package_versions
+from ..common.hub import is_hub_id
+from ..common.run_folder import NOTE_FILE
+from ..common.secrets import public_name
+from ..common.versions import VERSIONS, __version__
+from ..recipe.inputs import RunInputs
+from ..recipe.recipe import Recipe
+from ..recipe.settings import RunSettings
+from ..recipe.text import public_arguments, recipe_yaml
+from ..report.page import write_page
 
 
 def run_note(recipe: Recipe, inputs: RunInputs, published: dict[str, str]) -> dict[str, Any]:

@@ -23,10 +23,10 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-from .common.errors import AMAError, first_line
-from .common.files import PARTIAL, remove_partial, write_json
-from .common.run_folder import LOCKS, RUN_LOCK, RunFolder, task_lock
-from .recipe.text import public_arguments
+from ..common.errors import AMAError, first_line
+from ..common.files import PARTIAL, remove_partial, write_json
+from ..common.run_folder import LOCKS, RUN_LOCK, RunFolder, task_lock
+from ..recipe.text import public_arguments
 
 
 logger = get_logger(__name__)

@@ -5,13 +5,13 @@ from functools import partial
 
 from datasets import Dataset
 
-from .common.errors import AMAError
-from .common.processes import from_main
-from .dpo.config import AMAConfig
-from .recipe.inputs import RunInputs
-from .recipe.recipe import Recipe
-from .tasks.image_tokens import check_takes_images
-from .tasks.loading import prompt_fits_into
+from ..common.errors import AMAError
+from ..common.processes import from_main
+from ..dpo.config import AMAConfig
+from ..recipe.inputs import RunInputs
+from ..recipe.recipe import Recipe
+from ..tasks.image_tokens import check_takes_images
+from ..tasks.loading import prompt_fits_into
 
 
 _SAMPLE = (

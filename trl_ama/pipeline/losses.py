@@ -8,21 +8,21 @@ from accelerate.utils import tqdm
 from datasets import Dataset, Value, concatenate_datasets
 from tqdm.std import tqdm as ProgressBar
 
-from .common.arrays import numpy_column
-from .common.errors import AMAError
-from .common.processes import from_main
-from .dpo.pair_trainer import ScoringTrainer
-from .dpo.scored_rows import count_tokens, scored_columns, unit_of
-from .dpo.scoring import score_reference_and_specialist
-from .recipe.fingerprint import reference_fingerprint
-from .recipe.settings import RunSettings
-from .reference_losses.columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS, TOKEN_COLUMNS
-from .reference_losses.dataset import ReferenceLosses
-from .reference_losses.files import save_task
-from .reference_losses.shards import LossShards, remove_shards
+from ..common.arrays import numpy_column
+from ..common.errors import AMAError
+from ..common.processes import from_main
+from ..dpo.pair_trainer import ScoringTrainer
+from ..dpo.scored_rows import count_tokens, scored_columns, unit_of
+from ..dpo.scoring import score_reference_and_specialist
+from ..recipe.fingerprint import reference_fingerprint
+from ..recipe.settings import RunSettings
+from ..reference_losses.columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS, TOKEN_COLUMNS
+from ..reference_losses.dataset import ReferenceLosses
+from ..reference_losses.files import save_task
+from ..reference_losses.shards import LossShards, remove_shards
+from ..tasks.forms import EXTRA_COLUMNS, PAIR_COLUMNS
+from ..tasks.pairs import PAIR_ID_COLUMN, TASK_COLUMN
 from .run_losses import reference_losses_done, reference_losses_of
-from .tasks.forms import EXTRA_COLUMNS, PAIR_COLUMNS
-from .tasks.pairs import PAIR_ID_COLUMN, TASK_COLUMN
 
 
 def compute_reference_losses(settings: RunSettings) -> ReferenceLosses:

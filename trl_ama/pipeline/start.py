@@ -6,22 +6,22 @@ from collections.abc import Sequence
 from accelerate import PartialState
 from transformers.trainer_utils import IntervalStrategy
 
-from .common.errors import AMAError
-from .dpo.checks import check_arguments
-from .dpo.losses import check_loss_types
+from ..common.errors import AMAError
+from ..dpo.checks import check_arguments
+from ..dpo.losses import check_loss_types
+from ..policies.checks import check_policy_source
+from ..policies.quantized import check_optimizer, check_quantization
+from ..recipe.inputs import RunInputs
+from ..recipe.recipe import Recipe
+from ..recipe.settings import RunSettings
+from ..sampling.mixture import strategy_for
+from ..tasks.account import account_lines
+from ..tasks.loading import prompt_fits_into
+from ..tasks.template_date import asks_for_the_day
 from .generalists import generalist_stage
 from .image_checks import check_images
-from .policies.checks import check_policy_source
-from .policies.quantized import check_optimizer, check_quantization
-from .recipe.inputs import RunInputs
-from .recipe.recipe import Recipe
-from .recipe.settings import RunSettings
 from .run_losses import reference_losses_done, reference_losses_of
-from .sampling.mixture import strategy_for
 from .specialists import require_specialists, specialist_stage
-from .tasks.account import account_lines
-from .tasks.loading import prompt_fits_into
-from .tasks.template_date import asks_for_the_day
 
 
 STAGES = ("specialists", "losses", "train", "eval")

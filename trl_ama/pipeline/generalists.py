@@ -4,13 +4,13 @@ import gc
 
 from transformers import set_seed
 
-from .common.errors import AMAError
-from .common.processes import from_main
-from .dpo.ama_trainer import AMATrainer
-from .recipe.fingerprint import generalist_fingerprint
-from .recipe.settings import RunSettings
+from ..common.errors import AMAError
+from ..common.processes import from_main
+from ..dpo.ama_trainer import AMATrainer
+from ..recipe.fingerprint import generalist_fingerprint
+from ..recipe.settings import RunSettings
+from ..training.stage import TrainingStage
 from .run_losses import joined_data, reference_losses_of
-from .training.stage import TrainingStage
 
 
 def generalist_stage(settings: RunSettings, strategy: str) -> TrainingStage:

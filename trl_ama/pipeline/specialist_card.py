@@ -6,10 +6,10 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from .recipe.settings import RunSettings
-from .recipe.text import recipe_yaml
-from .report.card_parts import CITATION, eval_results, hub_name, identity_link, load_snippet, template, versions_line
-from .report.markdown import escape, fence, table
+from ..recipe.settings import RunSettings
+from ..recipe.text import recipe_yaml
+from ..report.card_parts import CITATION, eval_results, hub_name, identity_link, load_snippet, template, versions_line
+from ..report.markdown import escape, fence, table
 
 
 def write_specialist_card(settings: RunSettings, task: str, result: dict[str, Any], place: str | None = None) -> Path:

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 from accelerate import PartialState
 from datasets import Dataset
 
-from .reference_losses.columns import REFERENCE_COLUMNS
-from .tasks.pairs import PAIR_ID_COLUMN, TASK_COLUMN
+from ..reference_losses.columns import REFERENCE_COLUMNS
+from ..tasks.pairs import PAIR_ID_COLUMN, TASK_COLUMN
 
 
 def save_margins(

@@ -6,18 +6,18 @@ import numpy as np
 from accelerate.logging import get_logger
 from datasets import DatasetDict
 
-from .common.errors import AMAError
-from .common.fingerprint import check_fingerprint
-from .recipe.fingerprint import reference_fingerprint
-from .recipe.inputs import RunInputs
-from .recipe.recipe import Recipe
-from .recipe.settings import RunSettings
-from .reference_losses.columns import join_reference_losses
-from .reference_losses.dataset import ReferenceLosses
-from .reference_losses.files import TaskLosses, damaged_file, read_note, read_task, tasks_in
-from .reference_losses.shards import check_unfinished
-from .tasks.loading import prompt_fits_into
-from .tasks.pairs import PAIR_ID_COLUMN
+from ..common.errors import AMAError
+from ..common.fingerprint import check_fingerprint
+from ..recipe.fingerprint import reference_fingerprint
+from ..recipe.inputs import RunInputs
+from ..recipe.recipe import Recipe
+from ..recipe.settings import RunSettings
+from ..reference_losses.columns import join_reference_losses
+from ..reference_losses.dataset import ReferenceLosses
+from ..reference_losses.files import TaskLosses, damaged_file, read_note, read_task, tasks_in
+from ..reference_losses.shards import check_unfinished
+from ..tasks.loading import prompt_fits_into
+from ..tasks.pairs import PAIR_ID_COLUMN
 
 
 logger = get_logger(__name__)

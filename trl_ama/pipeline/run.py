@@ -11,34 +11,34 @@ from datasets import disable_progress_bars as disable_dataset_bars
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 from trl import ModelConfig
 
-from .common import interruption
-from .common.errors import AMAError, first_line
-from .common.files import check_seal, is_full, read_json, sealed, write_json
-from .common.hub import check_login, time_limit
-from .common.processes import from_main, main_first
-from .common.run_folder import RunFolder
-from .common.versions import VERSIONS, check_version
-from .dpo.config import AMAConfig
+from ..common import interruption
+from ..common.errors import AMAError, first_line
+from ..common.files import check_seal, is_full, read_json, sealed, write_json
+from ..common.hub import check_login, time_limit
+from ..common.processes import from_main, main_first
+from ..common.run_folder import RunFolder
+from ..common.versions import VERSIONS, check_version
+from ..dpo.config import AMAConfig
+from ..recipe.arguments import PipelineArguments
+from ..recipe.fingerprint import evaluation_fingerprint
+from ..recipe.inputs import RunInputs
+from ..recipe.recipe import Recipe
+from ..recipe.rehearsal import rehearse_stages
+from ..recipe.settings import RunSettings
+from ..reference_losses.files import tasks_in
+from ..report.results import plot_mixture, result_table
+from ..tasks.config import TaskMixtureConfig
+from .cards import write_card
 from .evaluation import evaluate_policies
-from .generalist_card import write_card
 from .generalists import train_generalist
 from .length_note import length_lines
-from .loss_scoring import compute_reference_losses
+from .lock import folder_held
+from .losses import compute_reference_losses
+from .note import leave_page
 from .publishing import Publisher
-from .recipe.arguments import PipelineArguments
-from .recipe.fingerprint import evaluation_fingerprint
-from .recipe.inputs import RunInputs
-from .recipe.recipe import Recipe
-from .recipe.rehearsal import rehearse_stages
-from .recipe.settings import RunSettings
-from .reference_losses.files import tasks_in
-from .report.results import plot_mixture, result_table
-from .run_lock import folder_held
 from .run_losses import reference_losses_of
-from .run_note import leave_page
-from .run_start import STAGES, check_recipe, describe_plan
 from .specialists import require_specialists, train_specialists
-from .tasks.config import TaskMixtureConfig
+from .start import STAGES, check_recipe, describe_plan
 
 
 _MOST_LOCKS = 100  # open files; a job of more tasks holds the whole folder

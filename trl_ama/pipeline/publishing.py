@@ -11,14 +11,14 @@ from typing import Any
 from accelerate import PartialState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint
 
-from .common.errors import AMAError
-from .common.hub import HUB_ERRORS, HubTarget, check_login, full_id, persistently, prepare, say
-from .common.processes import from_main
-from .common.run_folder import STATE_FILE
-from .recipe.inputs import RunInputs
-from .recipe.recipe import Recipe
-from .recipe.settings import RunSettings
-from .reference_losses.dataset import DEFAULT_CONFIG, ReferenceLosses
+from ..common.errors import AMAError
+from ..common.hub import HUB_ERRORS, HubTarget, check_login, full_id, persistently, prepare, say
+from ..common.processes import from_main
+from ..common.run_folder import STATE_FILE
+from ..recipe.inputs import RunInputs
+from ..recipe.recipe import Recipe
+from ..recipe.settings import RunSettings
+from ..reference_losses.dataset import DEFAULT_CONFIG, ReferenceLosses
 from .run_losses import reference_losses_of
 from .specialist_card import write_specialist_card
 
