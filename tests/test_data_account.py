@@ -10,8 +10,8 @@ from tiny_runs import QUICK
 from trl import DPOTrainer, ModelConfig
 
 from trl_ama import AMAConfig, TaskMixtureConfig
-from trl_ama.data_check import check_data
-from trl_ama.data_report import render
+from trl_ama.check.check import check_data
+from trl_ama.check.text import render
 from trl_ama.recipe.arguments import PipelineArguments
 from trl_ama.recipe.settings import RunSettings
 from trl_ama.tasks.transcripts import DIFFER

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 from trl import DPOTrainer
 
 from trl_ama import AMAError, load_tasks
-from trl_ama.data_check import check_data
-from trl_ama.data_duplicates import duplicates, text_hashes
-from trl_ama.data_formats import mistakes_of
-from trl_ama.data_report import render, safe
-from trl_ama.data_rules import trivial_rules
+from trl_ama.check.check import check_data
+from trl_ama.check.duplicates import duplicates, text_hashes
+from trl_ama.check.mistakes import mistakes_of
+from trl_ama.check.rules import trivial_rules
+from trl_ama.check.text import render, safe
 from trl_ama.dpo.tokens import token_counts, tokenise
 from trl_ama.scripts import ama_check
 from trl_ama.scripts.common import parse_arguments
@@ -342,7 +342,7 @@ def test_nothing_of_the_data_reaches_the_terminal_unescaped(recipe, monkeypatch)
     rows = [
         pair(f"{word} {evil}\n## list: OK", f"{evil} {word}", f"night {word}\u2028x") for word in WORDS for _ in "ab"
     ]
-    monkeypatch.setattr("trl_ama.data_check.DataCheck.model", evil, raising=False)
+    monkeypatch.setattr("trl_ama.check.check.DataCheck.model", evil, raising=False)
     report = render(check_data(recipe(with_list(rows)), show=3))
     assert all(character.isprintable() for character in report.replace("\n", ""))
     assert "\\x1b]0" in report or "<unk>" in report  # this tokenizer knows few words

@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, T5Conf
 from trl import DPOConfig, DPOTrainer, ModelConfig
 
 from trl_ama import AMAConfig, AMAError, AMATrainer, TaskMixtureConfig
-from trl_ama.data_check import check_data
+from trl_ama.check.check import check_data
 from trl_ama.dpo.rehearsal import empty_policy, rehearse
 from trl_ama.pipeline.run import run_pipeline
 from trl_ama.recipe.arguments import PipelineArguments

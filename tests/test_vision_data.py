@@ -9,7 +9,7 @@ from datasets import Dataset
 from vision_model import IMAGE_TOKENS, make_processor, make_vision_rows
 
 from trl_ama import AMAError, TaskMixtureConfig, load_tasks
-from trl_ama.data_duplicates import duplicates, text_hashes
+from trl_ama.check.duplicates import duplicates, text_hashes
 from trl_ama.report.examples import _texts
 from trl_ama.tasks.forms import pair_id_of
 from trl_ama.tasks.image_tokens import image_pair_ids

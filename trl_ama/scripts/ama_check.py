@@ -48,8 +48,8 @@ def main(check_args: CheckArguments, pipeline_args, training_args, model_args, t
     """Look at the pairs; exit code 1 if a task will not train."""
     from datasets import disable_progress_bars
 
-    from trl_ama.data_check import check_data
-    from trl_ama.data_report import render
+    from trl_ama.check.check import check_data
+    from trl_ama.check.text import render
     from trl_ama.recipe.settings import RunSettings
     from trl_ama.scripts.messages import show
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .evaluate_modules.pairwise_accuracy.formula import accuracy_stderr, pair_accuracy
+from ..evaluate_modules.pairwise_accuracy.formula import accuracy_stderr, pair_accuracy
 
 
 _LIST_ITEM = re.compile(r"(?m)^\s*(?:[-*•]|\d+[.)])\s")

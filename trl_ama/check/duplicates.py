@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from .data_formats import text_of
-from .tasks.forms import PAIR_COLUMNS
-from .tasks.images import content_of, has_images, stored_images
+from ..tasks.forms import PAIR_COLUMNS
+from ..tasks.images import content_of, has_images, stored_images
+from .mistakes import text_of
 
 
 _FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)

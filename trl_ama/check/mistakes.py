@@ -5,8 +5,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from .tasks.forms import PAIR_COLUMNS, says_something, without_nulls
-from .tasks.json_messages import messages_in
+from ..tasks.forms import PAIR_COLUMNS, says_something, without_nulls
+from ..tasks.json_messages import messages_in
 
 
 # Keys of a message that hold what it says
@@ -44,7 +44,7 @@ def _is_messages(side: Any) -> bool:
 
 
 def mistakes_of(row: dict[str, Any], special_tokens: Sequence[str]) -> list[str]:
-    """The kinds of mistakes that a pair has; [`trl_ama.data_verdict`] says what they mean.
+    """The kinds of mistakes that a pair has; [`trl_ama.check.verdict`] says what they mean.
 
     Args:
         row (`dict`): `prompt`, `chosen` and `rejected`, each a string or a list of messages.

@@ -4,11 +4,11 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from .data_check import DataCheck
-from .data_rules import Rule
-from .data_verdict import FATAL, LEAK, LOOK, TaskFigures, percent
-from .report.markdown import table
-from .tasks.account import RowAccount
+from ..report.markdown import table
+from ..tasks.account import RowAccount
+from .check import DataCheck
+from .rules import Rule
+from .verdict import FATAL, LEAK, LOOK, TaskFigures, percent
 
 
 _SHOWN = 1500  # characters of a prompt or answer; what is left out is counted

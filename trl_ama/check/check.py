@@ -12,24 +12,24 @@ import numpy as np
 from datasets import Dataset, DatasetDict, Value
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from .common.errors import AMAError, first_line
-from .data_account import judge_account
-from .data_duplicates import duplicates, text_hashes
-from .data_formats import mistakes_of, text_of
-from .data_rules import trivial_rules
-from .data_tokens import unknown_tokens
-from .data_verdict import FATAL, TaskFigures, judge, judge_sizes
-from .dpo.config import AMAConfig
-from .dpo.tokens import SAME_AFTER_CUT, SAME_TEXT, SAME_TOKENS, equal_answers, token_counts, tokenise
-from .recipe.recipe import Recipe
-from .recipe.rehearsal import model_problem
-from .recipe.settings import RunSettings
-from .tasks.account import RowAccount
-from .tasks.forms import PAIR_COLUMNS, TEMPLATE_COLUMNS
-from .tasks.images import has_images
-from .tasks.loading import read_tasks
-from .tasks.no_tasks import no_tasks
-from .tasks.pairs import PAIR_ID_COLUMN, TASK_COLUMN, concatenate_tasks
+from ..common.errors import AMAError, first_line
+from ..dpo.config import AMAConfig
+from ..dpo.tokens import SAME_AFTER_CUT, SAME_TEXT, SAME_TOKENS, equal_answers, token_counts, tokenise
+from ..recipe.recipe import Recipe
+from ..recipe.rehearsal import model_problem
+from ..recipe.settings import RunSettings
+from ..tasks.account import RowAccount
+from ..tasks.forms import PAIR_COLUMNS, TEMPLATE_COLUMNS
+from ..tasks.images import has_images
+from ..tasks.loading import read_tasks
+from ..tasks.no_tasks import no_tasks
+from ..tasks.pairs import PAIR_ID_COLUMN, TASK_COLUMN, concatenate_tasks
+from .account import judge_account
+from .duplicates import duplicates, text_hashes
+from .mistakes import mistakes_of, text_of
+from .rules import trivial_rules
+from .tokens import unknown_tokens
+from .verdict import FATAL, TaskFigures, judge, judge_sizes
 
 
 SAMPLE = 5000  # pairs of each task and split that are tokenised and read

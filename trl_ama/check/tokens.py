@@ -7,8 +7,8 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .dpo.tokens import PAIR_IDS
-from .tasks.forms import PAIR_COLUMNS
+from ..dpo.tokens import PAIR_IDS
+from ..tasks.forms import PAIR_COLUMNS
 
 
 _ROWS = 200  # in which the words behind unknown tokens are looked for

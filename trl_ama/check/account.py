@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from .data_verdict import TaskFigures, level_of, percent
-from .tasks.account import EMPTY, HELD_OUT
+from ..tasks.account import EMPTY, HELD_OUT
+from .verdict import TaskFigures, level_of, percent
 
 
 _SAME_AS = {

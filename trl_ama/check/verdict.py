@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from .data_rules import Rule
-from .evaluate_modules.pairwise_accuracy.formula import accuracy_stderr
+from ..evaluate_modules.pairwise_accuracy.formula import accuracy_stderr
+from .rules import Rule
 
 
 OK, LOOK, FATAL = "OK", "look at this", "will not train"
@@ -84,7 +84,7 @@ class Problem:
 
 @dataclass
 class TaskFigures:
-    """What [`trl_ama.data_check.check_data`] found out about a task.
+    """What [`trl_ama.check.check.check_data`] found out about a task.
 
     Parameters:
         task (`str`):
@@ -96,7 +96,7 @@ class TaskFigures:
         rules (`list[Rule]`):
             Trivial rules, best first.
         duplicates (`dict`):
-            See [`trl_ama.data_duplicates.duplicates`].
+            See [`trl_ama.check.duplicates.duplicates`].
         problems (`list[Problem]`):
             What is wrong.
         shown (`list[dict]`):
