@@ -17,10 +17,11 @@ from tiny_models import make_config, make_model
 from tiny_pairs import make_rows
 from transformers import BitsAndBytesConfig, LlamaConfig, MambaConfig, MistralConfig, Qwen3Config
 
-from trl_ama import cli, optimizer_memory
-from trl_ama.memory_plan import GIB, scoring_memory, training_memory
-from trl_ama.plan_empty import MemorySettings, base_model, empty_model
-from trl_ama.plan_lengths import Lengths, common_beginning, largest_batch, scoring_batch
+from trl_ama import cli
+from trl_ama.plan import bytes as optimizer_memory
+from trl_ama.plan.empty_model import MemorySettings, base_model, empty_model
+from trl_ama.plan.lengths import Lengths, common_beginning, largest_batch, scoring_batch
+from trl_ama.plan.memory import GIB, scoring_memory, training_memory
 from trl_ama.policies.quantized import quantized_layers
 
 
@@ -38,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("restored_environment")
 
 def kept(settings: MemorySettings, pairs: list, packed: bool = True, common: int = 0) -> int:
     """What the backward pass finds; at the peak, a tiny model is small beside a tile of TRL's head."""
-    from trl_ama.memory_trace import trace_pass
+    from trl_ama.plan.trace import trace_pass
 
     return trace_pass(empty_model(TINY, settings), settings, pairs, packed, trains=True, common=common).kept
 
@@ -126,7 +127,7 @@ def test_what_is_counted_on_a_real_model_is_what_is_planned():
     from trl.trainer.utils import add_fused_lm_head
 
     from trl_ama.fast_path.forward import packed_forward
-    from trl_ama.memory_trace import LiveBytes, packed_row, trace_pass
+    from trl_ama.plan.trace import LiveBytes, packed_row, trace_pass
 
     settings = MemorySettings(peft_config=LORA, device="cpu")
     planned = trace_pass(empty_model(TINY, settings), settings, PAIRS, packed=True, trains=True)
@@ -146,7 +147,7 @@ def test_what_is_counted_on_a_real_model_is_what_is_planned():
 def test_a_planned_row_is_the_row_that_is_packed():
     """Of pairs of these lengths, common beginning included; also the plan's count of its tokens."""
     from trl_ama.fast_path.packing import pack_pairs
-    from trl_ama.memory_trace import packed_row
+    from trl_ama.plan.trace import packed_row
 
     sizes, common = [(14, 5, 3), (17, 2, 6), (12, 4, 4)], 10
     longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in sizes)
@@ -447,7 +448,7 @@ def test_a_configuration_that_nobody_knows(recipe, tmp_path, capsys):
 
 def test_the_page_is_true(recipe, tmp_path, monkeypatch):
     """Its command runs (with this recipe), and the cards are those of the code."""
-    from trl_ama.plan_report import CARDS
+    from trl_ama.plan.text import CARDS
 
     page = (DOCS / "plan.md").read_text()
     words = re.search(r"^```bash\ntrl (ama-plan .*)\n```", page, re.MULTILINE)[1].split()

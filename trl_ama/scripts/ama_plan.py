@@ -49,8 +49,8 @@ def main(plan_args: PlanArguments, pipeline_args, training_args, model_args, tas
     """Plan the run and print it."""
     from datasets import disable_progress_bars
 
-    from trl_ama.plan import make_plan
-    from trl_ama.plan_report import render
+    from trl_ama.plan.plan import make_plan
+    from trl_ama.plan.text import render
     from trl_ama.recipe.settings import RunSettings
     from trl_ama.scripts.messages import show
 

@@ -8,15 +8,15 @@ import torch
 from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig
 from trl import get_peft_config
 
-from .common.errors import AMAError, sentence
-from .dpo.config import AMAConfig
-from .fast_path.forward import KNOWN_ATTENTION
-from .fast_path.rules import broken_rule
-from .memory_plan import StageMemory, scoring_memory, training_memory, why_not_packed
-from .plan_cost import Products
-from .plan_empty import MemorySettings, empty_model
-from .plan_lengths import Pair
-from .recipe.recipe import Recipe
+from ..common.errors import AMAError, sentence
+from ..dpo.config import AMAConfig
+from ..fast_path.forward import KNOWN_ATTENTION
+from ..fast_path.rules import broken_rule
+from ..recipe.recipe import Recipe
+from .cost import Products
+from .empty_model import MemorySettings, empty_model
+from .lengths import Pair
+from .memory import StageMemory, scoring_memory, training_memory, why_not_packed
 
 
 class PlannedModel:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .plan_empty import base_model
-from .plan_lengths import Lengths, common_beginning
+from .empty_model import base_model
+from .lengths import Lengths, common_beginning
 
 
 @dataclass(frozen=True)

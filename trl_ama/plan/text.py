@@ -1,6 +1,6 @@
 """A plan as text: what fits, two tables and what to know about them."""
 
-from .memory_plan import GIB, StageMemory
+from .memory import GIB, StageMemory
 from .plan import Plan, StagePlan
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedCon
 from transformers.quantizers import AutoHfQuantizer
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
-from .common.errors import AMAError, sentence
+from ..common.errors import AMAError, sentence
 
 
 _HEAD = ("log_probs", "entropy", "mean_logits", "is_top1")  # what DPOTrainer asks of TRL's head, for its metrics
@@ -62,7 +62,7 @@ def empty_model(config: PretrainedConfig, settings: MemorySettings) -> torch.nn.
             model = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config),
                 dtype=settings.dtype,
-                attn_implementation="sdpa" if settings.flash else settings.attention,  # see `memory_trace.py`
+                attn_implementation="sdpa" if settings.flash else settings.attention,  # see `plan/trace.py`
             )
         model.tie_weights()  # which the meta device has taken apart
         if settings.quantization is not None:

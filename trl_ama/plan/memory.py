@@ -5,7 +5,7 @@
         optimizer states + gradients + what the update needs for itself,
         the trial of the fast path before the first step: a plain pass forward over a pair of `max_length`)
 
-Parameters are counted on the meta device, with the adapter that PEFT puts on; activations come from `memory_trace.py`, which runs
+Parameters are counted on the meta device, with the adapter that PEFT puts on; activations come from `plan/trace.py`, which runs
 the very program on tensors without contents. What is said of libraries below was read in their sources: bitsandbytes 0.50,
 PEFT 0.21, transformers 5.23, TRL 1.16, torch 2.13.
 """
@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
-from .fast_path.packing import CannotShare
-from .fast_path.trial import sequence_limit
-from .memory_trace import CannotTrace, trace_pass
-from .optimizer_memory import (
+from ..fast_path.packing import CannotShare
+from ..fast_path.trial import sequence_limit
+from .bytes import (
     count_parameters,
     gradient_bytes,
     is_paged,
@@ -27,7 +26,8 @@ from .optimizer_memory import (
     update_bytes,
     weight_bytes,
 )
-from .plan_empty import MemorySettings, empty_model
+from .empty_model import MemorySettings, empty_model
+from .trace import CannotTrace, trace_pass
 
 
 GIB = 2**30

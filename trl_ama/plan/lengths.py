@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from datasets import Dataset
 
-from .common.errors import AMAError, sentence
-from .dpo.tokens import token_counts, tokenise
-from .fast_path.packing import WORTH_SHARING
-from .recipe.inputs import RunInputs
-from .recipe.recipe import Recipe
-from .tasks.images import has_images
+from ..common.errors import AMAError, sentence
+from ..dpo.tokens import token_counts, tokenise
+from ..fast_path.packing import WORTH_SHARING
+from ..recipe.inputs import RunInputs
+from ..recipe.recipe import Recipe
+from ..tasks.images import has_images
 
 
 SAMPLE = 2000  # pairs of a task and split that are counted; beyond, a longer one may be among those that are not

@@ -31,11 +31,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .common.errors import first_line
-from .fast_path.forward import PairAttention, as_on_a_gpu, install, packed_forward
-from .fast_path.packing import PAIRS_KEY, CannotShare, PackedPairs
-from .plan_empty import MemorySettings, base_model
-from .policies.empty import fill_with_fakes
+from ..common.errors import first_line
+from ..fast_path.forward import PairAttention, as_on_a_gpu, install, packed_forward
+from ..fast_path.packing import PAIRS_KEY, CannotShare, PackedPairs
+from ..policies.empty import fill_with_fakes
+from .empty_model import MemorySettings, base_model
 
 
 class CannotTrace(ValueError):

@@ -10,14 +10,14 @@ from functools import cached_property
 from math import ceil
 from typing import Any
 
-from .common.errors import AMAError
-from .dpo.config import AMAConfig
-from .memory_plan import StageMemory
-from .optimizer_memory import optimizer_family
-from .plan_cost import Work
-from .plan_lengths import Lengths, Pair, common_beginning, count_lengths, largest_batch, scoring_batch
-from .plan_model import PlannedModel
-from .recipe.settings import RunSettings
+from ..common.errors import AMAError
+from ..dpo.config import AMAConfig
+from ..recipe.settings import RunSettings
+from .bytes import optimizer_family
+from .cost import Work
+from .lengths import Lengths, Pair, common_beginning, count_lengths, largest_batch, scoring_batch
+from .memory import StageMemory
+from .model import PlannedModel
 
 
 _BY_SIZE = ("proportional", "task_normalized")  # strategies that draw tasks by their number of pairs

@@ -7,7 +7,7 @@ import torch
 from accelerate.utils import is_peft_model
 from peft.utils import get_peft_model_state_dict
 
-from .policies.quantized import quantized_layers
+from ..policies.quantized import quantized_layers
 
 
 NF4_BLOCK, ABSMAX_BLOCK = 64, 256  # weights to a scale, and scales to a scale of scales (bitsandbytes' defaults)
