@@ -14,7 +14,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl_ama import AMAError, TaskMixtureConfig
 from trl_ama.common import files as safe_files
 from trl_ama.common.files import write_file, write_json
-from trl_ama.merged_folder import NOTE_FILE, whole_or_not
+from trl_ama.merge.folder import NOTE_FILE, whole_or_not
 from trl_ama.pipeline.lock import folder_held
 from trl_ama.report import page as html_page
 from trl_ama.report.page import save_page
@@ -265,7 +265,7 @@ def test_everything_that_is_written_ends_alike():
     sources = {path.name: path.read_text() for path in Path(safe_files.__file__).parent.rglob("*.py")}
     temporary = [name for name, text in sources.items() if "tempfile.mk" in text or "NamedTemporaryFile" in text]
     assert sorted(temporary) == [
-        "merged_folder.py",
+        "merge/folder.py",
         "dpo/pair_trainer.py",
         "common/files.py",
     ]  # of these, one for itself

@@ -27,9 +27,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import SIZES, make_model, save
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
 
-from trl_ama import AMAError, merged_weights
-from trl_ama.merged_check import check_sequences, in_32_bits, log_probs
-from trl_ama.merging import merge_adapter
+from trl_ama import AMAError
+from trl_ama.merge import weights as merged_weights
+from trl_ama.merge.check import check_sequences, in_32_bits, log_probs
+from trl_ama.merge.merge import merge_adapter
 
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("nothing_old_is_searched")]

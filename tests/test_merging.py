@@ -14,9 +14,10 @@ from saved_adapters import merge_refused as refused
 from tiny_models import make_model, save
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from trl_ama import cli, merged_weights
+from trl_ama import cli
 from trl_ama.common.files import write_json
-from trl_ama.merging import merge_adapter, training_from
+from trl_ama.merge import weights as merged_weights
+from trl_ama.merge.merge import merge_adapter, training_from
 
 
 @pytest.fixture

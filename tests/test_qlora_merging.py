@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from trl_ama import cli
-from trl_ama.merging import merge_adapter
+from trl_ama.merge.merge import merge_adapter
 from trl_ama.policies.quantized import dequantized_weight, keep_weights, quantized_layers
 
 

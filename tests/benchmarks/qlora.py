@@ -174,7 +174,7 @@ def run_merge(options: argparse.Namespace) -> dict:
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from trl_ama.merging import merge_adapter
+    from trl_ama.merge.merge import merge_adapter
     from trl_ama.policies.quantized import keep_weights
     from trl_ama.recipe.settings import RunSettings
 

@@ -15,7 +15,7 @@ from peft import (
 from transformers import AutoModelForCausalLM
 
 from trl_ama import AMAError
-from trl_ama.merging import merge_adapter
+from trl_ama.merge.merge import merge_adapter
 from trl_ama.policies.checks import check_policy_source
 
 

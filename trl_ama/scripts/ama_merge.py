@@ -68,8 +68,8 @@ class MergeArguments:
 def main(merge_args: MergeArguments, pipeline_args, training_args, model_args, task_args) -> None:
     """Merge, and say what was done."""
     from trl_ama.common.errors import AMAError
-    from trl_ama.merged_card import difference, explanation, rounding
-    from trl_ama.merging import merge_adapter, training_from
+    from trl_ama.merge.card import difference, explanation, rounding
+    from trl_ama.merge.merge import merge_adapter, training_from
     from trl_ama.mixing import STRATEGIES
 
     adapter = merge_args.adapter

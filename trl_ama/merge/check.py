@@ -15,8 +15,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedTokenizerBase
 
-from .common.errors import AMAError
-from .policies.files import PolicySource, capital
+from ..common.errors import AMAError
+from ..policies.files import PolicySource, capital
 
 
 # A little of several kinds; the tokenizer's chat template and tokens of all the vocabulary come beside it

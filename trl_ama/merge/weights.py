@@ -13,11 +13,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .common.errors import AMAError, sentence
-from .merged_check import in_32_bits, is_wrapper, log_probs
-from .policies.files import PolicySource, capital
-from .policies.quantized import dequantized_weight, keep_weights, quantized_layers
-from .policies.switching import load_adapter
+from ..common.errors import AMAError, sentence
+from ..policies.files import PolicySource, capital
+from ..policies.quantized import dequantized_weight, keep_weights, quantized_layers
+from ..policies.switching import load_adapter
+from .check import in_32_bits, is_wrapper, log_probs
 
 
 @dataclass(frozen=True)

@@ -20,19 +20,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .common.errors import AMAError, sentence
-from .common.files import write_json
-from .common.fingerprint import package_versions
-from .common.run_folder import STAGE_FILE
-from .common.secrets import public_name
-from .common.versions import VERSIONS, check_version
-from .merged_card import write_merged_card
-from .merged_check import check_sequences, distances, hold_to_effect, hold_to_training, in_32_bits, log_probs
-from .merged_folder import NOTE_FILE, whole_or_not
-from .merged_weights import Merged, Training, merged_model
-from .policies.adapter_keys import saved_shapes
-from .policies.checks import check_policy_source
-from .policies.files import ADAPTER_WEIGHTS, PolicySource, capital, policy_source
+from ..common.errors import AMAError, sentence
+from ..common.files import write_json
+from ..common.fingerprint import package_versions
+from ..common.run_folder import STAGE_FILE
+from ..common.secrets import public_name
+from ..common.versions import VERSIONS, check_version
+from ..policies.adapter_keys import saved_shapes
+from ..policies.checks import check_policy_source
+from ..policies.files import ADAPTER_WEIGHTS, PolicySource, capital, policy_source
+from .card import write_merged_card
+from .check import check_sequences, distances, hold_to_effect, hold_to_training, in_32_bits, log_probs
+from .folder import NOTE_FILE, whole_or_not
+from .weights import Merged, Training, merged_model
 
 
 INTO = ("base", "dequantized")

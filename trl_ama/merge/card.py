@@ -6,11 +6,11 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .common.hub import hub_link, is_hub_id
-from .common.secrets import public_name
-from .policies.files import PolicySource
-from .report.card_parts import load_snippet, template, versions_line
-from .report.markdown import code, escape
+from ..common.hub import hub_link, is_hub_id
+from ..common.secrets import public_name
+from ..policies.files import PolicySource
+from ..report.card_parts import load_snippet, template, versions_line
+from ..report.markdown import code, escape
 
 
 def write_merged_card(folder: Path, name: str, place: PolicySource, base: str, note: dict[str, Any]) -> None:

@@ -7,8 +7,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .common.errors import AMAError
-from .common.files import remove_abandoned
+from ..common.errors import AMAError
+from ..common.files import remove_abandoned
 
 
 _ABANDONED = 24 * 3600  # seconds without a new file: longer than a large base takes to load
