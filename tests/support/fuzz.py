@@ -7,7 +7,7 @@ python tests/support/fuzz.py --cases 1 --start 1234  # one again, with its input
 
 A case is made from its number alone. It runs in one child process with all others, through the functions that `trl ama` calls before anything is
 trained, and ends in one of: `success`, `AMAError` (one sentence, exit code 2), `argparse` (exit code 2); or, which fails the
-fuzz, `traceback`, `hang`, `crash` or `long` (a message that nobody reads). tests/test_fuzz.py runs some hundred of them.
+fuzz, `traceback`, `hang`, `crash` or `long` (a message that nobody reads). tests/whole/test_fuzz.py runs some hundred of them.
 """
 
 import argparse

@@ -29,7 +29,7 @@ def test_one_task_proportional_equals_dpo_trainer(model_dir, quick_args, peft, p
     plain.train()
     ours = AMATrainer(
         model_dir,
-        # The same path on both sides, so the same bits; tests/test_prefix_sharing.py compares the two paths
+        # The same path on both sides, so the same bits; tests/fast_path/test_packing.py compares the two paths
         args=quick_args(mixing="proportional", prefix_sharing=False, **settings),
         train_dataset=dataset,
         peft_config=lora() if peft else None,

@@ -1,6 +1,6 @@
 """State files carry a version: an older one is read, a newer one is refused by name, with both versions and what to do.
 
-The files of a whole run are in tests/test_pipeline.py.
+The files of a whole run are in tests/pipeline/test_run.py.
 """
 
 import json
