@@ -23,7 +23,7 @@ _KINDS = (
 )
 # What DPOTrainer would raise stays what a caller may catch. The text of a KeyError is shown in quotes, so it is left out
 _CAUGHT_BY_CALLERS = (TypeError, NotImplementedError, RuntimeError, ImportError, AttributeError, IndexError)
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parent.parent
 
 
 @contextlib.contextmanager

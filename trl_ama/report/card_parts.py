@@ -24,7 +24,7 @@ CITATION = """\
     eprint       = {2506.00569},
 }"""
 
-_TEMPLATES = importlib.resources.files("trl_ama") / "templates"
+_TEMPLATES = importlib.resources.files("trl_ama.report") / "templates"
 
 
 def template(name: str) -> Path:
