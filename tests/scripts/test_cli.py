@@ -282,7 +282,7 @@ WORKER = """
 import os, sys, time
 from pathlib import Path
 from trl_ama import interruption
-from trl_ama.errors import AMAError
+from trl_ama.common.errors import AMAError
 from trl_ama.scripts.common import report_errors
 
 how, rank = sys.argv[1], os.environ["RANK"]
