@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 import yaml
+from places import SUPPORT
 
 
 STOPPED = 75  # how a run that a signal stopped ends
@@ -117,7 +118,7 @@ def train(stop: str) -> None:
 
 
 def run(stop: str) -> None:
-    command = [sys.executable, str(Path(__file__).resolve()), "--stop", stop]
+    command = [sys.executable, str(SUPPORT / "make_old_run.py"), "--stop", stop]
     code = subprocess.run(command, check=False).returncode
     if code != (0 if stop == "nowhere" else STOPPED):
         raise SystemExit(f"The run that was to be stopped {stop} ended with {code}.")

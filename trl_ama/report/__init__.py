@@ -4,5 +4,5 @@ from ..common.lazy import lazy_names
 
 
 __getattr__, __dir__, __all__ = lazy_names(
-    __name__, {"write_page": "page", "write_comparison": "page", "collect": "collect"}
+    __name__, {"write_page": "page", "write_comparison": "page"}
 )
