@@ -3,50 +3,49 @@
 Names are listed in pipeline order and imported when first used, so `import trl_ama` costs next to nothing.
 """
 
+import sys
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 
-try:
-    __version__ = version("trl-ama")
-except PackageNotFoundError:  # a source tree that was not installed
-    __version__ = "0+unknown"
-
 _EXPORTS = {
-    "TaskConfig": "task_config",
-    "TaskMixtureConfig": "task_config",
-    "load_tasks": "task_loading",
-    "train_specialist": "specialists",
-    "compute_reference_losses": "loss_scoring",
-    "join_reference_losses": "reference_losses",
-    "load_reference_losses": "loss_loading",
-    "ReferenceLosses": "loss_sharing",
+    "TaskConfig": "tasks.config",
+    "TaskMixtureConfig": "tasks.config",
+    "load_tasks": "tasks.loading",
+    "train_specialist": "pipeline.specialists",
+    "compute_reference_losses": "pipeline.losses",
+    "join_reference_losses": "reference_losses.columns",
+    "load_reference_losses": "reference_losses.loading",
+    "ReferenceLosses": "reference_losses.dataset",
     "MixingStrategy": "mixing",
     "StepStatistics": "mixing",
-    "AMAConfig": "ama_config",
-    "AMATrainer": "ama_trainer",
-    "evaluate_policies": "evaluation",
-    "run_pipeline": "pipeline",
-    "AMAError": "errors",
+    "AMAConfig": "dpo.config",
+    "AMATrainer": "dpo.ama_trainer",
+    "evaluate_policies": "pipeline.evaluation",
+    "run_pipeline": "pipeline.run",
+    "AMAError": "common.errors",
+    "__version__": "common.versions",
 }
 
 if TYPE_CHECKING:
-    from .ama_config import AMAConfig
-    from .ama_trainer import AMATrainer
-    from .errors import AMAError
-    from .evaluation import evaluate_policies
-    from .loss_loading import load_reference_losses
-    from .loss_scoring import compute_reference_losses
-    from .loss_sharing import ReferenceLosses
+    from .common.errors import AMAError
+    from .common.versions import __version__
+    from .dpo.ama_trainer import AMATrainer
+    from .dpo.config import AMAConfig
     from .mixing import MixingStrategy, StepStatistics
-    from .pipeline import run_pipeline
-    from .reference_losses import join_reference_losses
-    from .specialists import train_specialist
-    from .task_config import TaskConfig, TaskMixtureConfig
-    from .task_loading import load_tasks
+    from .pipeline.evaluation import evaluate_policies
+    from .pipeline.losses import compute_reference_losses
+    from .pipeline.run import run_pipeline
+    from .pipeline.specialists import train_specialist
+    from .reference_losses.columns import join_reference_losses
+    from .reference_losses.dataset import ReferenceLosses
+    from .reference_losses.loading import load_reference_losses
+    from .tasks.config import TaskConfig, TaskMixtureConfig
+    from .tasks.loading import load_tasks
 
-__all__ = [*_EXPORTS, "__version__"]
+__all__ = [*_EXPORTS]
 
 
 def __getattr__(name: str) -> Any:
@@ -61,16 +60,37 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+class _TRLAwaited:
+    """Waits on `sys.meta_path` for somebody to import `trl`, which takes half a second that a mistake in a recipe can do without."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != "trl":
+            return None
+        specs = (other.find_spec(name, path, target) for other in sys.meta_path if other is not self)
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is None or spec.loader is None:
+            return spec
+        exec_module = spec.loader.exec_module
+
+        def exec_and_register(module: ModuleType) -> None:
+            exec_module(module)
+            sys.meta_path[:] = [other for other in sys.meta_path if other is not self]
+            _register_with_trl()
+
+        spec.loader.exec_module = exec_and_register
+        return spec
+
+
 def _register_with_trl() -> None:
     """Make `from trl import AMAConfig, AMATrainer` work, as lazily as TRL's own names."""
-    import sys
-
-    import trl
-
+    trl = sys.modules["trl"]
     # TRL's lazy module finds a name's submodule in this table and imports it as `trl.<submodule>`
     if hasattr(trl, "_class_to_module"):
         sys.modules.setdefault("trl.ama", sys.modules[__name__])
         trl._class_to_module.update(AMAConfig="ama", AMATrainer="ama")
 
 
-_register_with_trl()
+if "trl" in sys.modules:
+    _register_with_trl()
+else:
+    sys.meta_path.insert(0, _TRLAwaited())  # first, because Python's own finder answers for every module on the path

@@ -16,55 +16,45 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from trl.cli.commands.base import Command, CommandContext
-
-from trl_ama import interruption
-from trl_ama.errors import AMAError
-
-
-COMMANDS = {
-    "ama": "Run AutoMixAlign: specialists, reference losses, mixed training, evaluation",
-    "ama-specialists": "Train (or pull) one specialist per task",
-    "ama-losses": "Compute the specialists' reference losses",
-    "ama-eval": "Evaluate the generalists on held-out pairs",
-    "ama-check": "Look at the pairs of every task: as the model sees them, what is dropped, leaks, duplicates",
-    "ama-plan": "Say what a run will need, without reading any weights: memory by stage, steps, tokens, cost",
-    "ama-merge": "Merge a generalist, or any adapter, into a full checkpoint",
-    "ama-report": "Write the page of a run, or one that compares several; needs no model",
-}
+from trl_ama.common import interruption
+from trl_ama.common.errors import AMAError
+from trl_ama.scripts import COMMANDS
 
 
-class AMACommand(Command):
+if TYPE_CHECKING:
+    from trl.cli.commands.base import Command, CommandContext
+
+
+def run_command(name: str, argv: list[str]) -> int:
     """
-    CLI command that launches a script of `trl_ama/scripts` with accelerate.
+    Launch a script of `trl_ama/scripts` with accelerate, and return the exit code.
 
-    Parameters:
+    Args:
         name (`str`):
-            CLI subcommand name; `"ama-losses"` runs `trl_ama/scripts/ama_losses.py`.
-        help_text (`str`):
-            Short description displayed in help output.
+            The command; `"ama-losses"` runs `trl_ama/scripts/ama_losses.py`.
+        argv (`list[str]`):
+            What follows its name.
     """
+    from trl_ama.scripts.common import report_errors, split_arguments
+    from trl_ama.scripts.config_file import read_config
+    from trl_ama.scripts.messages import tidy_warnings
+    from trl_ama.scripts.recipe_check import check_early
 
-    def register(self, subparsers) -> None:
-        subparsers.add_parser(self.name, help=self.help_text, add_help=False)
+    tidy_warnings(name)
+    with report_errors(name):
+        # What is wrong with a recipe should not have to wait for torch, which the parser imports
+        read_config(argv)
+        check_early(name, argv)
 
-    def run(self, args: Namespace, context: CommandContext) -> int:
-        from trl_ama.scripts.common import read_config, report_errors, split_arguments
-        from trl_ama.scripts.messages import tidy_warnings
-
-        tidy_warnings(self.name)
-        with report_errors(self.name):
-            argv = context.argv_after(self.name)
-            read_config(argv)  # a mistyped path should not have to wait for torch, which the parser imports
-
-            script = importlib.import_module(f"trl_ama.scripts.{self.name.replace('-', '_')}")
-            if hasattr(script, "run_without_recipe"):  # nothing to parse or launch
-                return script.run_without_recipe(argv)
-            launch_args, script_args = split_arguments(script.make_parser(prog=f"trl {self.name}"), argv)
-            if hasattr(script, "run_here"):  # nothing to launch
-                return script.run_here(launch_args, script_args)
-            return _launch(Path(script.__file__), launch_args, script_args)
+        script = importlib.import_module(f"trl_ama.scripts.{name.replace('-', '_')}")
+        if hasattr(script, "run_without_recipe"):  # nothing to parse or launch
+            return script.run_without_recipe(argv)
+        launch_args, script_args = split_arguments(script.make_parser(prog=f"trl {name}"), argv)
+        if hasattr(script, "run_here"):  # nothing to launch
+            return script.run_here(launch_args, script_args)
+        return _launch(Path(script.__file__), launch_args, script_args)
 
 
 def _launch(script: Path, launch_args: list[str], script_args: list[str]) -> int:
@@ -176,20 +166,30 @@ def _exit_code(returncode: int) -> int:
     return returncode if returncode >= 0 else 128 - returncode
 
 
-def get_commands() -> list[Command]:
+def get_commands() -> list["Command"]:
     """Return the commands that trl-ama adds to `trl`."""
+    from trl.cli.commands.base import Command  # `trl-ama` does without, because importing `trl` takes half a second
+
+    class AMACommand(Command):
+        """A command of trl-ama in the command line of TRL."""
+
+        def register(self, subparsers) -> None:
+            subparsers.add_parser(self.name, help=self.help_text, add_help=False)
+
+        def run(self, args: Namespace, context: "CommandContext") -> int:
+            return run_command(self.name, context.argv_after(self.name))
+
     return [AMACommand(name, help_text) for name, help_text in COMMANDS.items()]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `trl-ama`: the same commands as `trl`, and `trl-ama --config ...` for `trl ama --config ...`."""
-    commands = {command.name: command for command in get_commands()}
     parser = ArgumentParser(
         prog="trl-ama", description="AutoMixAlign for TRL. Without a command, flags go to `ama`.", allow_abbrev=False
     )
     subparsers = parser.add_subparsers(help="available commands", dest="command")
-    for command in commands.values():
-        command.register(subparsers)
+    for name, help_text in COMMANDS.items():
+        subparsers.add_parser(name, help=help_text, add_help=False)
 
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 0
-    return commands[args.command].run(args, CommandContext(argv=argv))
+    return run_command(args.command, argv[argv.index(args.command) + 1 :])
 
 
 if __name__ == "__main__":

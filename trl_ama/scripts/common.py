@@ -7,27 +7,24 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
-from trl_ama import interruption
-from trl_ama.errors import AMAError, nearest
-from trl_ama.limits import LimitError, check_limits
-from trl_ama.recipe_yaml import check_yaml_file, load_yaml
+from trl_ama.common import interruption
+from trl_ama.common.errors import AMAError
+from trl_ama.common.limits import LimitError, check_limits
+from trl_ama.common.value_types import check_value
+from trl_ama.common.yaml_files import check_yaml_file
+from trl_ama.scripts.config_file import (
+    RESERVED_KEYS,
+    Config,
+    check_choice,
+    check_names,
+    hint,
+    join_values,
+    read_config,
+)
 from trl_ama.scripts.messages import tidy_warnings
-from trl_ama.task_config import NO_STREAMING
-from trl_ama.value_types import check_value
-
-
-# Keys of a config file that are neither a field of our dataclasses nor an option of `accelerate launch`.
-RESERVED_KEYS = ("env", "accelerate_config")
-
-
-class Config(NamedTuple):
-    """A config file: its path, its content and the line of each key, for messages."""
-
-    path: str
-    values: dict[str, Any]
-    lines: dict[str, int]
+from trl_ama.scripts.recipe_check import check_early
 
 
 def make_parser(
@@ -36,10 +33,10 @@ def make_parser(
     """Build the parser of `command`; all commands read the same four dataclasses, so one YAML file serves them all."""
     from trl import ModelConfig, TrlParser
 
-    from trl_ama.ama_config import AMAConfig
-    from trl_ama.cli import COMMANDS
-    from trl_ama.pipeline_arguments import PipelineArguments
-    from trl_ama.task_config import TaskMixtureConfig
+    from trl_ama.dpo.config import AMAConfig
+    from trl_ama.recipe.arguments import PipelineArguments
+    from trl_ama.scripts import COMMANDS
+    from trl_ama.tasks.config import TaskMixtureConfig
 
     dataclass_types = (PipelineArguments, AMAConfig, ModelConfig, TaskMixtureConfig)
     if subparsers is not None:
@@ -100,66 +97,6 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def join_values(argv: list[str]) -> list[str]:
-    """Rewrite `--config=x` as `--config x`, for the two flags that TRL looks for by their exact name."""
-    result = []
-    for item in argv:
-        flag, equals, value = item.partition("=")
-        result += [flag, value] if equals and flag in ("--config", "--accelerate_config") else [item]
-    return result
-
-
-def read_config(argv: list[str]) -> Config | None:
-    """Read the file that `--config` names, or return `None` without one."""
-    import yaml
-
-    argv = join_values(argv)
-    if "--config" not in argv:
-        return None
-    index = argv.index("--config") + 1
-    if index == len(argv):
-        raise AMAError("--config needs the path of a YAML file, and none follows it.")
-    path = argv[index]
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-        values = load_yaml(text, f"The config file {path}")
-    except AMAError:
-        raise
-    except OSError as error:
-        raise AMAError(
-            f"The config file {path} cannot be read ({error.strerror}); give --config the path of a YAML file."
-        ) from error
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # also numbers of thousands of digits, days like 2025-13-45
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}," if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise AMAError(f"The config file {path}{where} is not valid YAML: {problem}.") from error
-    if not isinstance(values, dict):
-        found = "nothing" if values is None else f"a {type(values).__name__}"
-        raise AMAError(
-            f"The config file {path}, line 1, must hold a YAML mapping (`key: value` lines), but holds {found}."
-        )
-    lines = {str(key.value): key.start_mark.line + 1 for key, _ in yaml.compose(text, yaml.SafeLoader).value}
-    lines.setdefault("env", lines.get("<<", 1))
-    if not isinstance(values.get("env", {}), dict):
-        raise AMAError(
-            f"The config file {path}, line {lines['env']}: `env` must be a mapping of environment variables to "
-            f"values, but is {values['env']!r}."
-        )
-    for name, value in values.get("env", {}).items():
-        if not re.fullmatch(r"[^=\0]+", str(name)) or "\0" in str(value):
-            raise AMAError(
-                f"The config file {path}, line {lines['env']}: `env` has {str(name)!r}, which cannot be an environment variable with the "
-                f"value {str(value)!r:.80}. Mend or remove it."
-            )
-    return Config(path, {str(key): value for key, value in values.items()}, lines)
-
-
 def option_names(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     """Return the options of `parser` by their names without leading dashes."""
     return {
@@ -170,38 +107,23 @@ def option_names(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     }
 
 
-def _hint(name: str, known: list[str]) -> str:
-    return f" {NO_STREAMING}" if name == "streaming" else nearest(name, known)
+def known_keys(parser: argparse.ArgumentParser, launch_parser: argparse.ArgumentParser) -> set[str]:
+    """The keys that a config file may have."""
+    # TRL matches a key to an option's destination, `accelerate launch` gets it as a flag.
+    known = {action.dest for action in parser._actions if action.dest != "help"}
+    return known.union(option_names(launch_parser), RESERVED_KEYS)
 
 
 def check_keys(config: Config | None, parser: argparse.ArgumentParser, launch_parser: argparse.ArgumentParser) -> None:
     """Raise an `AMAError` for the first key of `config` that nobody knows, or whose value is of a wrong type."""
     if config is None:
         return
-    # TRL matches a key to an option's destination, `accelerate launch` gets it as a flag.
-    known = {action.dest for action in parser._actions if action.dest != "help"}
-    known.update(option_names(launch_parser), RESERVED_KEYS)
-    for key in config.values:
-        if key not in known:
-            where = f", line {config.lines[key]}," if key in config.lines else ""
-            raise AMAError(
-                f"The config file {config.path}{where} has the key '{key}', which neither the command nor `accelerate "
-                f"launch` knows.{_hint(key, sorted(known))}"
-            )
+    check_names(config, known_keys(parser, launch_parser))
+    choices = {action.dest: action.choices for action in parser._actions if action.choices is not None}
     for key, value in config.values.items():
-        where = f"The config file {config.path}" + (f", line {config.lines[key]}:" if key in config.lines else ":")
         for cls in getattr(parser, "dataclass_types", ()):
-            check_value(cls, key, value, where, parses_text=True)
-        for action in parser._actions:  # argparse looks at what the command line gives, and not at defaults
-            if (
-                action.dest == key
-                and action.choices is not None
-                and isinstance(value, str)
-                and value not in action.choices
-            ):
-                raise AMAError(
-                    f"{where} '{key}' must be one of {list(action.choices)}, got {value!r}.{nearest(value, list(action.choices))}"
-                )
+            check_value(cls, key, value, config.place(key), parses_text=True)
+        check_choice(config, key, choices.get(key))
 
 
 def check_flags(flags: list[str], parser: argparse.ArgumentParser, launch_parser: argparse.ArgumentParser) -> None:
@@ -213,7 +135,7 @@ def check_flags(flags: list[str], parser: argparse.ArgumentParser, launch_parser
     if unknown:
         name = unknown[0].partition("=")[0]
         known = ["config", *RESERVED_KEYS[1:], *option_names(parser), *option_names(launch_parser)]
-        guess = _hint(name.lstrip("-"), known).replace("'", "'--", 1)
+        guess = hint(name.lstrip("-"), known).replace("'", "'--", 1)
         raise AMAError(f"The flag '{name}' is known neither to the command nor to `accelerate launch`.{guess}")
     if parsed.training_script != script:
         raise AMAError(f"The value '{parsed.training_script}' follows no flag that takes it; put its flag before it.")
@@ -250,10 +172,7 @@ def _place_of(key: str, argv: list[str]) -> str | None:
     if any(arg.partition("=")[0] == f"--{key}" for arg in argv):
         return "On the command line,"
     config = read_config(argv)
-    if config is None or key not in config.values:
-        return None
-    line = f", line {config.lines[key]}" if key in config.lines else ""
-    return f"The config file {config.path}{line}:"
+    return None if config is None or key not in config.values else config.place(key)
 
 
 def split_arguments(parser: Any, argv: list[str]) -> tuple[list[str], list[str]]:
@@ -336,4 +255,5 @@ def run_script(command: str, parser_fn: Callable[[], Any], main_fn: Callable[...
     """
     tidy_warnings(command)
     with interruption.caught(), report_errors(command):
+        check_early(command, sys.argv[1:])
         main_fn(*parse_arguments(parser_fn()))
