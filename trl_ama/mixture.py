@@ -30,7 +30,7 @@ def strategy_for(
         task_names (`list[str]`): Names of those numbers.
         mixing (`str`): The strategy's name.
         mixing_lr (`float` or `str`): Its step size; `"auto"` for the regret bound's.
-        options: Further ones of [`build_strategy`].
+        options: Further ones of [`~trl_ama.mixing.build_strategy`].
 
     Raises:
         AMAError: If the name or an option is not valid.
