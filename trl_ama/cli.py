@@ -18,8 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from trl_ama import interruption
-from trl_ama.errors import AMAError
+from trl_ama.common import interruption
+from trl_ama.common.errors import AMAError
 from trl_ama.scripts import COMMANDS
 
 

@@ -93,7 +93,7 @@ def train(stop: str) -> None:
     from trl import DPOTrainer
 
     import trl_ama
-    from trl_ama import scoring
+    from trl_ama.dpo import scoring
 
     datasets.config.HF_DATASETS_CACHE = Path("cache")
     training_step, forward, batches = DPOTrainer.training_step, scoring.packed_forward, []

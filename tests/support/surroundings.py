@@ -4,14 +4,17 @@ import atexit
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
 from hub_server import HubServer
 
 
-# The Hugging Face libraries read the environment when they are imported, so all of this comes first. Nothing of the
-# user's own setup may show in a test: no token, no caches, no offline mode, no other endpoint.
+# The Hugging Face libraries read the environment when they are imported, so all of this comes first
+assert "huggingface_hub" not in sys.modules, "import surroundings before the libraries that read the environment"
+
+# Nothing of the user's own setup may show in a test: no token, no caches, no offline mode, no other endpoint
 _OWN = ("HF_", "HUGGING", "TRANSFORMERS_")
 
 
