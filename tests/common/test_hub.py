@@ -166,7 +166,7 @@ OFFLINE = """
 import json, sys
 from trl import ModelConfig, TrlParser
 from trl_ama import AMAConfig, AMAError, TaskMixtureConfig, run_pipeline
-from trl_ama.pipeline_arguments import PipelineArguments
+from trl_ama.recipe.arguments import PipelineArguments
 
 def run(*flags):
     parser = TrlParser((PipelineArguments, AMAConfig, ModelConfig, TaskMixtureConfig))
