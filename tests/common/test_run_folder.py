@@ -3,12 +3,12 @@
 import ast
 from pathlib import Path
 
-import trl_ama
+from places import PACKAGE
+
 from trl_ama.common import run_folder as run_names
 from trl_ama.common.run_folder import RunFolder, rows_file, task_lock
 
 
-PACKAGE = Path(trl_ama.__file__).parent
 HOME = Path(run_names.__file__)
 FILES = {
     "stage.json", "trainer_state.json", "fingerprint.json", "run.json", "results.json", "results.md", "index.html",
@@ -73,4 +73,8 @@ def spelt_in(path: Path) -> set[str]:
 
 def test_no_other_module_spells_them():
     assert {*FOLDERS, "stage.json", "results.json"} <= spelt_in(HOME)
-    assert {path.name: spelt_in(path) for path in PACKAGE.rglob("*.py") if path != HOME and spelt_in(path)} == {}
+    assert {
+        str(path.relative_to(PACKAGE)): spelt_in(path)
+        for path in PACKAGE.rglob("*.py")
+        if path != HOME and spelt_in(path)
+    } == {}

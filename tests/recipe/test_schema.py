@@ -8,12 +8,12 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from places import ROOT
 from recipe_mistakes import BASE, GOOD, MISTAKES, argv_of, early, late
 
 from trl_ama import cli
@@ -26,7 +26,6 @@ from trl_ama.scripts.recipe_check import PATH, hint_of, is_for_these_versions, r
 from trl_ama.scripts.recipe_schema import as_text, make_schema
 
 
-ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("ama/*.yaml"))
 SCHEMA = read_schema()
 pytestmark = pytest.mark.usefixtures("here")

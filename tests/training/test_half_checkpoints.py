@@ -8,15 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
+from places import PACKAGE
 from resumed_runs import training_fixture  # noqa: F401 - fixtures
 from transformers.trainer_utils import rotate_checkpoints
 
 from trl_ama import AMAError, TaskMixtureConfig
-from trl_ama.common import files as safe_files
 from trl_ama.common.files import write_file, write_json
 from trl_ama.merge.folder import NOTE_FILE, whole_or_not
 from trl_ama.pipeline.lock import folder_held
-from trl_ama.report import page as html_page
 from trl_ama.report.page import save_page
 from trl_ama.tasks.loading import read_tasks
 from trl_ama.training import checkpoints
@@ -262,14 +261,11 @@ def test_a_merge_removes_what_a_killed_one_left(tmp_path, monkeypatch):
 
 def test_everything_that_is_written_ends_alike():
     """So that one rule finds it: no other temporary name is in the package."""
-    sources = {path.name: path.read_text() for path in Path(safe_files.__file__).parent.rglob("*.py")}
+    sources = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in PACKAGE.rglob("*.py")}
     temporary = [name for name, text in sources.items() if "tempfile.mk" in text or "NamedTemporaryFile" in text]
-    assert sorted(temporary) == [
-        "merge/folder.py",
-        "dpo/pair_trainer.py",
-        "common/files.py",
-    ]  # of these, one for itself
-    assert "tempfile" not in Path(html_page.__file__).read_text()
+    # Of these, the trainer for itself
+    assert sorted(temporary) == ["common/files.py", "dpo/pair_trainer.py", "merge/folder.py"]
+    assert "tempfile" not in sources["report/page.py"]
 
 
 # ---- A folder without tasks ----

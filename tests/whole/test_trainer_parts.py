@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import make_dataset
 from peft import LoraConfig
+from tiny_pairs import make_dataset
 from trl import DPOTrainer
 
 import trl_ama
