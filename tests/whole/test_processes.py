@@ -359,11 +359,7 @@ def test_the_command_in_two_processes(world, interrupted):
 FAILS = """
 import sys, time
 from accelerate import PartialState
-<<<<<<< HEAD
-from trl_ama import AMAError
-=======
 from trl_ama.common.errors import AMAError
->>>>>>> house
 from trl_ama.scripts.common import report_errors
 state = PartialState(cpu=True)
 with report_errors("ama"):
