@@ -19,7 +19,7 @@ from trl import DPOTrainer
 from trl_ama import run_pipeline
 from trl_ama.common import interruption
 from trl_ama.common.interruption import Interrupted, asked, caught, finishing
-from trl_ama.dpo import scoring
+from trl_ama.dpo import sweep
 from trl_ama.training import exact_resume
 
 
@@ -216,7 +216,7 @@ def test_a_stage_is_named_and_the_next_run_goes_on(recipe, tmp_path, monkeypatch
         flags = ["--output_dir", tmp_path / name, "--per_device_eval_batch_size", "2"]
         run_pipeline(*parse(recipe, *flags), stages=stages or ("specialists", "losses"))
 
-    step, forward, calls = DPOTrainer.training_step, scoring.packed_forward, []
+    step, forward, calls = DPOTrainer.training_step, sweep.packed_forward, []
 
     def third_step(self, *args, **kwargs):
         if self.state.global_step == 2:
@@ -238,7 +238,7 @@ def test_a_stage_is_named_and_the_next_run_goes_on(recipe, tmp_path, monkeypatch
     )
     run("run", "specialists")
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "packed_forward", third_batch)
+        patch.setattr(sweep, "packed_forward", third_batch)
         with pytest.raises(Interrupted, match=r"saved \d+ of 34 scored pairs \(Reference losses, list\)"):
             run("run")
     assert list((tmp_path / "run" / "reference_losses" / ".list.shards").glob("*.parquet"))

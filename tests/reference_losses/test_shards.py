@@ -20,7 +20,7 @@ from surroundings import client_env
 
 from trl_ama import AMAError, run_pipeline
 from trl_ama.common.files import read_json, write_json
-from trl_ama.dpo import scoring
+from trl_ama.dpo import sweep
 from trl_ama.dpo.pair_trainer import ScoringTrainer
 from trl_ama.dpo.scoring import score_pairs
 from trl_ama.policies.switching import reference_policy, trained_policy
@@ -185,7 +185,8 @@ def test_other_settings_are_refused(folder):
 # Runs the script that `trl ama-losses` launches, and is killed: in its n-th forward pass, or while it writes its n-th shard
 KILLED = """
 import os, signal, sys
-from trl_ama import loss_shards, scoring
+from trl_ama.dpo import sweep
+from trl_ama.reference_losses import shards as loss_shards
 place, number = sys.argv.pop(1).split(":")
 calls = 0
 def killing(function, counts=lambda *args: True):
@@ -197,7 +198,7 @@ def killing(function, counts=lambda *args: True):
         return function(*args, **kwargs)
     return killed
 if place == "forward":
-    scoring.packed_forward = killing(scoring.packed_forward)
+    sweep.packed_forward = killing(sweep.packed_forward)
 else:
     loss_shards.os.replace = killing(os.replace, lambda source, target: str(target).endswith(".parquet"))
 loss_shards.SHARD_SECONDS = 0.0
@@ -238,7 +239,7 @@ def world(model_dir, tmp_path_factory):
 def count_forwards(monkeypatch, fail_at: int | None = None) -> list[int]:
     """Tokens of every batch that a model ran on, without the trials of whether it can take the fast path."""
     seen: list[int] = []
-    forward = scoring.packed_forward
+    forward = sweep.packed_forward
 
     def counted(model, pairs, **kwargs):
         seen.append(pairs.input_ids.numel())
@@ -246,7 +247,7 @@ def count_forwards(monkeypatch, fail_at: int | None = None) -> list[int]:
             raise MemoryError("as if out of memory")
         return forward(model, pairs, **kwargs)
 
-    monkeypatch.setattr(scoring, "packed_forward", counted)
+    monkeypatch.setattr(sweep, "packed_forward", counted)
     return seen
 
 

@@ -281,7 +281,7 @@ def test_a_launched_script_reports_its_error_in_one_line(config, tmp_path):
 WORKER = """
 import os, sys, time
 from pathlib import Path
-from trl_ama import interruption
+from trl_ama.common import interruption
 from trl_ama.common.errors import AMAError
 from trl_ama.scripts.common import report_errors
 

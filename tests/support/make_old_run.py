@@ -94,10 +94,10 @@ def train(stop: str) -> None:
     from trl import DPOTrainer
 
     import trl_ama
-    from trl_ama.dpo import scoring
+    from trl_ama.dpo import sweep
 
     datasets.config.HF_DATASETS_CACHE = Path("cache")
-    training_step, forward, batches = DPOTrainer.training_step, scoring.packed_forward, []
+    training_step, forward, batches = DPOTrainer.training_step, sweep.packed_forward, []
 
     def step(self, *args, **kwargs):
         if stop == "training" and self.args.output_dir.endswith("ama_s") and self.state.global_step == STOP_AT - 1:
@@ -111,7 +111,7 @@ def train(stop: str) -> None:
                 signal.raise_signal(signal.SIGTERM)
         return forward(*args, **kwargs)
 
-    DPOTrainer.training_step, scoring.packed_forward = step, score
+    DPOTrainer.training_step, sweep.packed_forward = step, score
     script = Path(trl_ama.__file__).parent / "scripts" / "ama.py"
     sys.argv = [str(script), "--config", "recipe.yaml"]
     runpy.run_path(str(script), run_name="__main__")

@@ -39,7 +39,7 @@ def counted_train(self, *args, **kwargs):
     return result
 LlamaModel.forward, Trainer.train = counted_forward, counted_train
 atexit.register(lambda: open("counts.json", "w").write(json.dumps(counts)))
-from trl_ama import prefix_support, prefix_trial
+from trl_ama.fast_path import choice, trial
 from trl_ama.scripts.ama import main, make_parser
 from trl_ama.scripts.common import run_script
 def uncounted(check):  # trial and proof of the fast path, once for each model and sweep
@@ -50,8 +50,8 @@ def uncounted(check):  # trial and proof of the fast path, once for each model a
         finally:
             counts.update(before)
     return checked
-prefix_trial._trial = uncounted(prefix_trial._trial)
-prefix_support.prove = uncounted(prefix_support.prove)
+trial._trial = uncounted(trial._trial)
+choice.prove = uncounted(choice.prove)
 run_script("ama", make_parser, main)
 """
 
