@@ -190,7 +190,6 @@ class _EarlyCheck:
 
     def _check_tasks(self, tasks: Any) -> None:
         """Whether there are tasks, and the files that they name."""
-        from trl_ama.local_files import cannot_load, exact_source, files_of, missing_file
         from trl_ama.no_tasks import no_tasks
 
         given = self.config.values
@@ -202,6 +201,8 @@ class _EarlyCheck:
             return
         if self.command == "ama-check":  # which reports what it cannot read
             return
+        from trl_ama.local_files import cannot_load, exact_source, files_of, missing_file
+
         for task in tasks.tasks:
             if tasks.tasks_dir is not None:
                 files_of(task, Path(tasks.tasks_dir))
