@@ -54,9 +54,8 @@ def run_command(name: str, argv: list[str]) -> int:
 
     tidy_warnings(name)
     with report_errors(name):
-        check_early(
-            name, argv
-        )  # what is wrong with a recipe should not have to wait for torch, which the parser imports
+        # What is wrong with a recipe should not have to wait for torch, which the parser imports
+        check_early(name, argv)
 
         script = importlib.import_module(f"trl_ama.scripts.{name.replace('-', '_')}")
         if hasattr(script, "run_without_recipe"):  # nothing to parse or launch

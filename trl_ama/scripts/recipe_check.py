@@ -84,8 +84,8 @@ class _EarlyCheck:
     def __init__(self, command: str, argv: list[str], config: Config):
         self.command, self.argv, self.config = command, argv, config
         schema = read_schema()
-        # In the order in which the command's parser has them
-        self.entries = schema["$defs"].get(command, {}).get("properties", {}) | schema["properties"]
+        own = schema["$defs"].get(command, {}).get("properties", {})
+        self.entries = own | schema["properties"] | own  # in the order in which the command's parser has them
         (others,) = schema["patternProperties"]
         self.known = {*self.entries, *others.removeprefix("^(").removesuffix(")$").split("|")}
         self.is_current = is_for_these_versions(schema)
