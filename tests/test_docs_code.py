@@ -88,7 +88,8 @@ def test_keys_and_flags_in_the_text_exist():
                     assert key in known or key == "fraction", f"{page}: `{code}`"
                     seen += 1
             for flag in [] if code.startswith(("hf ", "tests/")) else re.findall(r"(?<!\S)--(\w+)", code):
-                ours = {"help", "config", "accelerate_config", "published", "cases", "kills", "variants", "write"}  # of scripts
+                # of scripts
+                ours = {"help", "config", "accelerate_config", "published", "cases", "kills", "variants", "write"}
                 assert flag in known | ours, f"{page}: `{code}`"
                 seen += 1
     assert seen > 50
