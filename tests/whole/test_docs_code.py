@@ -83,7 +83,8 @@ def test_keys_and_flags_in_the_text_exist():
                     assert key in known or key == "fraction", f"{page}: `{code}`"
                     seen += 1
             for flag in [] if code.startswith(("hf ", "tests/")) else re.findall(r"(?<!\S)--(\w+)", code):
-                ours = {"help", "config", "accelerate_config", "published", "cases", "kills", "variants"}  # of scripts
+                # of scripts
+                ours = {"help", "config", "accelerate_config", "published", "cases", "kills", "variants", "write"}
                 assert flag in known | ours, f"{page}: `{code}`"
                 seen += 1
     assert seen > 50
@@ -132,6 +133,8 @@ def test_commands_parse(page, folder):
                     check_command("ama", flags)
                 case ["trl-ama", command, *flags] | ["python", "-m", "trl_ama", command, *flags]:
                     check_command(command, flags)
+                case ["python", "-m", module, *_]:
+                    assert importlib.util.find_spec(module) is not None
                 case ["accelerate", "launch", path, *flags]:
                     assert (ROOT / path).is_file()
                     check_command(Path(path).stem.replace("_", "-"), flags)

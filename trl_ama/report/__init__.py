@@ -3,6 +3,4 @@
 from ..common.lazy import lazy_names
 
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__, {"write_page": "page", "write_comparison": "page"}
-)
+__getattr__, __dir__, __all__ = lazy_names(__name__, {"write_page": "page", "write_comparison": "page"})

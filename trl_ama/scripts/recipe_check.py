@@ -84,8 +84,8 @@ class _EarlyCheck:
     def __init__(self, command: str, argv: list[str], config: Config):
         self.command, self.argv, self.config = command, argv, config
         schema = read_schema()
-        # In the order in which the command's parser has them
-        self.entries = schema["$defs"].get(command, {}).get("properties", {}) | schema["properties"]
+        own = schema["$defs"].get(command, {}).get("properties", {})
+        self.entries = own | schema["properties"] | own  # in the order in which the command's parser has them
         (others,) = schema["patternProperties"]
         self.known = {*self.entries, *others.removeprefix("^(").removesuffix(")$").split("|")}
         self.is_current = is_for_these_versions(schema)
@@ -190,7 +190,6 @@ class _EarlyCheck:
 
     def _check_tasks(self, tasks: Any) -> None:
         """Whether there are tasks, and the files that they name."""
-        from trl_ama.tasks.local_files import cannot_load, exact_source, files_of, missing_file
         from trl_ama.tasks.no_tasks import no_tasks
 
         given = self.config.values
@@ -202,6 +201,8 @@ class _EarlyCheck:
             return
         if self.command == "ama-check":  # which reports what it cannot read
             return
+        from trl_ama.local_files import cannot_load, exact_source, files_of, missing_file
+
         for task in tasks.tasks:
             if tasks.tasks_dir is not None:
                 files_of(task, Path(tasks.tasks_dir))
