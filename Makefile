@@ -15,7 +15,8 @@ CHAOS_DIR ?= outputs/chaos
 CHAOS_ARGS ?=
 DOCS_DIR ?= outputs/site
 # loadfile: a file's tests run in one worker, which makes what they share once (a run, an installed copy of the package)
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# and in the order of tests/conftest.py, which has the files that take long at the beginning
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 # Copied into the environment, also by an editable installation
 HOOK := trl_ama_register.pth trl_ama_register.py trl_ama_register.start
 CHECKED := trl_ama trl_ama_register.py tests recipes docs
@@ -23,7 +24,7 @@ CHECKED := trl_ama trl_ama_register.py tests recipes docs
 # The quickstart and the tests build their own models and data: they must not reach for the network.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help venv quickstart test check style docs bench chaos clean
+.PHONY: help venv quickstart test quick check style docs bench chaos clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -50,6 +51,9 @@ quickstart: venv  ## all stages on a tiny model, in minutes and without a GPU
 # One thread per worker: two workers that each use every core are slower than one.
 test: venv  ## run the tests
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+quick: venv  ## run the tests that train nothing, for work in progress
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS) -m "not trains and not slow"
 
 check: venv  ## static checks: lint, format, YAML and TOML syntax, byte compilation
 	$(BIN)/ruff check $(CHECKED)

@@ -12,20 +12,47 @@ from places import DOCS, SUPPORT, TESTS
 pytest.register_assert_rewrite(*(path.stem for path in SUPPORT.glob("*.py") if path.stem != "places"))
 
 from hypothesis import settings  # noqa: E402
+from marks import trains  # noqa: E402
 from surroundings import forget_downloads, server  # noqa: E402 - before the libraries that read the environment
-from tiny_models import make_letters, make_model, make_tokenizer, save  # noqa: E402
 from tiny_runs import QUICK  # noqa: E402
 
 
 # The same examples in every run, and none that fails because a machine is slow
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+_FILE = [""]  # of the tests that run
+gc.disable()  # while everything is imported and collected
+gc.set_threshold(20_000, 20, 20)  # a tenth of the time of a short run, as it is
 
 
-def pytest_collection_finish(session):
-    """Modules are for ever: every Trainer collects garbage before it trains, and half of its time went into looking at them."""
-    gc.collect()
-    gc.freeze()
+def pytest_sessionstart(session):
+    """What runs tests imports all that is heavy; what only hands them out to others does not."""
+    if hasattr(session.config, "workerinput") or not session.config.getoption("numprocesses", None):
+        from kept import keep
+
+        keep()
+
+
+@pytest.hookimpl(tryfirst=True)  # before the marks are asked for
+def pytest_collection_modifyitems(items):
+    """Files that take long come first, so that no worker is left with one of them at the end."""
+    ranks: dict = {}
+    for item in items:
+        if trains(item):
+            item.add_marker(pytest.mark.trains)
+        rank = 2 if item.get_closest_marker("slow") else 1 if item.get_closest_marker("trains") else 0
+        ranks[item.path] = max(rank, ranks.get(item.path, 0))
+    items.sort(key=lambda item: -ranks[item.path])
+
+
+def pytest_runtest_logstart(nodeid, location):
+    """Modules are for ever: every Trainer collects garbage before it trains, and half of its time went into looking at them.
+    What was imported before the first test, and what the tests of a file have imported, is left out from then on."""
+    if location[0] != _FILE[0]:
+        _FILE[0] = location[0]
+        gc.enable()
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -73,12 +100,16 @@ def hub_home(tmp_path):
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    from tiny_models import make_tokenizer
+
     return make_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def model_dir(tokenizer, tmp_path_factory):
     """A saved tiny model with its tokenizer."""
+    from tiny_models import make_model, save
+
     path = tmp_path_factory.mktemp("model")
     return save(make_model(len(tokenizer)), tokenizer, path)
 
@@ -86,12 +117,16 @@ def model_dir(tokenizer, tmp_path_factory):
 @pytest.fixture(scope="session")
 def letters():
     """A tokenizer to which no text is unknown, with a template that hides nothing."""
+    from tiny_models import make_letters
+
     return make_letters()
 
 
 @pytest.fixture(scope="session")
 def letters_dir(letters, tmp_path_factory):
     """A saved tiny model with that tokenizer."""
+    from tiny_models import make_model, save
+
     path = tmp_path_factory.mktemp("letters")
     return save(make_model(len(letters), max_position_embeddings=2048), letters, path)
 

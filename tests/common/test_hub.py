@@ -9,7 +9,7 @@ import pytest
 from hub_server import HubServer
 from hub_world import SIZES, parse, upload_model, upload_pairs, write_pairs, write_recipe
 from places import ROOT
-from surroundings import HUB_ENVIRONMENT, client_env
+from surroundings import HUB_ENVIRONMENT, client_env, logged_in
 from tiny_pairs import make_dataset
 from trl import DPOTrainer
 
@@ -180,26 +180,26 @@ except AMAError as error:
 """
 
 
-@pytest.fixture
-def online(hub, model_dir, tmp_path):
-    """A recipe with everything on the Hub, run once: ready losses of one task, a ready specialist of another."""
-    upload_model(hub, model_dir)
-    for task, count in SIZES.items():
-        upload_pairs(hub, task, count)
-    run_pipeline(
-        *parse(
-            write_recipe(tmp_path / "first.yaml", push_to_hub=True, hub_model_id="org/mine"), "--output_dir", tmp_path
-        ),
-        stages=("specialists", "losses"),
-    )
-    tasks = [
-        {"task": task, "path": f"org/{task}-pairs", "eval_split": "test", **extra}
-        for task, extra in (("list", {}), ("new", {"specialist": "org/mine-sort", "path": "org/sort-pairs"}))
-    ]
-    recipe = write_recipe(
-        tmp_path / "second.yaml", tasks=tasks, reference_losses="org/mine-reference-losses", push_to_hub=False
-    )
-    return recipe, run_pipeline(*parse(recipe, "--output_dir", tmp_path / "online"))
+@pytest.fixture(scope="module")
+def online(model_dir, tmp_path_factory):
+    """A recipe with everything on the Hub, run once: ready losses of one task, a ready specialist of another. Returns it with
+    its results and the cache that the run has left."""
+    folder = tmp_path_factory.mktemp("online")
+    with logged_in() as hub:
+        upload_model(hub, model_dir)
+        for task, count in SIZES.items():
+            upload_pairs(hub, task, count)
+        first = write_recipe(folder / "first.yaml", push_to_hub=True, hub_model_id="org/mine")
+        run_pipeline(*parse(first, "--output_dir", folder), stages=("specialists", "losses"))
+        tasks = [
+            {"task": task, "path": f"org/{task}-pairs", "eval_split": "test", **extra}
+            for task, extra in (("list", {}), ("new", {"specialist": "org/mine-sort", "path": "org/sort-pairs"}))
+        ]
+        recipe = write_recipe(
+            folder / "second.yaml", tasks=tasks, reference_losses="org/mine-reference-losses", push_to_hub=False
+        )
+        results = run_pipeline(*parse(recipe, "--output_dir", folder / "online"))
+        return recipe, results, shutil.copytree(HUB_ENVIRONMENT["HF_HOME"], folder / "hf_home", symlinks=True)
 
 
 def run_offline(home, *command):
@@ -213,11 +213,10 @@ def run_offline(home, *command):
 
 
 def test_offline(hub, online, hub_home, tmp_path):
-    recipe, results = online
-    shutil.rmtree(hub_home)
-    shutil.copytree(HUB_ENVIRONMENT["HF_HOME"], hub_home, symlinks=True)
-    hub.clear_log()
-    recipe.write_text(recipe.read_text() + f"output_dir: {tmp_path / 'offline'}\n")
+    finished, results, home = online
+    shutil.copytree(home, hub_home, symlinks=True, dirs_exist_ok=True)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(finished.read_text() + f"output_dir: {tmp_path / 'offline'}\n")
     done = run_offline(hub_home, "-c", OFFLINE, recipe)
     assert done.returncode == 0, done.stderr[-2000:]
     found, refusal = (
@@ -235,9 +234,9 @@ def test_offline(hub, online, hub_home, tmp_path):
 
 
 def test_offline_with_an_empty_cache(hub, online, hub_home, tmp_path):
-    recipe, _ = online
-    hub.clear_log()
-    done = run_offline(hub_home, "-m", "trl_ama.scripts.ama", "--config", recipe, "--output_dir", tmp_path / "offline")
+    done = run_offline(
+        hub_home, "-m", "trl_ama.scripts.ama", "--config", online[0], "--output_dir", tmp_path / "offline"
+    )
     assert done.returncode == 2, done.stderr
     lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
     assert len(lines) == 1 and lines[0].startswith("trl ama: error: The base model 'org/base' cannot be read: ")

@@ -13,6 +13,9 @@ from trl_ama.recipe.settings import RunSettings
 from trl_ama.reference_losses.files import read_task
 
 
+pytestmark = pytest.mark.slow
+
+
 PUSHES = [("specialists",), ("losses",), ("train", "eval")]
 
 

@@ -21,6 +21,9 @@ from trl_ama.common.run_folder import FINGERPRINT_FILE
 from trl_ama.reference_losses.columns import LOGP_COLUMNS
 
 
+pytestmark = pytest.mark.slow
+
+
 LOSSES = "org/mine-reference-losses"
 
 

@@ -31,6 +31,9 @@ from trl_ama.reference_losses.files import tasks_in
 from trl_ama.reference_losses.shards import LossShards
 
 
+pytestmark = pytest.mark.slow
+
+
 # ---- Shards alone ----
 
 IDS = [f"{number:024x}" for number in range(20)]

@@ -8,6 +8,7 @@ import pytest
 from card_checks import MARKER, NASTY, TEXT, check_body, front_matter, tokens
 from hub_world import parse, write_recipe
 from huggingface_hub import DatasetCard, ModelCard
+from kept import DRAW
 from markdown_it import MarkdownIt
 from PIL import Image
 from tiny_pairs import make_rows
@@ -118,8 +119,12 @@ def test_the_plot(nasty, tmp_path, monkeypatch):
     """Readable, every task in the legend, and the legend within the picture."""
     from matplotlib.figure import Figure
 
-    _, run, _ = nasty
-    Image.open(run / "plots/mixture.png").verify()
+    for name, draw in DRAW.items():
+        monkeypatch.setattr(Figure, name, draw)
+    run = RunFolder(nasty[1])
+    generalists = {path.name: path for path in run.generalists.iterdir()}
+    plot_mixture(generalists, RunSettings(*nasty[0]).recipe.task_names, run.plot)
+    Image.open(run.plot).verify()
     names = [f"task-{'x' * 56}.{number}" for number in range(7)]
     legends = []
     save = Figure.savefig
@@ -132,7 +137,6 @@ def test_the_plot(nasty, tmp_path, monkeypatch):
             assert picture.width / kwargs["dpi"] >= box
 
     monkeypatch.setattr(Figure, "savefig", record)
-    generalists = {path.name: path for path in RunFolder(run).generalists.iterdir()}
     plot_mixture(generalists, names, tmp_path / "mixture.png")
     assert legends == [names]
 

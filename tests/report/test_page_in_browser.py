@@ -38,6 +38,7 @@ page.onload = () => setTimeout(() => {{
 """
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(BROWSER is None, reason="needs chromium or google-chrome on the PATH"),
 ]
 

@@ -504,10 +504,12 @@ def main(argv: list[str] | None = None) -> int:
         "--variants", nargs="+", choices=list(VARIANTS), default=["plain", "workers", "dropout", "two"]
     )
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
+    parser.add_argument("--steps", type=int, default=RECIPE["max_steps"], help="of the generalist; an epoch has 12")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="folder for chaos.json")
     parser.add_argument("--keep", action="store_true", help="keep the runs, and say where they are")
     args = parser.parse_args(argv)
+    RECIPE["max_steps"] = args.steps
 
     home = Path(tempfile.mkdtemp(prefix="chaos_"))
     os.environ.update(HF_HOME=str(home / "hf"), PYTHONHASHSEED="0", MPLCONFIGDIR=str(home / "mpl"))

@@ -1,11 +1,13 @@
 """The environment of a test, with a Hub of our own. Imported before any Hugging Face library, which read the environment then."""
 
 import atexit
+import contextlib
 import os
 import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from hub_server import HubServer
@@ -66,3 +68,18 @@ def forget_downloads() -> None:
     shutil.rmtree(Path(_home, "hub"), ignore_errors=True)
     for path in Path(_home, "datasets").glob("*___*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def logged_in() -> Iterator[HubServer]:
+    """An empty Hub, this process logged in as `alice`: as the fixture `hub`, for what tests share."""
+    before = os.environ.get("HF_TOKEN")
+    server.reset()
+    forget_downloads()
+    os.environ["HF_TOKEN"] = server.WRITE_TOKEN
+    try:
+        yield server
+    finally:
+        server.reset()
+        os.environ.pop("HF_TOKEN")
+        os.environ.update({} if before is None else {"HF_TOKEN": before})

@@ -16,6 +16,9 @@ from trl_ama.pipeline.generalists import train_generalist
 from trl_ama.reference_losses.loading import load_reference_losses
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture
 def fresh(finished, tmp_path):
     """A run of its own with specialists and losses, and no generalist."""

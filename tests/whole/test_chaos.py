@@ -13,9 +13,10 @@ from places import SUPPORT
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="every process of the suite is a fork")
 
 
+@pytest.mark.slow
 def test_two_kills_in_every_stage_change_nothing(tmp_path):
     script = SUPPORT / "chaos.py"
-    command = [sys.executable, script, "--kills", "2", "--variants", "plain", "--output", tmp_path]
+    command = [sys.executable, script, "--kills", "2", "--variants", "plain", "--steps", "16", "--output", tmp_path]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "chaos.json").read_text())

@@ -1,8 +1,8 @@
 """The site: it builds strictly, what is broken fails it, and docstrings become Markdown with references."""
 
-import os
+import contextlib
+import io
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,20 +16,22 @@ sys.path.insert(0, str(ROOT / "docs" / "_sphinx"))
 
 import ama_reference  # noqa: E402
 import hf_docstrings  # noqa: E402
+from sphinx.cmd.build import build_main  # noqa: E402
+
+
+pytestmark = pytest.mark.slow
 
 
 PLAIN = {"link": lambda name, short: f"<{name.split('.')[-1] if short else name}>"}
 
 
-def build(source: Path, output: Path) -> subprocess.CompletedProcess:
-    """What `make docs` runs."""
+def build(source: Path, output: Path) -> tuple[int, str]:
+    """What `make docs` does, without importing everything again. Returns the exit code and what was said."""
     flags = ["-b", "html", "-W", "--keep-going", "-n", "-E", "-a", "-q"]
-    return subprocess.run(
-        [sys.executable, "-m", "sphinx", *flags, "-c", ROOT / "docs", "-d", output / ".doctrees", source, output],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{source}", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = build_main([*flags, *map(str, ("-c", ROOT / "docs", "-d", output / ".doctrees", source, output))])
+    return code, said.getvalue()
 
 
 # ---- The whole site ----
@@ -38,8 +40,8 @@ def build(source: Path, output: Path) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     output = tmp_path_factory.mktemp("site")
-    result = build(ROOT, output)
-    assert result.returncode == 0, result.stderr
+    code, said = build(ROOT, output)
+    assert code == 0, said
     return output
 
 
@@ -124,18 +126,25 @@ def undocumented():
 '''
 
 
-def small_site(folder: Path, **changes: str) -> subprocess.CompletedProcess:
-    (folder / "docs").mkdir()
-    (folder / "broken_docs.py").write_text(MODULE)
-    for name, text in {**GOOD, **{f"{name}.md": text for name, text in changes.items()}}.items():
-        (folder / "docs" / name).write_text(text)
-    return build(folder, folder / "site")
+@pytest.fixture
+def small_site(tmp_path, monkeypatch):
+    """Builds a site of two pages with changes. Returns the exit code and what was said; the folder is `tmp_path`."""
+
+    def make(**changes: str) -> tuple[int, str]:
+        (tmp_path / "docs").mkdir()
+        (tmp_path / "broken_docs.py").write_text(MODULE)
+        for name, text in {**GOOD, **{f"{name}.md": text for name, text in changes.items()}}.items():
+            (tmp_path / "docs" / name).write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "broken_docs", raising=False)
+        return build(tmp_path, tmp_path / "site")
+
+    return make
 
 
-def test_a_small_site_builds(tmp_path):
-    text = GOOD["page.md"].replace("broken_docs.good", "trl_ama.AMAError")
-    result = small_site(tmp_path, page=text)
-    assert result.returncode == 0, result.stderr
+def test_a_small_site_builds(small_site, tmp_path):
+    code, said = small_site(page=GOOD["page.md"].replace("broken_docs.good", "trl_ama.AMAError"))
+    assert code == 0, said
     assert (tmp_path / "site/docs/page.html").is_file()
 
 
@@ -153,10 +162,10 @@ def test_a_small_site_builds(tmp_path):
     ],
     ids=["link", "anchor", "not in a menu", "menu", "our name", "another package's name", "not on a page", "object"],
 )
-def test_what_is_broken_fails_the_build(changes, said, tmp_path):
-    result = small_site(tmp_path, **changes)
-    assert result.returncode != 0
-    assert said in result.stderr
+def test_what_is_broken_fails_the_build(changes, said, small_site):
+    code, found = small_site(**changes)
+    assert code != 0
+    assert said in found
 
 
 # ---- Docstrings ----

@@ -12,6 +12,9 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 
+pytestmark = pytest.mark.trains
+
+
 def training(train=None, held_out=None, kwargs=None, evaluates=False, **settings):
     """Train, then evaluate if asked to."""
 

@@ -14,6 +14,9 @@ from trl import DPOTrainer
 from trl_ama import AMATrainer
 
 
+pytestmark = pytest.mark.trains
+
+
 def held_out(count=6, seed=1):
     return pairs(count, seed=seed)
 

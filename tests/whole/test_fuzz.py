@@ -10,6 +10,7 @@ from fuzz import KINDS
 from places import SUPPORT
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="its cases run in a forked child")
 def test_malformed_input_ends_in_one_sentence(tmp_path):
     # In a process of its own, as a fork of this one may wait forever for a lock of one of its threads. From 100,000 on:

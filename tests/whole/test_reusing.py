@@ -1,68 +1,70 @@
 """What others published, used again: nothing is trained or scored twice, and the numbers are the same."""
 
-import json
-import subprocess
-import sys
+import copy
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import load_dataset
 from hub_world import HELD_OUT, SIZES, parse, upload_model, upload_pairs, write_recipe
 from huggingface_hub import DatasetCard, ModelCard
 from peft import AutoPeftModelForCausalLM, LoraConfig
-from places import ROOT
-from surroundings import client_env
+from surroundings import forget_downloads, logged_in
 from tiny_models import make_model, save
 from tiny_pairs import make_dataset
+from transformers import LlamaModel, Trainer, set_seed
 from trl import DPOTrainer
 
-from trl_ama import AMAConfig, AMAError, AMATrainer, join_reference_losses, load_reference_losses, run_pipeline
+from trl_ama import (
+    AMAConfig,
+    AMAError,
+    AMATrainer,
+    join_reference_losses,
+    load_reference_losses,
+    run_pipeline,
+)
 from trl_ama.common.files import read_json
+from trl_ama.fast_path import choice as prefix_support
+from trl_ama.fast_path import trial as prefix_trial
+from trl_ama.scripts import ama, ama_losses, ama_specialists
 
 
 LOSSES = "org/mine-reference-losses"
 CPU = ("--use_cpu", "true", "--disable_tqdm", "true", "--report_to", "none", "--use_peft", "true")
-# Runs the script that `trl ama` launches, and says at its end how often the model ran and what was trained
-COUNTING = """
-import atexit, json, sys
-import torch
-from transformers import LlamaModel, Trainer
-counts = {"training": 0, "scoring": 0, "optimizer_steps": []}
-forward, train = LlamaModel.forward, Trainer.train
-def counted_forward(self, *args, **kwargs):
-    counts["training" if torch.is_grad_enabled() else "scoring"] += 1
-    return forward(self, *args, **kwargs)
-def counted_train(self, *args, **kwargs):
-    result = train(self, *args, **kwargs)
-    counts["optimizer_steps"].append(self.state.global_step)
-    return result
-LlamaModel.forward, Trainer.train = counted_forward, counted_train
-atexit.register(lambda: open("counts.json", "w").write(json.dumps(counts)))
-from trl_ama.fast_path import choice, trial
-from trl_ama.scripts.ama import main, make_parser
-from trl_ama.scripts.common import run_script
-def uncounted(check):  # trial and proof of the fast path, once for each model and sweep
-    def checked(*args):
-        before = dict(counts)
-        try:
-            return check(*args)
-        finally:
-            counts.update(before)
-    return checked
-trial._trial = uncounted(trial._trial)
-choice.prove = uncounted(choice.prove)
-run_script("ama", make_parser, main)
-"""
 
 
-def command(home: Path, token: str, *arguments: str) -> str:
-    environ = {**client_env(home / "hf_home", token), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=home, env=environ, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def counts(monkeypatch):
+    """How often the model runs, and what is trained; the trial and proof of the fast path are left out."""
+    counted: dict = {"training": 0, "scoring": 0, "optimizer_steps": []}
+    forward, train = LlamaModel.forward, Trainer.train
+
+    def counted_forward(self, *args, **kwargs):
+        counted["training" if torch.is_grad_enabled() else "scoring"] += 1
+        return forward(self, *args, **kwargs)
+
+    def counted_train(self, *args, **kwargs):
+        result = train(self, *args, **kwargs)
+        counted["optimizer_steps"].append(self.state.global_step)
+        return result
+
+    def uncounted(check):
+        def checked(*args):
+            before = dict(counted)
+            try:
+                return check(*args)
+            finally:
+                counted.update(before)
+
+        return checked
+
+    monkeypatch.setattr(LlamaModel, "forward", counted_forward)
+    monkeypatch.setattr(Trainer, "train", counted_train)
+    monkeypatch.setattr(prefix_trial, "_trial", uncounted(prefix_trial._trial))
+    monkeypatch.setattr(prefix_support, "prove", uncounted(prefix_support.prove))
+    return counted
 
 
 def losses_of(run: Path) -> list[float]:
@@ -70,32 +72,38 @@ def losses_of(run: Path) -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
-def test_the_relay(hub, model_dir, tmp_path):
+def test_the_relay(hub, model_dir, tmp_path, monkeypatch, counts):
     upload_model(hub, model_dir)
     for task, count in SIZES.items():
         upload_pairs(hub, task, count)
     homes = tmp_path / "first", tmp_path / "second"
     for home in homes:
         home.mkdir()
+
+    def command(home, script, *flags):
+        """As in a process of its own: from its folder, with the random numbers that a process starts with."""
+        monkeypatch.chdir(home)
+        set_seed(0)
+        script.main(*parse("config.yaml", *flags))
+
     push = {"push_to_hub": True, "hub_model_id": "org/mine", "output_dir": "run"}
     write_recipe(homes[0] / "config.yaml", **push)
-    for stage in ("ama-specialists", "ama-losses"):
-        command(homes[0], hub.WRITE_TOKEN, "-m", "trl_ama", stage, "--config", "config.yaml")
-    (homes[0] / "count.py").write_text(COUNTING)
-    command(homes[0], hub.WRITE_TOKEN, "count.py", "--config", "config.yaml", "--push_to_hub", "false")
+    command(homes[0], ama_specialists)
+    command(homes[0], ama_losses)
+    command(homes[0], ama, "--push_to_hub", "false")
 
-    # The second home has the recipe's hyper-parameters and Hub ids; no data, no specialists
+    # The second home has the recipe's hyper-parameters and Hub ids; no data, no specialists, and nothing in its cache
     write_recipe(
         homes[1] / "config.yaml",
         without=("tasks", "specialist_args"),
         **{**push, "hub_model_id": "alice/generalist"},
         reference_losses=LOSSES,
     )
-    (homes[1] / "count.py").write_text(COUNTING)
+    forget_downloads()
     before = len(hub.requests)
-    command(homes[1], hub.WRITE_TOKEN, "count.py", "--config", "config.yaml")
+    counts.update(training=0, scoring=0, optimizer_steps=[])
+    command(homes[1], ama)
 
-    counts = json.loads((homes[1] / "counts.json").read_text())
     steps = 4
     assert counts["optimizer_steps"] == [steps]  # one training: the generalist's
     assert counts["training"] == steps
@@ -114,16 +122,26 @@ def test_the_relay(hub, model_dir, tmp_path):
             assert theirs[policy]["by_task"][task] == pytest.approx(ours[policy]["by_task"][task], rel=1e-5, abs=1e-6)
 
 
+@pytest.fixture(scope="module")
+def published(model_dir, tmp_path_factory):
+    """A run's folder, made once, and the Hub's repositories when it had published its reference losses."""
+    folder = tmp_path_factory.mktemp("published")
+    with logged_in() as hub:
+        upload_model(hub, model_dir)
+        for task, count in SIZES.items():
+            upload_pairs(hub, task, count)
+        recipe = write_recipe(folder / "publish.yaml")
+        run_pipeline(*parse(recipe, "--output_dir", folder / "first"), stages=("specialists", "losses"))
+        load_reference_losses(folder / "first/reference_losses").push_to_hub(LOSSES)
+        return folder / "first", hub.repos
+
+
 @pytest.fixture
-def losses_on_hub(hub, model_dir, tmp_path):
+def losses_on_hub(hub, published, tmp_path):
     """Reference losses of both tasks on the Hub, made here in process. Returns the Hub and the folder they came from."""
-    upload_model(hub, model_dir)
-    for task, count in SIZES.items():
-        upload_pairs(hub, task, count)
-    recipe = write_recipe(tmp_path / "publish.yaml")
-    run_pipeline(*parse(recipe, "--output_dir", tmp_path / "first"), stages=("specialists", "losses"))
-    load_reference_losses(tmp_path / "first/reference_losses").push_to_hub(LOSSES)
-    return hub, tmp_path / "first"
+    folder, repositories = published
+    hub.repos = copy.deepcopy(repositories)
+    return hub, shutil.copytree(folder, tmp_path / "first")
 
 
 def test_revisions(losses_on_hub, tmp_path):

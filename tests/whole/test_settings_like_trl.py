@@ -15,6 +15,9 @@ from trl_ama import AMAConfig, AMATrainer
 from trl_ama.dpo.pair_trainer import SpecialistTrainer
 
 
+pytestmark = pytest.mark.slow
+
+
 WRITE_INTO_THE_BASE = ("pissa", "olora")
 
 

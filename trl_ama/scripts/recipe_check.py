@@ -201,7 +201,7 @@ class _EarlyCheck:
             return
         if self.command == "ama-check":  # which reports what it cannot read
             return
-        from trl_ama.local_files import cannot_load, exact_source, files_of, missing_file
+        from trl_ama.tasks.local_files import cannot_load, exact_source, files_of, missing_file
 
         for task in tasks.tasks:
             if tasks.tasks_dir is not None:

@@ -1,0 +1,46 @@
+"""Which tests train: found from what they call, so that no list of them goes out of date."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from types import CodeType
+from typing import Any
+
+import pytest
+from places import TESTS
+
+
+# What a test that trains, runs a pipeline or starts another Python says, itself or in what it uses
+_DEAR = {"train", "run_pipeline", "executable"}
+
+
+def trains(item: pytest.Function) -> bool:
+    """Whether a test, one of its fixtures, or a function or class in `tests/` that these name, says one of `_DEAR`."""
+    fixtures = item._fixtureinfo.name2fixturedefs.values()
+    todo: list[Any] = [item.function, *(one.func for definitions in fixtures for one in definitions)]
+    seen = set()
+    while todo:
+        function = inspect.unwrap(todo.pop())
+        if inspect.isclass(function):
+            todo.extend(filter(inspect.isfunction, vars(function).values()))
+        elif _is_ours(function) and function not in seen:
+            seen.add(function)
+            names = {name for code in _codes(function.__code__) for name in code.co_names}
+            if names & _DEAR:
+                return True
+            known = function.__globals__
+            todo.extend(known[name] for name in names if name in known and _is_ours(known[name]))
+    return False
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """A function's code and that of the functions in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _is_ours(value: Callable[..., Any]) -> bool:
+    if inspect.isclass(value):
+        return any(map(_is_ours, filter(inspect.isfunction, vars(value).values())))
+    return inspect.isfunction(value) and value.__code__.co_filename.startswith(str(TESTS))
