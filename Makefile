@@ -16,7 +16,9 @@ CHAOS_ARGS ?=
 DOCS_DIR ?= outputs/site
 # loadfile: a file's tests run in one worker, which makes what they share once (a run, an installed copy of the package)
 PYTEST_ARGS ?= -n 2 --dist loadfile
-CHECKED := trl_ama tests recipes docs
+# Copied into the environment, also by an editable installation
+HOOK := trl_ama_register.pth trl_ama_register.py trl_ama_register.start
+CHECKED := trl_ama trl_ama_register.py tests recipes docs
 
 # The quickstart and the tests build their own models and data: they must not reach for the network.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
@@ -30,7 +32,7 @@ help:  ## list the targets
 venv: $(VENV)/.installed  ## create the environment in $(VENV)
 
 # The stamp makes this run again when the dependencies change, and only then.
-$(VENV)/.installed: pyproject.toml constraints.txt trl_ama_register.pth
+$(VENV)/.installed: pyproject.toml constraints.txt $(HOOK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "trl-ama needs Python 3.11 or later; name one with: make venv PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -75,7 +77,7 @@ bench: venv  ## measure speed, memory and start-up against TRL; tables and JSON 
 	done
 
 chaos: venv  ## kill runs 25 times in every stage, resume them and compare; table and JSON in $(CHAOS_DIR)
-	$(OFFLINE) $(BIN)/python tests/chaos.py --output $(CHAOS_DIR) $(CHAOS_ARGS)
+	$(OFFLINE) $(BIN)/python tests/support/chaos.py --output $(CHAOS_DIR) $(CHAOS_ARGS)
 
 clean:  ## remove the environment, caches and build products
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

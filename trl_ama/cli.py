@@ -18,24 +18,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from trl_ama import interruption
-from trl_ama.errors import AMAError
+from trl_ama.common import interruption
+from trl_ama.common.errors import AMAError
+from trl_ama.scripts import COMMANDS
 
 
 if TYPE_CHECKING:
     from trl.cli.commands.base import Command, CommandContext
-
-
-COMMANDS = {
-    "ama": "Run AutoMixAlign: specialists, reference losses, mixed training, evaluation",
-    "ama-specialists": "Train (or pull) one specialist per task",
-    "ama-losses": "Compute the specialists' reference losses",
-    "ama-eval": "Evaluate the generalists on held-out pairs",
-    "ama-check": "Look at the pairs of every task: as the model sees them, what is dropped, leaks, duplicates",
-    "ama-plan": "Say what a run will need, without reading any weights: memory by stage, steps, tokens, cost",
-    "ama-merge": "Merge a generalist, or any adapter, into a full checkpoint",
-    "ama-report": "Write the page of a run, or one that compares several; needs no model",
-}
 
 
 def run_command(name: str, argv: list[str]) -> int:

@@ -1,22 +1,9 @@
 """Add the commands of trl-ama to the stock `trl` command.
 
-TRL has no plug-in point: `trl.cli.commands.get_commands` returns a list written into its source. So the wheel puts
-`trl_ama_register.pth` into site-packages, whose one line Python runs when it starts. In readable form:
-
-    class TRLAMAFinder:
-        def find_spec(self, name, path=None, target=None):
-            if name == "trl.cli.commands":
-                try:
-                    from trl_ama.registration import find_commands
-                    return find_commands(self, name, path, target)
-                except Exception:
-                    return None
-
-    sys.meta_path.insert(0, TRLAMAFinder())
-
-It runs in *every* process of the environment, hence all of it is in that line: a process that is not `trl` imports
-nothing for it (finding even a tiny module costs 3 ms), and no failure in here can keep anything from starting. It must
-be first on `sys.meta_path` because the finder after it, Python's own, answers for every module on the path.
+TRL has no plug-in point: `trl.cli.commands.get_commands` returns a list written into its source. So `trl_ama_register.py`,
+which Python calls when it starts as `trl` and at no other time, puts a finder on `sys.meta_path` that comes here once
+`trl.cli.commands` is imported. `docs/startup.md` says how and when. A TRL that reads the entry points `trl.commands` needs
+none of it, and finds the same commands there.
 """
 
 import sys

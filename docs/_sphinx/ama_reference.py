@@ -70,9 +70,10 @@ def public_name(name: str, module: str) -> str:
         return f"trl_ama.{name}"
     folder = Path(trl_ama.__file__).parent
     own = Path(importlib.import_module(module).__file__)
-    for path in [own, *sorted(folder.glob("[a-z]*.py"))]:  # where it is defined, not where it is used
+    for path in [own, *sorted(folder.rglob("[a-z]*.py"))]:  # where it is defined, not where it is used
         if re.search(rf"^(class|def) {head}\b", path.read_text(encoding="utf-8"), re.MULTILINE):
-            found = f"{module if path == own else f'trl_ama.{path.stem}'}.{name}"
+            place = ".".join(path.relative_to(folder).with_suffix("").parts)
+            found = f"{module if path == own else f'trl_ama.{place}'}.{name}"
             lookup(found)
             return found
     raise LookupError(f"there is no '{name}' in trl_ama")
@@ -244,7 +245,7 @@ class Commands(_Generated):
     required_arguments = 0
 
     def run(self) -> list[nodes.Node]:
-        from trl_ama.cli import COMMANDS
+        from trl_ama.scripts import COMMANDS
 
         found: list[nodes.Node] = []
         for name, text in COMMANDS.items():

@@ -34,12 +34,12 @@ from real_pairs import add_material  # noqa: E402
 from torch.utils.data import RandomSampler, Sampler  # noqa: E402
 from whole_steps import share_of_a_step, tiny_model_steps  # noqa: E402
 
-from trl_ama.columns import numpy_column  # noqa: E402
+from trl_ama.common.arrays import numpy_column  # noqa: E402
 from trl_ama.mixing import STRATEGIES, build_strategy  # noqa: E402
-from trl_ama.mixture import Mixture  # noqa: E402
-from trl_ama.reference_columns import SPECIALIST_COLUMNS  # noqa: E402
-from trl_ama.sampler import TaskMixtureSampler, count_tasks  # noqa: E402
-from trl_ama.step_recorder import TaskCollator  # noqa: E402
+from trl_ama.reference_losses.columns import LOGP_COLUMNS, SPECIALIST_COLUMNS  # noqa: E402
+from trl_ama.sampling.mixture import Mixture  # noqa: E402
+from trl_ama.sampling.sampler import TaskMixtureSampler, count_tasks  # noqa: E402
+from trl_ama.training.by_task import TaskCollator  # noqa: E402
 
 
 NUMBERS_OF_TASKS = (2, 4, 8, 16, 32, 64)
@@ -62,7 +62,7 @@ def time_step_parts(name: str, num_tasks: int, steps: int, rows: int) -> dict[st
         sampler = mixture.sampler = TaskMixtureSampler(task_ids, strategy, BLOCK, seed=0)
     mixture.begin(steps)
     process = SimpleNamespace(num_processes=1, device="cpu")
-    collate = TaskCollator(lambda examples: {})
+    collate = TaskCollator(lambda examples: {}, columns=LOGP_COLUMNS)
     draws, logged, seen = iter(sampler), {}, []
     next(draws)  # the permutations
     for _ in range(BLOCK - 1):
@@ -140,7 +140,7 @@ def time_sampler(kind: str, rows: int, num_tasks: int, blocks: int) -> dict[str,
                 draws = iter(sampler)
                 next(draws)
         seconds.append(clock() - begin)
-        if ours is not None and len(ours._ahead) > 1:
+        if ours is not None and len(ours.ahead) > 1:
             ours.pop_trained()
     # The mean, not the median: passes that begin in some blocks only are part of the price
     return {

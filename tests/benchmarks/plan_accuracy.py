@@ -30,14 +30,10 @@ from real_pairs import MODEL  # noqa: E402
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, Qwen2Config  # noqa: E402
 
 from trl_ama import AMAConfig, AMATrainer  # noqa: E402
-from trl_ama.memory_plan import (  # noqa: E402
-    GIB,
-    MemorySettings,
-    empty_model,
-    training_memory,
-    weight_bytes,
-)
-from trl_ama.prefix_sharing import WORTH_SHARING  # noqa: E402
+from trl_ama.fast_path.packing import WORTH_SHARING  # noqa: E402
+from trl_ama.plan.bytes import weight_bytes
+from trl_ama.plan.empty_model import MemorySettings, empty_model
+from trl_ama.plan.memory import GIB, training_memory
 
 
 # name → weights' type, LoRA, gradient checkpointing
@@ -108,7 +104,7 @@ def measure(name: str, options: argparse.Namespace) -> dict:
         disable_tqdm=True,
     )
     trainer = AMATrainer(options.model, args=args, train_dataset=pairs, peft_config=lora() if is_lora else None)
-    trainer._reference_unchecked = False  # made-up reference log-probs
+    trainer.reference_unchecked = False  # made-up reference log-probs
     model = trainer.accelerator.prepare_model(trainer.model)
     if checkpoints:  # which `train` does, and a single step does not
         trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)

@@ -78,7 +78,7 @@ def parse(options: argparse.Namespace) -> tuple:
     from trl import ModelConfig, TrlParser
 
     from trl_ama import AMAConfig, TaskMixtureConfig
-    from trl_ama.pipeline_arguments import PipelineArguments
+    from trl_ama.recipe.arguments import PipelineArguments
 
     parser = TrlParser((PipelineArguments, AMAConfig, ModelConfig, TaskMixtureConfig))
     return parser.parse_args_and_config(["--config", str(options.folder / "config.yaml")])
@@ -110,18 +110,18 @@ def run_compare(options: argparse.Namespace) -> dict:
     from safetensors.torch import load_file
     from trl import DPOTrainer
 
-    from trl_ama.quantized import keep_weights
-    from trl_ama.reference_losses import joined_data
-    from trl_ama.run_settings import RunSettings
+    from trl_ama.pipeline.run_losses import joined_data
+    from trl_ama.policies.quantized import keep_weights
+    from trl_ama.recipe.settings import RunSettings
 
     settings = RunSettings(*parse(options))
     joined = joined_data(settings)["train"]
     trainer = DPOTrainer(
-        model=settings.model_name,
-        args=settings.with_arguments(output_dir=str(options.folder / "other"), precompute_ref_log_probs=False),
+        model=settings.recipe.model_name,
+        args=settings.recipe.with_arguments(output_dir=str(options.folder / "other"), precompute_ref_log_probs=False),
         train_dataset=joined.select_columns(["prompt", "chosen", "rejected"]),
-        quantization_config=settings.quantization_config(),
-        peft_config=settings.peft_config(),
+        quantization_config=settings.recipe.quantization_config(),
+        peft_config=settings.inputs.peft_config(),
     )
     keep_weights(trainer.model)
     trainer.model.train()
@@ -147,12 +147,12 @@ def run_compare(options: argparse.Namespace) -> dict:
         return found
 
     result = {"reference": differences(list(range(len(joined))), ("ref_chosen_logps", "ref_rejected_logps"))}
-    for number, task in enumerate(settings.task_names):
-        weights = load_file(settings.specialist_dir(task) / "adapter_model.safetensors")
+    for number, task in enumerate(settings.recipe.task_names):
+        weights = load_file(settings.folder.specialist(task) / "adapter_model.safetensors")
         set_peft_model_state_dict(trainer.model, weights)
         rows = [row for row, label in enumerate(joined["task"]) if label == number]
         result[task] = differences(rows, ("specialist_chosen_logps", "specialist_rejected_logps"))
-    adapter = settings.generalist_dir("ama_s") / "adapter_model.safetensors"
+    adapter = settings.folder.generalist("ama_s") / "adapter_model.safetensors"
     return {
         "nats_per_token": {
             name: {"mean": float(np.mean(values)), "largest": max(values)} for name, values in result.items()
@@ -174,15 +174,15 @@ def run_merge(options: argparse.Namespace) -> dict:
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from trl_ama.merging import merge_adapter
-    from trl_ama.quantized import keep_weights
-    from trl_ama.run_settings import RunSettings
+    from trl_ama.merge.merge import merge_adapter
+    from trl_ama.policies.quantized import keep_weights
+    from trl_ama.recipe.settings import RunSettings
 
     settings = RunSettings(*parse(options))
-    folder = str(settings.generalist_dir("ama_s"))
+    folder = str(settings.folder.generalist("ama_s"))
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     texts = []
-    for task in settings.task_names:
+    for task in settings.recipe.task_names:
         for line in (options.folder / f"{task}_test.jsonl").read_text().splitlines():
             row = json.loads(line)
             texts += [
@@ -201,7 +201,7 @@ def run_merge(options: argparse.Namespace) -> dict:
         return torch.cat(found)
 
     def trained() -> torch.nn.Module:
-        quantization = settings.quantization_config()
+        quantization = settings.recipe.quantization_config()
         model = AutoPeftModelForCausalLM.from_pretrained(
             folder, quantization_config=quantization, dtype=torch.bfloat16
         )

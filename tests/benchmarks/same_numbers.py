@@ -20,16 +20,19 @@ import time
 from pathlib import Path
 
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from datasets import Dataset, disable_progress_bars  # noqa: E402
 from real_pairs import TASKS, read_rows  # noqa: E402
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
+from tiny_models import make_model  # noqa: E402
+from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: E402
 
 from trl_ama import AMAConfig  # noqa: E402
-from trl_ama.scoring import ScoringTrainer, score_pairs  # noqa: E402
+from trl_ama.dpo.pair_trainer import ScoringTrainer  # noqa: E402
+from trl_ama.dpo.scoring import score_pairs  # noqa: E402
 
 
 KEYS = ("prompt", "chosen", "rejected")
@@ -45,19 +48,10 @@ def read(folder: Path, task: str, split: str, limit: int | None) -> list[dict]:
 
 
 def tiny_model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=TINY_VOCABULARY,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=8192,
-            initializer_range=0.3,  # enough for attention to matter
-        )
-    )
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 8192}
+    special = {"pad_token_id": None, "eos_token_id": 2, "bos_token_id": 1}
+    # Enough for attention to matter
+    return make_model(TINY_VOCABULARY, initializer_range=0.3, tie_word_embeddings=False, **sizes, **special)
 
 
 def trainer_for(options: argparse.Namespace, pairs: list[dict]) -> ScoringTrainer:

@@ -32,8 +32,8 @@ from transformers import AutoTokenizer  # noqa: E402
 from trl import DPOConfig, DPOTrainer  # noqa: E402
 
 from trl_ama import AMAConfig, AMATrainer  # noqa: E402
-from trl_ama.policies import reference_policy  # noqa: E402
-from trl_ama.scoring import score_pairs  # noqa: E402
+from trl_ama.dpo.scoring import score_pairs  # noqa: E402
+from trl_ama.policies.switching import reference_policy  # noqa: E402
 
 
 clock = time.perf_counter
@@ -296,7 +296,7 @@ def time_all(
 ) -> None:
     """Fill in steps and scoring of every task in one precision."""
     trl, ours = build("trl", options, dtype, pairs), build("ours", options, dtype, pairs)
-    ours.trainer._reference_unchecked = False  # made-up reference log-probs
+    ours.trainer.reference_unchecked = False  # made-up reference log-probs
     rows = prepared(ours, options.tasks, options.max_length)
     for task in options.tasks:
         parts["steps"][task] = time_steps(trl, ours, rows[task], options)

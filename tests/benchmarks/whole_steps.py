@@ -2,21 +2,26 @@
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 
-import numpy as np
-import torch
-from datasets import Dataset
-from peft import LoraConfig
-from real_pairs import TASKS, read_pairs
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
-from trl_ama import AMAConfig, AMATrainer
-from trl_ama.reference_columns import REFERENCE_COLUMNS, SPECIALIST_COLUMNS
+sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from peft import LoraConfig  # noqa: E402
+from real_pairs import TASKS, read_pairs  # noqa: E402
+from tiny_models import make_model, make_tokenizer, save  # noqa: E402
+from transformers import AutoTokenizer, TrainerCallback  # noqa: E402
+
+from trl_ama import AMAConfig, AMATrainer  # noqa: E402
+from trl_ama.reference_losses.columns import REFERENCE_COLUMNS, SPECIALIST_COLUMNS  # noqa: E402
 
 
 def made_up_pairs(count: int, words: int) -> list[dict]:
@@ -35,24 +40,8 @@ def made_up_pairs(count: int, words: int) -> list[dict]:
 
 def tiny_model(folder: str) -> str:
     """Save a model of some 20,000 parameters with a tokenizer of the made-up words."""
-    tokens = ["<pad>", "</s>", "<unk>", *(f"w{number}" for number in range(60))]
-    words = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=512, **special).save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(tokens),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    tokenizer = make_tokenizer([f"w{number}" for number in range(60)], chat_template=None)
+    return save(make_model(len(tokenizer)), tokenizer, folder)
 
 
 def step_times(
@@ -86,7 +75,7 @@ def step_times(
             dataset = dataset.add_column(column, np.full(len(dataset), -60.0))
         peft_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if lora else None
         trainer = AMATrainer(model, args=args, train_dataset=dataset, callbacks=[Stamp()], peft_config=peft_config)
-        trainer._reference_unchecked = False  # made-up reference log-probs
+        trainer.reference_unchecked = False  # made-up reference log-probs
         trainer.train()
     return np.diff(ends).tolist()
 

@@ -20,10 +20,11 @@ COMPARISON = "ama-comparison.html"
 
 def run_without_recipe(argv: list[str]) -> int:
     """Write the page; neither a model nor `accelerate launch` is needed."""
-    from trl_ama.errors import AMAError
-    from trl_ama.html_page import render_comparison, render_run, save_page
-    from trl_ama.html_report import collect
-    from trl_ama.html_tables import reservations
+    from trl_ama.common.errors import AMAError
+    from trl_ama.common.run_folder import RunFolder
+    from trl_ama.report.collect import collect
+    from trl_ama.report.page import render_comparison, render_run, save_page
+    from trl_ama.report.tables import reservations
 
     args = make_parser(prog="trl ama-report").parse_args(argv)
     if args.output is not None and Path(args.output).suffix.lower() not in (".html", ".htm"):
@@ -33,7 +34,7 @@ def run_without_recipe(argv: list[str]) -> int:
     runs = [collect(folder) for folder in args.folders]
     if len(runs) == 1:
         page, missing = render_run(runs[0]), runs[0]["missing"]
-        path = Path(args.folders[0]) / "report" / "index.html"
+        path = RunFolder(args.folders[0]).page
     else:
         page, missing = render_comparison(runs), reservations(runs)
         path = Path(COMPARISON)
@@ -46,7 +47,7 @@ def run_without_recipe(argv: list[str]) -> int:
 
 def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None):
     """Return the parser of `trl ama-report`."""
-    from trl_ama.cli import COMMANDS
+    from trl_ama.scripts import COMMANDS
 
     text = COMMANDS["ama-report"]
     if subparsers is not None:
