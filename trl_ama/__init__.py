@@ -11,39 +11,39 @@ from typing import TYPE_CHECKING, Any
 
 
 _EXPORTS = {
-    "TaskConfig": "task_config",
-    "TaskMixtureConfig": "task_config",
-    "load_tasks": "task_loading",
-    "train_specialist": "specialists",
-    "compute_reference_losses": "loss_scoring",
-    "join_reference_losses": "reference_columns",
-    "load_reference_losses": "loss_loading",
-    "ReferenceLosses": "loss_sharing",
+    "TaskConfig": "tasks.config",
+    "TaskMixtureConfig": "tasks.config",
+    "load_tasks": "tasks.loading",
+    "train_specialist": "pipeline.specialists",
+    "compute_reference_losses": "pipeline.losses",
+    "join_reference_losses": "reference_losses.columns",
+    "load_reference_losses": "reference_losses.loading",
+    "ReferenceLosses": "reference_losses.dataset",
     "MixingStrategy": "mixing",
     "StepStatistics": "mixing",
-    "AMAConfig": "ama_config",
-    "AMATrainer": "ama_trainer",
-    "evaluate_policies": "evaluation",
-    "run_pipeline": "pipeline",
-    "AMAError": "errors",
-    "__version__": "versions",
+    "AMAConfig": "dpo.config",
+    "AMATrainer": "dpo.ama_trainer",
+    "evaluate_policies": "pipeline.evaluation",
+    "run_pipeline": "pipeline.run",
+    "AMAError": "common.errors",
+    "__version__": "common.versions",
 }
 
 if TYPE_CHECKING:
-    from .ama_config import AMAConfig
-    from .ama_trainer import AMATrainer
-    from .errors import AMAError
-    from .evaluation import evaluate_policies
-    from .loss_loading import load_reference_losses
-    from .loss_scoring import compute_reference_losses
-    from .loss_sharing import ReferenceLosses
+    from .common.errors import AMAError
+    from .common.versions import __version__
+    from .dpo.ama_trainer import AMATrainer
+    from .dpo.config import AMAConfig
     from .mixing import MixingStrategy, StepStatistics
-    from .pipeline import run_pipeline
-    from .reference_columns import join_reference_losses
-    from .specialists import train_specialist
-    from .task_config import TaskConfig, TaskMixtureConfig
-    from .task_loading import load_tasks
-    from .versions import __version__
+    from .pipeline.evaluation import evaluate_policies
+    from .pipeline.losses import compute_reference_losses
+    from .pipeline.run import run_pipeline
+    from .pipeline.specialists import train_specialist
+    from .reference_losses.columns import join_reference_losses
+    from .reference_losses.dataset import ReferenceLosses
+    from .reference_losses.loading import load_reference_losses
+    from .tasks.config import TaskConfig, TaskMixtureConfig
+    from .tasks.loading import load_tasks
 
 __all__ = [*_EXPORTS]
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from trl_ama import interruption
-from trl_ama.errors import AMAError
+from trl_ama.common import interruption
+from trl_ama.common.errors import AMAError
 from trl_ama.scripts import COMMANDS
 
 
@@ -38,14 +38,12 @@ def run_command(name: str, argv: list[str]) -> int:
             What follows its name.
     """
     from trl_ama.scripts.common import report_errors, split_arguments
-    from trl_ama.scripts.config_file import read_config
     from trl_ama.scripts.messages import tidy_warnings
     from trl_ama.scripts.recipe_check import check_early
 
     tidy_warnings(name)
     with report_errors(name):
         # What is wrong with a recipe should not have to wait for torch, which the parser imports
-        read_config(argv)
         check_early(name, argv)
 
         script = importlib.import_module(f"trl_ama.scripts.{name.replace('-', '_')}")

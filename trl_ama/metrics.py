@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import AMAError
+from .common.errors import AMAError
 from .evaluate_modules.pairwise_accuracy.formula import accuracy_stderr, pair_accuracy
 from .evaluate_modules.worst_task.formula import task_means, worst_of
 

@@ -26,7 +26,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from trl.trainer.utils import add_fused_lm_head
 
-from trl_ama.prefix_support import PrefixSharing
+from trl_ama.fast_path.choice import PrefixSharing
 
 
 VOCABULARY, WINDOW, LONGEST = 97, 6, 40

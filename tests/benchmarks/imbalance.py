@@ -59,7 +59,7 @@ def recipe(folder: Path, seed: int, steps: int | None) -> dict[str, Any]:
 
 def run_seed(folder: Path, seed: int, steps: int | None) -> dict[str, Any]:
     """Make the seed's material and run the pipeline on it, unless its results are there; return the results."""
-    from trl_ama.pipeline import run_pipeline
+    from trl_ama.pipeline.run import run_pipeline
     from trl_ama.scripts.common import make_parser, parse_arguments
 
     values = recipe(folder, seed, steps)

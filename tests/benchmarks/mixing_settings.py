@@ -51,7 +51,7 @@ def variants(num_tasks: int, steps: int) -> dict[str, dict[str, Any]]:
 
 def run_variant(folder: Path, number: int, values: dict[str, Any]) -> dict[str, float]:
     """Train and evaluate a variant on a seed's reference losses; return the summary of its held-out figures."""
-    from trl_ama.pipeline import run_pipeline
+    from trl_ama.pipeline.run import run_pipeline
     from trl_ama.scripts.common import make_parser, parse_arguments
 
     output = folder / "settings" / f"{number:02d}"

@@ -34,12 +34,12 @@ from real_pairs import add_material  # noqa: E402
 from torch.utils.data import RandomSampler, Sampler  # noqa: E402
 from whole_steps import share_of_a_step, tiny_model_steps  # noqa: E402
 
-from trl_ama.columns import numpy_column  # noqa: E402
+from trl_ama.common.arrays import numpy_column  # noqa: E402
 from trl_ama.mixing import STRATEGIES, build_strategy  # noqa: E402
-from trl_ama.mixture import Mixture  # noqa: E402
-from trl_ama.reference_columns import LOGP_COLUMNS, SPECIALIST_COLUMNS  # noqa: E402
-from trl_ama.sampler import TaskMixtureSampler, count_tasks  # noqa: E402
-from trl_ama.task_evaluation import TaskCollator  # noqa: E402
+from trl_ama.reference_losses.columns import LOGP_COLUMNS, SPECIALIST_COLUMNS  # noqa: E402
+from trl_ama.sampling.mixture import Mixture  # noqa: E402
+from trl_ama.sampling.sampler import TaskMixtureSampler, count_tasks  # noqa: E402
+from trl_ama.training.by_task import TaskCollator  # noqa: E402
 
 
 NUMBERS_OF_TASKS = (2, 4, 8, 16, 32, 64)

@@ -65,7 +65,7 @@ def run_ours(options: argparse.Namespace, pairs: Path, output: Path, dtype: str,
     """Specialists, reference losses and generalist by the recipe, an epoch each, nothing held out."""
     import yaml
 
-    from trl_ama.pipeline import run_pipeline
+    from trl_ama.pipeline.run import run_pipeline
     from trl_ama.scripts.common import make_parser, parse_arguments
 
     values = yaml.safe_load(RECIPE.read_text(encoding="utf-8")) | {

@@ -30,10 +30,10 @@ from real_pairs import MODEL  # noqa: E402
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, Qwen2Config  # noqa: E402
 
 from trl_ama import AMAConfig, AMATrainer  # noqa: E402
-from trl_ama.memory_plan import GIB, training_memory
-from trl_ama.optimizer_memory import weight_bytes
-from trl_ama.plan_empty import MemorySettings, empty_model
-from trl_ama.prefix_sharing import WORTH_SHARING  # noqa: E402
+from trl_ama.fast_path.packing import WORTH_SHARING  # noqa: E402
+from trl_ama.plan.bytes import weight_bytes
+from trl_ama.plan.empty_model import MemorySettings, empty_model
+from trl_ama.plan.memory import GIB, training_memory
 
 
 # name → weights' type, LoRA, gradient checkpointing

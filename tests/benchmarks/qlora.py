@@ -78,7 +78,7 @@ def parse(options: argparse.Namespace) -> tuple:
     from trl import ModelConfig, TrlParser
 
     from trl_ama import AMAConfig, TaskMixtureConfig
-    from trl_ama.pipeline_arguments import PipelineArguments
+    from trl_ama.recipe.arguments import PipelineArguments
 
     parser = TrlParser((PipelineArguments, AMAConfig, ModelConfig, TaskMixtureConfig))
     return parser.parse_args_and_config(["--config", str(options.folder / "config.yaml")])
@@ -110,9 +110,9 @@ def run_compare(options: argparse.Namespace) -> dict:
     from safetensors.torch import load_file
     from trl import DPOTrainer
 
-    from trl_ama.quantized import keep_weights
-    from trl_ama.run_losses import joined_data
-    from trl_ama.run_settings import RunSettings
+    from trl_ama.pipeline.run_losses import joined_data
+    from trl_ama.policies.quantized import keep_weights
+    from trl_ama.recipe.settings import RunSettings
 
     settings = RunSettings(*parse(options))
     joined = joined_data(settings)["train"]
@@ -174,9 +174,9 @@ def run_merge(options: argparse.Namespace) -> dict:
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from trl_ama.merging import merge_adapter
-    from trl_ama.quantized import keep_weights
-    from trl_ama.run_settings import RunSettings
+    from trl_ama.merge.merge import merge_adapter
+    from trl_ama.policies.quantized import keep_weights
+    from trl_ama.recipe.settings import RunSettings
 
     settings = RunSettings(*parse(options))
     folder = str(settings.folder.generalist("ama_s"))

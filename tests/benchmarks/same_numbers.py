@@ -31,8 +31,8 @@ from tiny_models import make_model  # noqa: E402
 from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: E402
 
 from trl_ama import AMAConfig  # noqa: E402
-from trl_ama.prefix_trainer import ScoringTrainer  # noqa: E402
-from trl_ama.scoring import score_pairs  # noqa: E402
+from trl_ama.dpo.pair_trainer import ScoringTrainer  # noqa: E402
+from trl_ama.dpo.scoring import score_pairs  # noqa: E402
 
 
 KEYS = ("prompt", "chosen", "rejected")

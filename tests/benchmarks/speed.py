@@ -32,8 +32,8 @@ from transformers import AutoTokenizer  # noqa: E402
 from trl import DPOConfig, DPOTrainer  # noqa: E402
 
 from trl_ama import AMAConfig, AMATrainer  # noqa: E402
-from trl_ama.policies import reference_policy  # noqa: E402
-from trl_ama.scoring import score_pairs  # noqa: E402
+from trl_ama.dpo.scoring import score_pairs  # noqa: E402
+from trl_ama.policies.switching import reference_policy  # noqa: E402
 
 
 clock = time.perf_counter

@@ -21,7 +21,7 @@ from tiny_models import make_model, make_tokenizer, save  # noqa: E402
 from transformers import AutoTokenizer, TrainerCallback  # noqa: E402
 
 from trl_ama import AMAConfig, AMATrainer  # noqa: E402
-from trl_ama.reference_columns import REFERENCE_COLUMNS, SPECIALIST_COLUMNS  # noqa: E402
+from trl_ama.reference_losses.columns import REFERENCE_COLUMNS, SPECIALIST_COLUMNS  # noqa: E402
 
 
 def made_up_pairs(count: int, words: int) -> list[dict]:

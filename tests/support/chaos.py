@@ -220,8 +220,9 @@ def run_stages(home: Path, folder: Path, variant: Variant, stages: tuple[str, ..
     from transformers import Trainer
     from trl import ModelConfig, TrlParser
 
-    from trl_ama import AMAConfig, TaskMixtureConfig, loss_shards, run_pipeline
-    from trl_ama.pipeline_arguments import PipelineArguments
+    from trl_ama import AMAConfig, TaskMixtureConfig, run_pipeline
+    from trl_ama.recipe.arguments import PipelineArguments
+    from trl_ama.reference_losses import shards as loss_shards
 
     datasets.config.HF_DATASETS_CACHE = home / "cache"
     loss_shards.SHARD_SECONDS = 0.0
@@ -379,7 +380,7 @@ def what_it_is(folder: Path) -> dict[str, Any]:
 
 def left_behind(folder: Path) -> list[str]:
     """What should not be there when a stage is done: parts of checkpoints, and files that never got their name."""
-    from trl_ama.checkpoints import half_of
+    from trl_ama.training.checkpoints import half_of
 
     halves = [path for path in folder.glob("*/*/checkpoint-*") if half_of(path) is not None]
     found = [*halves, *(path for ending in ("partial", "removed") for path in folder.glob(f"**/.*.{ending}"))]
@@ -490,9 +491,9 @@ def import_everything() -> None:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer  # noqa: F401
     from trl import DPOTrainer  # noqa: F401
 
-    import trl_ama.generalists  # noqa: F401
-    import trl_ama.html_page  # noqa: F401
-    import trl_ama.pipeline  # noqa: F401
+    import trl_ama.pipeline.generalists  # noqa: F401
+    import trl_ama.pipeline.run  # noqa: F401
+    import trl_ama.report.page  # noqa: F401
 
 
 def main(argv: list[str] | None = None) -> int:

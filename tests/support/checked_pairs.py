@@ -8,8 +8,8 @@ from tiny_runs import QUICK
 from trl import ModelConfig
 
 from trl_ama import AMAConfig, TaskMixtureConfig
-from trl_ama.pipeline_arguments import PipelineArguments
-from trl_ama.run_settings import RunSettings
+from trl_ama.recipe.arguments import PipelineArguments
+from trl_ama.recipe.settings import RunSettings
 
 
 def message(role: str, content: str) -> list[dict[str, str]]:

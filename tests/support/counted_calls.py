@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from trl_ama.mixing import build_strategy
-from trl_ama.sampler import TaskMixtureSampler, count_tasks
+from trl_ama.sampling.sampler import TaskMixtureSampler, count_tasks
 
 
 PROCESS = SimpleNamespace(num_processes=1, device="cpu")

@@ -16,9 +16,9 @@ from datasets import Dataset
 from tiny_pairs import make_rows
 
 from trl_ama import AMAError, load_reference_losses
-from trl_ama.loss_dataset import save_task
-from trl_ama.pair_forms import PAIR_COLUMNS, pair_id
-from trl_ama.reference_columns import LOGP_COLUMNS, TOKEN_COLUMNS
+from trl_ama.reference_losses.columns import LOGP_COLUMNS, TOKEN_COLUMNS
+from trl_ama.reference_losses.files import save_task
+from trl_ama.tasks.forms import PAIR_COLUMNS, pair_id
 
 
 SIZES = {"list": 6, "sort": 4}

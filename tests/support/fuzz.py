@@ -7,7 +7,7 @@ python tests/support/fuzz.py --cases 1 --start 1234  # one again, with its input
 
 A case is made from its number alone. It runs in one child process with all others, through the functions that `trl ama` calls before anything is
 trained, and ends in one of: `success`, `AMAError` (one sentence, exit code 2), `argparse` (exit code 2); or, which fails the
-fuzz, `traceback`, `hang`, `crash` or `long` (a message that nobody reads). tests/test_fuzz.py runs some hundred of them.
+fuzz, `traceback`, `hang`, `crash` or `long` (a message that nobody reads). tests/whole/test_fuzz.py runs some hundred of them.
 """
 
 import argparse
@@ -274,8 +274,8 @@ class World:
 
     def command(self, argv: list[str]) -> Outcome:
         """What `trl ama` does before it trains."""
-        from trl_ama.run_settings import RunSettings
-        from trl_ama.run_start import STAGES, check_recipe, describe_plan
+        from trl_ama.pipeline.start import STAGES, check_recipe, describe_plan
+        from trl_ama.recipe.settings import RunSettings
         from trl_ama.scripts.common import make_parser, parse_arguments, read_config, report_errors, split_arguments
 
         def run():
@@ -326,7 +326,7 @@ class World:
         path.write_text(yaml.safe_dump(recipe, allow_unicode=False))
         outcome = self.command(["--config", str(path)])
         if outcome.name == "success" and rng.random() < 0.5:
-            from trl_ama.prefix_trainer import SpecialistTrainer
+            from trl_ama.dpo.pair_trainer import SpecialistTrainer
 
             # What the first stage does with the pairs
             def prepare(settings):
@@ -472,7 +472,7 @@ class World:
                 held_out = rng.choice(([], "path", 5, rows, empty, {"a": held_out, "b": None}, {"a": 5}, {}))
 
         def run():
-            from trl_ama.errors import AMAError
+            from trl_ama.common.errors import AMAError
 
             try:
                 config = AMAConfig(**{**QUICK, **settings})
@@ -543,8 +543,8 @@ class World:
     def _save_losses(self) -> None:
         from datasets import Dataset
 
-        from trl_ama.loss_dataset import save_task
-        from trl_ama.tasks import add_pair_ids
+        from trl_ama.reference_losses.files import save_task
+        from trl_ama.tasks.pairs import add_pair_ids
 
         self.losses = self.folder / "losses"
         for task in TASKS:
@@ -570,8 +570,8 @@ class World:
         import shutil
 
         from trl_ama import load_reference_losses
-        from trl_ama.loss_checks import sha256
-        from trl_ama.safe_files import write_json
+        from trl_ama.common.files import write_json
+        from trl_ama.reference_losses.checks import sha256
 
         folder = self.folder / f"losses{self.number}"
         shutil.copytree(self.losses, folder)
@@ -651,7 +651,7 @@ def outcome_of(function, is_new: bool = True) -> Outcome:
     """Run a function that may raise, and say how it ended."""
     from accelerate.state import AcceleratorState
 
-    from trl_ama.errors import AMAError
+    from trl_ama.common.errors import AMAError
 
     said = io.StringIO()
     if is_new:

@@ -10,7 +10,7 @@ from tiny_pairs import make_rows
 from trl import ModelConfig, TrlParser
 
 from trl_ama import AMAConfig, TaskMixtureConfig
-from trl_ama.pipeline_arguments import PipelineArguments
+from trl_ama.recipe.arguments import PipelineArguments
 
 
 SIZES = {"list": 24, "sort": 12}

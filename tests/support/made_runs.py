@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_pairs import make_rows
 
-from trl_ama.html_page import write_page
-from trl_ama.pair_scores import write_margins
-from trl_ama.run_names import MARGINS_FILE
+from trl_ama.common.run_folder import MARGINS_FILE
+from trl_ama.pipeline.pair_scores import write_margins
+from trl_ama.report.page import write_page
 
 
 TASKS = ["helpful", "code"]

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 import yaml
+from places import SUPPORT
 
 
 STOPPED = 75  # how a run that a signal stopped ends
@@ -93,10 +94,10 @@ def train(stop: str) -> None:
     from trl import DPOTrainer
 
     import trl_ama
-    from trl_ama import scoring
+    from trl_ama.dpo import sweep
 
     datasets.config.HF_DATASETS_CACHE = Path("cache")
-    training_step, forward, batches = DPOTrainer.training_step, scoring.packed_forward, []
+    training_step, forward, batches = DPOTrainer.training_step, sweep.packed_forward, []
 
     def step(self, *args, **kwargs):
         if stop == "training" and self.args.output_dir.endswith("ama_s") and self.state.global_step == STOP_AT - 1:
@@ -110,14 +111,14 @@ def train(stop: str) -> None:
                 signal.raise_signal(signal.SIGTERM)
         return forward(*args, **kwargs)
 
-    DPOTrainer.training_step, scoring.packed_forward = step, score
+    DPOTrainer.training_step, sweep.packed_forward = step, score
     script = Path(trl_ama.__file__).parent / "scripts" / "ama.py"
     sys.argv = [str(script), "--config", "recipe.yaml"]
     runpy.run_path(str(script), run_name="__main__")
 
 
 def run(stop: str) -> None:
-    command = [sys.executable, str(Path(__file__).resolve()), "--stop", stop]
+    command = [sys.executable, str(SUPPORT / "make_old_run.py"), "--stop", stop]
     code = subprocess.run(command, check=False).returncode
     if code != (0 if stop == "nowhere" else STOPPED):
         raise SystemExit(f"The run that was to be stopped {stop} ended with {code}.")

@@ -11,8 +11,9 @@ from tiny_models import lora
 from tiny_pairs import make_dataset
 from tiny_runs import QUICK
 
-from trl_ama import AMAConfig, policy_files
-from trl_ama.prefix_trainer import ScoringTrainer
+from trl_ama import AMAConfig
+from trl_ama.dpo.pair_trainer import ScoringTrainer
+from trl_ama.policies import files as policy_files
 
 
 def change_weights(folder, change) -> None:

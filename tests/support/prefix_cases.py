@@ -10,7 +10,7 @@ from peft.utils.integrations import dequantize_bnb_weight
 from tiny_models import SIZES
 from trl.trainer.utils import add_fused_lm_head
 
-from trl_ama.prefix_support import PrefixSharing
+from trl_ama.fast_path.choice import PrefixSharing
 
 
 VOCABULARY = 97

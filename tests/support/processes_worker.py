@@ -31,8 +31,8 @@ def main(folder: Path, counts: list[int]) -> int:
     import torch
     import transformers.trainer  # noqa: F401
 
-    import trl_ama.ama_trainer
-    import trl_ama.pipeline  # noqa: F401
+    import trl_ama.dpo.ama_trainer
+    import trl_ama.pipeline.run  # noqa: F401
 
     torch.set_num_threads(1)
     later = sorted({count for case in LATER.values() for count in case.counts if {1, 2} <= {*counts}})
@@ -145,8 +145,8 @@ def pipeline(spec, output_dir, *flags, said=None):
     from trl import ModelConfig, TrlParser
 
     from trl_ama import AMAConfig, TaskMixtureConfig
-    from trl_ama.pipeline import run_pipeline
-    from trl_ama.pipeline_arguments import PipelineArguments
+    from trl_ama.pipeline.run import run_pipeline
+    from trl_ama.recipe.arguments import PipelineArguments
 
     parser = TrlParser((PipelineArguments, AMAConfig, ModelConfig, TaskMixtureConfig))
     arguments = parser.parse_args_and_config(["--config", spec["recipe"], "--output_dir", str(output_dir), *flags])
@@ -199,7 +199,7 @@ def adapter():
 
 def recording(base):
     """A trainer class that notes which pairs of each optimizer step counted in this process, by their reference log-probs."""
-    from trl_ama.pair_batches import COUNTED
+    from trl_ama.dpo.pair_batches import COUNTED
 
     class Recording(base):
         def compute_loss(self, model, inputs, *args, **kwargs):
@@ -256,7 +256,7 @@ def specialist(world, name):
     """Plain DPO on the fast path, whose reference log-probs are computed before training, of data in memory and on disk."""
     import numpy as np
 
-    from trl_ama.prefix_trainer import SpecialistTrainer
+    from trl_ama.dpo.pair_trainer import SpecialistTrainer
 
     result = {}
     for place, in_memory in (("memory", True), ("disk", False)):
@@ -329,9 +329,9 @@ def scoring(world, name):
     import numpy as np
     import torch
 
-    from trl_ama import scoring
-    from trl_ama.prefix_trainer import PairTrainer
-    from trl_ama.scoring import score_pairs
+    from trl_ama.dpo import sweep
+    from trl_ama.dpo.pair_trainer import PairTrainer
+    from trl_ama.dpo.scoring import score_pairs
 
     class NotWhole(PairTrainer):
         def _precompute_ref_logps(self, dataset, name, batch_size):
@@ -354,11 +354,11 @@ def scoring(world, name):
                 torch.distributed.barrier()
 
             handle = trainer.model.register_forward_pre_hook(wait_for_others)
-            before, scoring.is_sharded = scoring.is_sharded, lambda accelerator: True
+            before, sweep.is_sharded = sweep.is_sharded, lambda accelerator: True
             try:
                 again = score_pairs(trainer, trainer.model, trainer.train_dataset, "")
             finally:
-                scoring.is_sharded = before
+                sweep.is_sharded = before
                 handle.remove()
             for key, values in ours.items():
                 np.testing.assert_array_equal(again[key], values)
@@ -376,9 +376,9 @@ def shards(world, trainer, expected):
     import numpy as np
     from accelerate.utils import gather_object
 
-    from trl_ama import scoring, sweep
-    from trl_ama.loss_shards import LossShards
-    from trl_ama.processes import from_main
+    from trl_ama.common.processes import from_main
+    from trl_ama.dpo import scoring, sweep
+    from trl_ama.reference_losses.shards import LossShards
 
     folder, ids = world.folder / f"{world.count}-shards", [str(row) for row in range(len(trainer.train_dataset))]
     plain, batches, counts = sweep.Sweep.score, [], []
@@ -411,7 +411,7 @@ def errors(world, name):
     from accelerate.utils import gather_object
 
     from trl_ama import AMAError
-    from trl_ama.processes import from_main, main_first
+    from trl_ama.common.processes import from_main, main_first
 
     def wrong():
         raise AMAError("The folder 'x' is not there. Make it.")

@@ -10,8 +10,8 @@ from hub_world import RECIPE, write_pairs
 from trl import DPOTrainer, ModelConfig, TrlParser
 
 from trl_ama import AMAConfig, TaskMixtureConfig, run_pipeline
-from trl_ama.pipeline import STAGES
-from trl_ama.pipeline_arguments import PipelineArguments
+from trl_ama.pipeline.run import STAGES
+from trl_ama.recipe.arguments import PipelineArguments
 
 
 REPOSITORIES = [
@@ -74,7 +74,7 @@ def waits_fixture(monkeypatch):
     """No waiting; what would have been waited."""
     waited = []
     fake = types.SimpleNamespace(**{**vars(time), "sleep": waited.append})
-    monkeypatch.setattr("trl_ama.hub.time", fake)
+    monkeypatch.setattr("trl_ama.common.hub.time", fake)
     monkeypatch.setattr("huggingface_hub.utils._http.time", fake)
     monkeypatch.setattr("huggingface_hub.file_download.time", fake)
     for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):  # downloads have limits of their own

@@ -14,9 +14,9 @@ from transformers import BitsAndBytesConfig
 from trl import ModelConfig, TrlParser
 
 from trl_ama import AMAConfig, TaskMixtureConfig, run_pipeline
-from trl_ama.pipeline_arguments import PipelineArguments
-from trl_ama.run_settings import RunSettings
-from trl_ama.safe_files import write_json
+from trl_ama.common.files import write_json
+from trl_ama.recipe.arguments import PipelineArguments
+from trl_ama.recipe.settings import RunSettings
 
 
 pytest.importorskip("bitsandbytes")  # skips whoever imports this

@@ -6,10 +6,10 @@ import io
 import re
 from pathlib import Path
 
-from trl_ama.errors import AMAError
+from trl_ama.common.errors import AMAError
 from trl_ama.scripts.common import parse_arguments, split_arguments
 from trl_ama.scripts.recipe_check import check_early
-from trl_ama.task_loading import read_tasks
+from trl_ama.tasks.loading import read_tasks
 
 
 BASE = "model_name_or_path: x\noutput_dir: out\nuse_cpu: true\nbf16: false\n"

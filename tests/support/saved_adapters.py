@@ -15,8 +15,8 @@ from peft import (
 from transformers import AutoModelForCausalLM
 
 from trl_ama import AMAError
-from trl_ama.merging import merge_adapter
-from trl_ama.policy_sources import check_policy_source
+from trl_ama.merge.merge import merge_adapter
+from trl_ama.policies.checks import check_policy_source
 
 
 WHO = "the specialist of task 'list'"

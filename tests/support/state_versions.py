@@ -2,8 +2,8 @@
 
 import re
 
-from trl_ama.safe_files import read_json, write_json
-from trl_ama.versions import VERSIONS
+from trl_ama.common.files import read_json, write_json
+from trl_ama.common.versions import VERSIONS
 
 
 def with_version(path, version):

@@ -10,7 +10,7 @@ from tiny_pairs import make_rows
 from tiny_runs import RECIPE
 from trl import DPOTrainer
 
-from trl_ama.safe_files import write_json
+from trl_ama.common.files import write_json
 
 
 SIZES = {"list": 48, "sort": 12, "brief": 48}

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..errors import AMAError, nearest
+from ..common.errors import AMAError, nearest
 from .ama import AMAResampling, AMAReweighting
 from .base import MixingStrategy, StepStatistics
 from .fixed import Proportional, TaskNormalized, Uniform

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..errors import AMAError
+from ..common.errors import AMAError
 from .base import MixingStrategy, StepStatistics
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..errors import AMAError
+from ..common.errors import AMAError
 
 
 @dataclass

@@ -39,7 +39,7 @@ class CheckArguments:
     )
 
     def __post_init__(self):
-        from trl_ama.limits import check_limits
+        from trl_ama.common.limits import check_limits
 
         check_limits(vars(self), "Of `trl ama-check`,")
 
@@ -48,9 +48,9 @@ def main(check_args: CheckArguments, pipeline_args, training_args, model_args, t
     """Look at the pairs; exit code 1 if a task will not train."""
     from datasets import disable_progress_bars
 
-    from trl_ama.data_check import check_data
-    from trl_ama.data_report import render
-    from trl_ama.run_settings import RunSettings
+    from trl_ama.check.check import check_data
+    from trl_ama.check.text import render
+    from trl_ama.recipe.settings import RunSettings
     from trl_ama.scripts.messages import show
 
     disable_progress_bars()  # there would be a dozen for each task, and seconds for all
@@ -73,11 +73,11 @@ def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str 
     """Return the parser of `trl ama-check`."""
     from trl import ModelConfig
 
-    from trl_ama.ama_config import AMAConfig
-    from trl_ama.pipeline_arguments import PipelineArguments
+    from trl_ama.dpo.config import AMAConfig
+    from trl_ama.recipe.arguments import PipelineArguments
     from trl_ama.scripts import COMMANDS
     from trl_ama.scripts.common import no_device_parser
-    from trl_ama.task_config import TaskMixtureConfig
+    from trl_ama.tasks.config import TaskMixtureConfig
 
     dataclass_types = (CheckArguments, PipelineArguments, AMAConfig, ModelConfig, TaskMixtureConfig)
     if subparsers is not None:

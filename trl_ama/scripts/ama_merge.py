@@ -59,7 +59,7 @@ class MergeArguments:
     )
 
     def __post_init__(self):
-        from trl_ama.errors import AMAError
+        from trl_ama.common.errors import AMAError
 
         if not self.output:
             raise AMAError("--output is missing: the folder to write the checkpoint to.")
@@ -67,9 +67,9 @@ class MergeArguments:
 
 def main(merge_args: MergeArguments, pipeline_args, training_args, model_args, task_args) -> None:
     """Merge, and say what was done."""
-    from trl_ama.errors import AMAError
-    from trl_ama.merged_card import difference, explanation, rounding
-    from trl_ama.merging import merge_adapter, training_from
+    from trl_ama.common.errors import AMAError
+    from trl_ama.merge.card import difference, explanation, rounding
+    from trl_ama.merge.merge import merge_adapter, training_from
     from trl_ama.mixing import STRATEGIES
 
     adapter = merge_args.adapter
@@ -100,9 +100,9 @@ def main(merge_args: MergeArguments, pipeline_args, training_args, model_args, t
 
 def _generalist(strategy: str | None, pipeline_args, training_args, model_args, task_args) -> str:
     """The folder of the run's generalist."""
-    from trl_ama.errors import AMAError
-    from trl_ama.run_names import STAGE_FILE
-    from trl_ama.run_settings import RunSettings
+    from trl_ama.common.errors import AMAError
+    from trl_ama.common.run_folder import STAGE_FILE
+    from trl_ama.recipe.settings import RunSettings
 
     strategy = strategy or training_args.mixing
     folder = RunSettings(pipeline_args, training_args, model_args, task_args).folder.generalist(strategy)
@@ -131,10 +131,10 @@ def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str 
     """Return the parser of `trl ama-merge`."""
     from trl import ModelConfig, TrlParser
 
-    from trl_ama.ama_config import AMAConfig
-    from trl_ama.pipeline_arguments import PipelineArguments
+    from trl_ama.dpo.config import AMAConfig
+    from trl_ama.recipe.arguments import PipelineArguments
     from trl_ama.scripts import COMMANDS
-    from trl_ama.task_config import TaskMixtureConfig
+    from trl_ama.tasks.config import TaskMixtureConfig
 
     class Parser(TrlParser):
         """Reads recipes for a GPU on a machine that has none, where their precision would be refused."""

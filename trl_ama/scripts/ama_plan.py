@@ -39,7 +39,7 @@ class PlanArguments:
     )
 
     def __post_init__(self):
-        from trl_ama.errors import AMAError
+        from trl_ama.common.errors import AMAError
 
         if self.device not in (None, "cuda", "cpu"):
             raise AMAError(f"device must be 'cuda' or 'cpu', got '{self.device}'.")
@@ -49,9 +49,9 @@ def main(plan_args: PlanArguments, pipeline_args, training_args, model_args, tas
     """Plan the run and print it."""
     from datasets import disable_progress_bars
 
-    from trl_ama.plan import make_plan
-    from trl_ama.plan_report import render
-    from trl_ama.run_settings import RunSettings
+    from trl_ama.plan.plan import make_plan
+    from trl_ama.plan.text import render
+    from trl_ama.recipe.settings import RunSettings
     from trl_ama.scripts.messages import show
 
     disable_progress_bars()
@@ -92,11 +92,11 @@ def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str 
     """Return the parser of `trl ama-plan`."""
     from trl import ModelConfig
 
-    from trl_ama.ama_config import AMAConfig
-    from trl_ama.pipeline_arguments import PipelineArguments
+    from trl_ama.dpo.config import AMAConfig
+    from trl_ama.recipe.arguments import PipelineArguments
     from trl_ama.scripts import COMMANDS
     from trl_ama.scripts.common import no_device_parser
-    from trl_ama.task_config import TaskMixtureConfig
+    from trl_ama.tasks.config import TaskMixtureConfig
 
     dataclass_types = (PlanArguments, PipelineArguments, AMAConfig, ModelConfig, TaskMixtureConfig)
     if subparsers is not None:

@@ -20,11 +20,11 @@ COMPARISON = "ama-comparison.html"
 
 def run_without_recipe(argv: list[str]) -> int:
     """Write the page; neither a model nor `accelerate launch` is needed."""
-    from trl_ama.errors import AMAError
-    from trl_ama.html_page import render_comparison, render_run, save_page
-    from trl_ama.html_report import collect
-    from trl_ama.html_tables import reservations
-    from trl_ama.run_names import RunFolder
+    from trl_ama.common.errors import AMAError
+    from trl_ama.common.run_folder import RunFolder
+    from trl_ama.report.collect import collect
+    from trl_ama.report.page import render_comparison, render_run, save_page
+    from trl_ama.report.tables import reservations
 
     args = make_parser(prog="trl ama-report").parse_args(argv)
     if args.output is not None and Path(args.output).suffix.lower() not in (".html", ".htm"):

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from trl_ama import interruption
-from trl_ama.errors import AMAError
-from trl_ama.limits import LimitError, check_limits
-from trl_ama.recipe_yaml import check_yaml_file
+from trl_ama.common import interruption
+from trl_ama.common.errors import AMAError
+from trl_ama.common.limits import LimitError, check_limits
+from trl_ama.common.value_types import check_value
+from trl_ama.common.yaml_files import check_yaml_file
 from trl_ama.scripts.config_file import (
     RESERVED_KEYS,
     Config,
@@ -24,7 +25,6 @@ from trl_ama.scripts.config_file import (
 )
 from trl_ama.scripts.messages import tidy_warnings
 from trl_ama.scripts.recipe_check import check_early
-from trl_ama.value_types import check_value
 
 
 def make_parser(
@@ -33,10 +33,10 @@ def make_parser(
     """Build the parser of `command`; all commands read the same four dataclasses, so one YAML file serves them all."""
     from trl import ModelConfig, TrlParser
 
-    from trl_ama.ama_config import AMAConfig
-    from trl_ama.pipeline_arguments import PipelineArguments
+    from trl_ama.dpo.config import AMAConfig
+    from trl_ama.recipe.arguments import PipelineArguments
     from trl_ama.scripts import COMMANDS
-    from trl_ama.task_config import TaskMixtureConfig
+    from trl_ama.tasks.config import TaskMixtureConfig
 
     dataclass_types = (PipelineArguments, AMAConfig, ModelConfig, TaskMixtureConfig)
     if subparsers is not None:

@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from trl_ama.errors import AMAError, nearest
-from trl_ama.recipe_yaml import load_yaml
-from trl_ama.task_config import NO_STREAMING
+from trl_ama.common.errors import AMAError, nearest
+from trl_ama.common.yaml_files import load_yaml
+from trl_ama.tasks.config import NO_STREAMING
 
 
 # Keys of a config file that are neither a field of our dataclasses nor an option of `accelerate launch`.

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from trl_ama.errors import AMAError
+from trl_ama.common.errors import AMAError
 
 
 _OURS = str(Path(__file__).resolve().parent.parent)

@@ -13,10 +13,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from trl_ama.errors import AMAError, sentence
-from trl_ama.limits import LimitError, check_limits
+from trl_ama.common.errors import AMAError, sentence
+from trl_ama.common.limits import LimitError, check_limits
+from trl_ama.common.value_types import check_hint
 from trl_ama.scripts.config_file import Config, check_choice, check_names, join_values, read_config
-from trl_ama.value_types import check_hint
 
 
 PATH = Path(__file__).resolve().parent.parent / "recipe_schema.json"
@@ -84,8 +84,8 @@ class _EarlyCheck:
     def __init__(self, command: str, argv: list[str], config: Config):
         self.command, self.argv, self.config = command, argv, config
         schema = read_schema()
-        # In the order in which the command's parser has them
-        self.entries = schema["$defs"].get(command, {}).get("properties", {}) | schema["properties"]
+        own = schema["$defs"].get(command, {}).get("properties", {})
+        self.entries = own | schema["properties"] | own  # in the order in which the command's parser has them
         (others,) = schema["patternProperties"]
         self.known = {*self.entries, *others.removeprefix("^(").removesuffix(")$").split("|")}
         self.is_current = is_for_these_versions(schema)
@@ -149,8 +149,8 @@ class _EarlyCheck:
     def _check_arguments(self) -> None:
         """What the dataclasses say, one after the other, and then the pipeline."""
         from trl_ama.mixing import check_strategy_name
-        from trl_ama.pipeline_arguments import PipelineArguments
-        from trl_ama.task_config import TaskMixtureConfig
+        from trl_ama.recipe.arguments import PipelineArguments
+        from trl_ama.tasks.config import TaskMixtureConfig
 
         try:
             self._made(PipelineArguments)
@@ -190,8 +190,7 @@ class _EarlyCheck:
 
     def _check_tasks(self, tasks: Any) -> None:
         """Whether there are tasks, and the files that they name."""
-        from trl_ama.local_files import cannot_load, exact_source, files_of, missing_file
-        from trl_ama.no_tasks import no_tasks
+        from trl_ama.tasks.no_tasks import no_tasks
 
         given = self.config.values
         if self.command not in (*_RUN, "ama-check") or not given.get("model_name_or_path"):
@@ -202,6 +201,8 @@ class _EarlyCheck:
             return
         if self.command == "ama-check":  # which reports what it cannot read
             return
+        from trl_ama.tasks.local_files import cannot_load, exact_source, files_of, missing_file
+
         for task in tasks.tasks:
             if tasks.tasks_dir is not None:
                 files_of(task, Path(tasks.tasks_dir))

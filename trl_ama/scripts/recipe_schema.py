@@ -16,10 +16,10 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from trl_ama.limits import LIMITS
+from trl_ama.common.limits import LIMITS
 from trl_ama.scripts.common import make_parser, option_names
 from trl_ama.scripts.recipe_check import PATH, installed_versions
-from trl_ama.task_config import TaskConfig
+from trl_ama.tasks.config import TaskConfig
 
 
 OWN_ARGUMENTS = ("ama-check", "ama-plan", "ama-merge")  # the commands that take keys of their own from a recipe
@@ -193,8 +193,8 @@ def _launch_option(action: argparse.Action) -> dict[str, Any]:
 
 def _by_hand() -> dict[str, dict[str, Any]]:
     """What the dataclasses see to themselves, where annotations and choices do not say it."""
+    from trl_ama.dpo.losses import BATCH_LOSSES, PAIR_LOSSES
     from trl_ama.mixing import STRATEGIES
-    from trl_ama.preference_losses import BATCH_LOSSES, PAIR_LOSSES
 
     strategies, losses = list(STRATEGIES), [*PAIR_LOSSES, *BATCH_LOSSES]
     number = {"type": "number", "exclusiveMinimum": 0}

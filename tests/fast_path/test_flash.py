@@ -1,0 +1,189 @@
+"""The path for flash attention, which needs a GPU, with its two functions computed here as their documentation says: causal masks
+and windows aligned at the end of both sequences, softcapping, sinks. All of transformers' code before them is the real one."""
+
+import pytest
+import torch
+import transformers.modeling_flash_attention_utils as flash
+from prefix_cases import (
+    FAST,
+    HEADS_OF_8,
+    assert_same_gradients,
+    build,
+    exact_gradients,
+    gradients,
+    padded,
+    random_pairs,
+    sharing,
+    weights_for,
+)
+
+from trl_ama import AMAError
+from trl_ama.fast_path.forward import _varlen
+from trl_ama.fast_path.packing import pack_pairs
+
+
+SOFTCAPPED = {**HEADS_OF_8, "sliding_window": 6, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0}
+MODELS = {
+    **{name: FAST[name] for name in ("Llama", "Mistral", "Qwen2", "Gemma3Text", "DeepseekV3")},
+    "Gemma2": SOFTCAPPED,
+    "GptOss": {**HEADS_OF_8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
+}
+
+
+class FakeFlash:
+    """`flash_attn_varlen_func` and `flash_attn_func`, sequence by sequence."""
+
+    def __init__(self):
+        self.varlen_calls = []
+
+    def varlen(
+        self,
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        s_aux=None,
+    ):
+        q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+        # What a kernel would read out of bounds, or leave undefined
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+        assert (q_ends[0], q_ends[-1], k_ends[0], k_ends[-1]) == (0, len(q), 0, len(k)) and len(k) == len(v)
+        assert len(q_ends) == len(k_ends) and causal
+        q_sizes, k_sizes = (
+            [end - start for start, end in zip(ends, ends[1:], strict=False)] for ends in (q_ends, k_ends)
+        )
+        assert max(q_sizes) <= max_seqlen_q and max(k_sizes) <= max_seqlen_k and min(q_sizes) > 0
+        self.varlen_calls.append((q_sizes, k_sizes))
+        q_parts, k_parts, v_parts = q.split(q_sizes), k.split(k_sizes), v.split(k_sizes)
+        settings = (softmax_scale, window_size, softcap, s_aux)
+        return torch.cat([self.attention(*part, *settings) for part in zip(q_parts, k_parts, v_parts, strict=True)])
+
+    def padded(
+        self, q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, s_aux=None
+    ):
+        assert causal
+        settings = (softmax_scale, window_size, softcap, s_aux)
+        return torch.stack([self.attention(*row, *settings) for row in zip(q, k, v, strict=True)])
+
+    @staticmethod
+    def attention(q, k, v, scale, window, softcap, sinks):
+        """One sequence. # q (Q, heads, D), k and v (K, kv heads, D) -> (Q, heads, D)"""
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        scores = torch.einsum("qhd,khd->hqk", q, k) * (scale if scale is not None else q.shape[-1] ** -0.5)
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        here = torch.arange(len(q))[:, None] + len(k) - len(q)  # aligned at the end
+        distance = here - torch.arange(len(k))
+        visible = distance >= 0
+        if window[0] >= 0:
+            visible &= distance <= window[0]
+        scores = scores.masked_fill(~visible, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(q), 1)], dim=-1)
+        return torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1)[..., : len(k)], v)
+
+
+@pytest.fixture
+def fake_flash(monkeypatch):
+    fake = FakeFlash()
+    functions = (fake.padded, fake.varlen, None, flash._pad_input, flash._unpad_input)
+    monkeypatch.setattr(flash, "_lazy_imports", lambda *args, **kwargs: functions)
+    for name in ("_loaded_implementation", "_flash_fn", "_flash_varlen_fn", "_flash_with_kvcache_fn", "_pad_fn",
+                 "_unpad_fn", "_process_flash_kwargs_fn", "_process_with_kvcache_kwargs_fn"):  # fmt: skip
+        monkeypatch.setattr(flash, name, None)  # and put back what was there
+    return fake
+
+
+@pytest.mark.parametrize("beginning", [0, 11])
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_and_gradients_equal_those_of_other_attention(name, beginning, fake_flash):
+    """Of the plain path with the same flash attention, and with the model's own default."""
+    model = build(name, MODELS[name])
+    call = padded(random_pairs(6, seed=0, beginning=beginning))
+    weights = weights_for(call)
+    default = model(**call)
+    expected, exact = gradients(default, model, weights), exact_gradients(model, call, weights)
+    assert model.config._attn_implementation in ("sdpa", "eager") and not fake_flash.varlen_calls
+    model.config._attn_implementation = "flash_attention_2"
+    plain = model(**call)
+    assert torch.allclose(plain.log_probs, default.log_probs, atol=2e-5)  # or the fake is not what it should be
+    assert fake_flash.varlen_calls[0][0] == call["attention_mask"].sum(dim=1).tolist()
+
+    chooser = sharing(True)
+    with torch.no_grad():
+        chooser.forward(model)(**call)  # the trial
+    del fake_flash.varlen_calls[:]
+    shared = chooser.forward(model)(**call)
+    pairs = pack_pairs(call["input_ids"], call["attention_mask"], call["labels"] != -100)
+    assert pairs.common == beginning
+    queries = [size for prefix, chosen, rejected in pairs.lengths for size in (prefix + chosen, rejected)]
+    queries = [size for size in (beginning, *queries) if size]
+    assert [sizes for sizes, _ in fake_flash.varlen_calls] == [queries] * 2  # one call a layer
+    assert sum(queries) == pairs.input_ids.shape[1] < int(call["attention_mask"].sum())
+    for other in (plain, default):
+        assert torch.allclose(shared.log_probs, other.log_probs, atol=2e-5)
+    assert_same_gradients(gradients(shared, model, weights), expected, exact)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant, fake_flash):
+    model = build("Mistral", MODELS["Mistral"]).train()
+    model.config._attn_implementation = "flash_attention_2"
+    call = padded(random_pairs(5, seed=1))
+    weights = weights_for(call)
+    expected = gradients(model(**call), model, weights)
+    exact = exact_gradients(model, call, weights)
+    chooser = sharing(True)
+    with torch.no_grad():
+        chooser.forward(model)(**call)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    with torch.no_grad():
+        chooser.forward(model)(**call)  # the proof, with what checkpointing has hung on the model
+    del fake_flash.varlen_calls[:]
+    assert_same_gradients(gradients(chooser.forward(model)(**call), model, weights), expected, exact)
+    assert len(fake_flash.varlen_calls) == 4  # two layers, forward and again
+
+
+def test_generation_and_other_calls_are_as_before(fake_flash):
+    model = build("Llama", MODELS["Llama"]).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False)
+    model.config._attn_implementation = "flash_attention_2"
+    with torch.no_grad():
+        sharing(True).forward(model)(**padded(random_pairs(3, seed=2)))
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected)
+
+
+def test_kernels_that_align_the_mask_at_the_start_are_refused(fake_flash, monkeypatch):
+    """Flash attention before 2.1, and on some accelerators: the rejected branch would not see its prompt."""
+    model = build("Llama", MODELS["Llama"])
+    model.config._attn_implementation = "flash_attention_2"
+    call = padded(random_pairs(3, seed=2))
+    monkeypatch.setattr("trl_ama.fast_path.rules.flash_attn_supports_top_left_mask", lambda: True)
+    assert sharing().pack(model, call) is None
+    with pytest.raises(AMAError, match="aligns causal masks at the start"):
+        sharing(True).pack(model, call)
+
+
+def test_a_sequence_of_which_no_query_is_left_is_no_sequence():
+    """A kernel may not be called with empty sequences: a rejected answer that is where the chosen one begins."""
+    call = padded([([5, 6], [7, 8, 9], [7]), ([5], [6], [7]), ([5, 6], [7, 8], [9, 10])])
+    pairs = pack_pairs(call["input_ids"], call["attention_mask"], call["labels"] != -100)
+    gather, bounds = _varlen(pairs, torch.device("cpu"))
+    assert pairs.lengths == [(3, 1, 0), (1, 0, 0), (2, 1, 1)]
+    assert bounds["cu_seq_lens_q"].tolist() == [0, 4, 5, 8, 9]
+    assert bounds["cu_seq_lens_k"].tolist() == [0, 4, 5, 8, 11]
+    assert gather.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 5, 6, 8]
+    assert (bounds["max_length_q"], bounds["max_length_k"]) == (4, 4)
+    assert isinstance(bounds["max_length_q"], int)  # a tensor would make the host wait in every layer
