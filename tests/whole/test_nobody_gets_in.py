@@ -72,7 +72,8 @@ def test_no_token_gets_out(hub, model_dir, tmp_path, monkeypatch, capfd, caplog)
         run_pipeline(*arguments)
     assert "refused: Authorization: Bearer hf_… nor hf_…" in str(caught.value)
     settings = RunSettings(*arguments)
-    said = [*map(repr, (arguments, settings, caught.value, settings.scoring_arguments()))]
+    said = [*map(repr, (arguments, settings, settings.recipe, settings.inputs, settings.folder, caught.value))]
+    said.append(repr(settings.recipe.scoring_arguments(settings.inputs.has_images)))
     said += [str(arguments[1]), arguments[1].to_json_string(), str(arguments[1].to_dict()), str(caught.value)]
     said += [
         repr(HubTarget("org/mine", token=hub.FINE_TOKEN_WRITE)),

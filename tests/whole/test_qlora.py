@@ -76,7 +76,7 @@ def test_it_learned(finished):
 def scoring_trainer(settings, **kwargs):
     return ScoringTrainer(
         model=settings.recipe.model_name,
-        args=settings.scoring_arguments(),
+        args=settings.recipe.scoring_arguments(settings.inputs.has_images),
         train_dataset=settings.inputs.data["train"],
         quantization_config=settings.recipe.quantization_config(),
         peft_config=settings.inputs.peft_config(),
