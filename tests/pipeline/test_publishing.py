@@ -58,9 +58,9 @@ def published(hub, world, tmp_path):
 def nothing_computed(monkeypatch):
     """Fails the test if anything is trained or scored."""
     monkeypatch.setattr(DPOTrainer, "train", lambda *args, **kwargs: pytest.fail("something was trained"))
-    for name in ("evaluation.score_pairs", "specialists.score_pairs", "scoring.score_pairs"):
+    for name in ("pipeline.evaluation.score_pairs", "pipeline.specialists.score_pairs", "dpo.scoring.score_pairs"):
         monkeypatch.setattr(f"trl_ama.{name}", lambda *args: pytest.fail("pairs were scored"))
-    for name in ("loss_scoring", "scoring"):
+    for name in ("pipeline.losses", "dpo.scoring"):
         monkeypatch.setattr(
             f"trl_ama.{name}.score_reference_and_specialist", lambda *args: pytest.fail("pairs were scored")
         )

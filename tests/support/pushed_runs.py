@@ -88,5 +88,5 @@ def nothing_computed_fixture(monkeypatch):
         pytest.fail("something was computed again")
 
     monkeypatch.setattr(DPOTrainer, "train", fail)
-    for name in ("loss_scoring.score_reference_and_specialist", "evaluation.score_pairs", "specialists.score_pairs"):
-        monkeypatch.setattr(f"trl_ama.{name}", fail)
+    for name in ("losses.score_reference_and_specialist", "evaluation.score_pairs", "specialists.score_pairs"):
+        monkeypatch.setattr(f"trl_ama.pipeline.{name}", fail)
