@@ -33,7 +33,11 @@ from trl_ama.merge.check import check_sequences, in_32_bits, log_probs
 from trl_ama.merge.merge import merge_adapter
 
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("nothing_old_is_searched")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("nothing_old_is_searched"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -21,11 +21,14 @@ PUSHES = [("specialists",), ("losses",), ("train", "eval")]
 
 @pytest.fixture
 def one_reading(finished, monkeypatch):
-    """What takes longer than the pushes is done once for many commands: data and losses are read, the plot is drawn."""
+    """What takes longer than the pushes and asks no Hub is done once for many commands, or left out: data and losses are read, the
+    recipe is checked and rehearsed, the plot is drawn."""
     settings = RunSettings(*finished.parse(push_to_hub=True))
     monkeypatch.setattr("trl_ama.pipeline.run.RunSettings", lambda *args: settings)
     monkeypatch.setattr("trl_ama.pipeline.run_losses.read_task", functools.cache(read_task))
-    monkeypatch.setattr("trl_ama.pipeline.run.plot_mixture", lambda *args: None)
+    for name in ("check_recipe", "rehearse_stages", "plot_mixture"):
+        monkeypatch.setattr(f"trl_ama.pipeline.run.{name}", lambda *args: None)
+    monkeypatch.setattr("trl_ama.pipeline.run.length_lines", lambda *args: [])
 
 
 def state(hub):

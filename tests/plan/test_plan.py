@@ -299,6 +299,7 @@ def plan_of(argv: list[str]) -> dict:
     return json.loads(Path(argv[argv.index("--json") + 1]).read_text())
 
 
+@pytest.mark.slow
 def test_a_recipe_is_planned_without_weights(recipe, capsys):
     """Also a recipe for a GPU on a machine that has none: bf16 is on, and `use_cpu` is not."""
     plan = plan_of(recipe)
@@ -317,6 +318,7 @@ def test_a_recipe_is_planned_without_weights(recipe, capsys):
     assert not (Path(recipe[2]).parent / "out").exists()
 
 
+@pytest.mark.slow
 def test_processes_divide_the_steps(recipe, capsys):
     plan = plan_of([*recipe, "--num_processes", "4", "--use_cpu"])
     assert plan["processes"] == 4 and plan["device"] == "cpu"
@@ -332,6 +334,7 @@ def test_processes_divide_the_steps(recipe, capsys):
     assert generalist["gradients"] == 4 * generalist["trainable"]
 
 
+@pytest.mark.slow
 def test_a_specialist_of_another_length_is_planned_with_it(recipe, tmp_path):
     path = tmp_path / "recipe.yaml"
     before = {stage["name"]: stage for stage in plan_of(recipe)["stages"]}
@@ -342,6 +345,7 @@ def test_a_specialist_of_another_length_is_planned_with_it(recipe, tmp_path):
     assert after["generalists"] == before["generalists"]
 
 
+@pytest.mark.slow
 def test_attention_that_cannot_be_packed_is_planned_padded(recipe, capsys):
     for attention in ("eager", "kernels-community/flash-attn2"):
         plan = plan_of([*recipe, "--attn_implementation", attention])
@@ -351,12 +355,14 @@ def test_attention_that_cannot_be_packed_is_planned_padded(recipe, capsys):
     assert "prefix_sharing is off" in plan["notes"][0] and len(plan["variants"]) == 2
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_keeps_a_reference_for_the_specialists(recipe):
     plan = plan_of([*recipe, "--use_peft", "false", "--use_cpu"])
     stages = {stage["name"]: stage["memory"] for stage in plan["stages"]}
     assert stages["specialists"]["reference"] > 0 and stages["generalists"]["reference"] == 0
 
 
+@pytest.mark.slow
 def test_data_that_cannot_be_loaded_is_said_and_assumed(recipe, tmp_path, capsys):
     plan = plan_of([*recipe, "--tasks_dir", str(tmp_path / "nowhere")])
     assert "half of it with the prompt" in plan["notes"][0] and "nowhere" in plan["notes"][0]
@@ -367,6 +373,7 @@ def test_data_that_cannot_be_loaded_is_said_and_assumed(recipe, tmp_path, capsys
     assert next(stage for stage in plan["stages"] if stage["name"] == "generalists")["steps"] == 14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -385,6 +392,7 @@ def test_bad_input_is_one_sentence(recipe, capsys, flags, expected):
     assert line.startswith("trl ama-plan: error: ") and expected in line
 
 
+@pytest.mark.slow
 def test_no_weights_file_is_opened(recipe, tmp_path, monkeypatch):
     """Neither by Python, whose audit hook sees every file, nor by Rust, which would find no weights in these."""
     for name in ("model.safetensors", "pytorch_model.bin"):
@@ -399,6 +407,7 @@ def test_no_weights_file_is_opened(recipe, tmp_path, monkeypatch):
     assert plan_of(recipe) == expected
 
 
+@pytest.mark.slow
 def test_nothing_of_the_weights_is_asked_of_the_hub(recipe, model_dir, hub):
     from huggingface_hub import HfApi
 
@@ -417,6 +426,7 @@ def change_config(tmp_path: Path, **changes) -> None:
     config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
 
 
+@pytest.mark.slow
 def test_a_model_without_attention_has_a_plan(recipe, tmp_path, capsys):
     config = MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4)
     config.save_pretrained(tmp_path / "model")
@@ -425,6 +435,7 @@ def test_a_model_without_attention_has_a_plan(recipe, tmp_path, capsys):
     assert "Planned without the fast path" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_weights_that_are_stored_quantised(recipe, tmp_path, capsys):
     pytest.importorskip("bitsandbytes")
     whole = plan_of(recipe)["stages"][2]["memory"]["weights"]
@@ -438,6 +449,7 @@ def test_weights_that_are_stored_quantised(recipe, tmp_path, capsys):
     assert "are stored as 'gptq'" in line and "load_in_4bit" in line
 
 
+@pytest.mark.slow
 def test_a_configuration_that_nobody_knows(recipe, tmp_path, capsys):
     change_config(tmp_path, model_type="from_the_future")
     with pytest.raises(SystemExit):
@@ -446,6 +458,7 @@ def test_a_configuration_that_nobody_knows(recipe, tmp_path, capsys):
     assert line.startswith("trl ama-plan: error: ") and "from_the_future" in line
 
 
+@pytest.mark.slow
 def test_the_page_is_true(recipe, tmp_path, monkeypatch):
     """Its command runs (with this recipe), and the cards are those of the code."""
     from trl_ama.plan.text import CARDS

@@ -31,9 +31,10 @@ def _keep_metadata() -> None:
 
     def metadata(self):
         path = getattr(self, "_path", None)
-        if not isinstance(path, Path):
+        if not isinstance(path, Path) or not (path / "METADATA").is_file():
             return plain(self)
-        key = (path, path.stat().st_mtime_ns)  # a test may install something
+        now = (path / "METADATA").stat()
+        key = (path, now.st_mtime_ns, now.st_size)  # a test may write its own
         if key not in kept:
             kept[key] = plain(self)
         return kept[key]

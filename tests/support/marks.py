@@ -27,9 +27,16 @@ def trains(item: pytest.Function) -> bool:
             names = {name for code in _codes(function.__code__) for name in code.co_names}
             if names & _DEAR:
                 return True
-            known = function.__globals__
-            todo.extend(known[name] for name in names if name in known and _is_ours(known[name]))
+            todo.extend(_used(function, names))
     return False
+
+
+def _used(function: Callable[..., Any], names: set[str]) -> Iterator[Callable[..., Any]]:
+    """Functions and classes in `tests/` of these names: of the function's module, and of modules that it names."""
+    known = function.__globals__
+    modules = [known[name] for name in names if inspect.ismodule(known.get(name))]
+    for place in (known, *(vars(module) for module in modules)):
+        yield from (place[name] for name in names if name in place and _is_ours(place[name]))
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
@@ -40,7 +47,7 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(constant)
 
 
-def _is_ours(value: Callable[..., Any]) -> bool:
+def _is_ours(value: Any) -> bool:
     if inspect.isclass(value):
         return any(map(_is_ours, filter(inspect.isfunction, vars(value).values())))
     return inspect.isfunction(value) and value.__code__.co_filename.startswith(str(TESTS))

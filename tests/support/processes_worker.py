@@ -329,7 +329,7 @@ def scoring(world, name):
     import numpy as np
     import torch
 
-    from trl_ama.dpo import scoring
+    from trl_ama.dpo import sweep
     from trl_ama.dpo.pair_trainer import PairTrainer
     from trl_ama.dpo.scoring import score_pairs
 
@@ -354,11 +354,11 @@ def scoring(world, name):
                 torch.distributed.barrier()
 
             handle = trainer.model.register_forward_pre_hook(wait_for_others)
-            before, scoring.is_sharded = scoring.is_sharded, lambda accelerator: True
+            before, sweep.is_sharded = sweep.is_sharded, lambda accelerator: True
             try:
                 again = score_pairs(trainer, trainer.model, trainer.train_dataset, "")
             finally:
-                scoring.is_sharded = before
+                sweep.is_sharded = before
                 handle.remove()
             for key, values in ours.items():
                 np.testing.assert_array_equal(again[key], values)

@@ -17,6 +17,9 @@ from trl_ama.mixing import STRATEGIES, StepStatistics, build_strategy
 from trl_ama.sampling.mixture import Mixture
 
 
+pytestmark = pytest.mark.slow
+
+
 STEPS = 100_000
 
 
