@@ -380,7 +380,7 @@ def test_a_damaged_shard_is_scored_again(stopped, world, caplog, capsys, monkeyp
     path.write_bytes(path.read_bytes()[:100])
     with caplog.at_level(logging.WARNING):
         run_pipeline(*parse(world[0], "--output_dir", stopped.parent), stages=("losses",))
-    assert [path.name in record.getMessage() for record in caplog.records if "loss_shards" in record.name] == [True]
+    assert [path.name in record.getMessage() for record in caplog.records if "shards" in record.name] == [True]
     assert batches[0] == lost
     assert f"{there} of {SIZES['list'] + HELD_OUT} pairs were scored before" in capsys.readouterr().out
     assert tables(stopped) == tables(world[1])
@@ -392,9 +392,7 @@ def test_a_shard_of_another_task_is_not_used(stopped, world, caplog):
     shutil.copy(path, stopped / ".sort.shards")
     with caplog.at_level(logging.WARNING):
         run_pipeline(*parse(world[0], "--output_dir", stopped.parent), stages=("losses",))
-    assert [record.getMessage().count("another run") for record in caplog.records if "loss_shards" in record.name] == [
-        1
-    ]
+    assert [record.getMessage().count("another run") for record in caplog.records if "shards" in record.name] == [1]
     assert tables(stopped) == tables(world[1])
 
 
