@@ -4,6 +4,7 @@ Every message is one sentence that names both sides of the problem and one that 
 print it alone, without a traceback.
 """
 
+import difflib
 import reprlib
 from typing import Any
 
@@ -14,8 +15,6 @@ class AMAError(ValueError):
 
 def nearest(name: str, candidates: list[str]) -> str:
     """Return `" Did you mean 'x'?"` for the candidate most like `name`, or `""` when none is close."""
-    import difflib
-
     match = difflib.get_close_matches(str(name), candidates, n=1, cutoff=0.6)
     return f" Did you mean '{match[0]}'?" if match else ""
 

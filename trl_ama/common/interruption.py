@@ -113,7 +113,7 @@ def asked(accelerator: "Accelerator | None" = None) -> bool:
     ours = _state.asked is not None
     if accelerator is None or accelerator.num_processes == 1:
         return ours
-    import torch
+    import torch  # here, because the commands, which must start at once, import this file
 
     return bool(accelerator.reduce(torch.tensor(float(ours), device=accelerator.device), reduction="sum").item() > 0)
 

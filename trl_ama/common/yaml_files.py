@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import yaml
+
 from .errors import AMAError
 
 
@@ -15,8 +17,6 @@ def load_yaml(text: str, where: str) -> Any:
     Raises:
         AMAError: If a key is there twice, with both lines. What is no YAML raises as `yaml.safe_load` does.
     """
-    import yaml
-
     check_keys_once(yaml.compose(text, yaml.SafeLoader), where)
     return yaml.safe_load(text)
 
@@ -26,8 +26,6 @@ def check_keys_once(root: Any, where: str) -> None:
 
     Keys that `<<` brings in may be overridden: that is what it is for.
     """
-    import yaml
-
     waiting, seen = [root], set()
     while waiting:
         node = waiting.pop()
@@ -54,8 +52,6 @@ def check_keys_once(root: Any, where: str) -> None:
 
 def check_yaml_file(path: str, where: str) -> None:
     """[`check_keys_once`] of a file; one that cannot be read as YAML is left to whoever reads it next."""
-    import yaml
-
     try:
         with open(path, encoding="utf-8") as file:
             root = yaml.compose(file, yaml.SafeLoader)

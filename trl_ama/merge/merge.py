@@ -19,6 +19,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
+from trl import ModelConfig, get_quantization_config
 
 from ..common.errors import AMAError, sentence
 from ..common.files import write_json
@@ -189,8 +190,6 @@ def training_of(place: PolicySource) -> Training | None:
 
 def training_from(arguments: dict[str, Any]) -> Training:
     """What `ModelConfig`'s arguments, as the recipe gives them, say about the base in training."""
-    from trl import ModelConfig, get_quantization_config
-
     try:
         model_args = ModelConfig(**{name: arguments[name] for name in _NOTED if arguments.get(name) is not None})
         training = Training(get_quantization_config(model_args), model_args.dtype or "float32")

@@ -75,7 +75,7 @@ def plot_mixture(folders: dict[str, Path], tasks: list[str], path: Path) -> None
     import matplotlib  # here, because it takes a second, and whoever imports the pipeline for a stage needs none of it
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # which asks for the backend
 
     strategies = [name for name, folder in folders.items() if (folder / STATE_FILE).is_file()]
     if not strategies:

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import yaml
+
 from ..common.errors import AMAError, nearest, short
 from ..common.limits import check_limits
 from ..common.value_types import check_value
@@ -113,8 +115,6 @@ class TaskConfig:
         if isinstance(entry, cls):
             return entry
         if isinstance(entry, str):
-            import yaml
-
             try:
                 entry = load_yaml(entry, f"The task {short(entry)}")
             except yaml.YAMLError:

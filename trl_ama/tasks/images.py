@@ -45,7 +45,7 @@ def image_identity(image: Any) -> str:
     Args:
         image: What a row of a dataset gives (a PIL image), or what datasets' `Image` takes.
     """
-    import PIL.Image
+    import PIL.Image  # here, because it is optional: pairs without images need none
 
     if isinstance(
         image, dict
