@@ -168,7 +168,7 @@ def recipe_of(specialist_args, **values):
     ],
 )  # fmt: skip
 def test_specialist_args(own, recipe, text):
-    run = recipe_of(own, **recipe)
+    run = recipe_of(own, **recipe).recipe
     with pytest.raises(AMAError, match=text):
         run.specialist_arguments(run.task_args.tasks[0])
 

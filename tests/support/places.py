@@ -9,9 +9,3 @@ ROOT = TESTS.parent
 PACKAGE = ROOT / "trl_ama"
 DOCS = ROOT / "docs"
 RECIPES = ROOT / "recipes"
-
-
-def path_of(test: str) -> Path:
-    """The test file of a name, in whichever folder it is."""
-    (path,) = TESTS.rglob(test)
-    return path

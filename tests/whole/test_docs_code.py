@@ -16,7 +16,7 @@ from docs_pages import PAGES, READMES, SCRIPTS, blocks, command_lines, inline_co
 from docs_runs import IN_PYTHON, base_and_pairs_fixture  # noqa: F401 - fixtures
 from hub_world import upload_model
 from peft import LoraConfig, get_peft_model
-from places import ROOT, path_of
+from places import ROOT, TESTS
 from tiny_pairs import make_dataset, write_pairs
 from tiny_runs import QUICK
 from transformers import AutoModelForCausalLM
@@ -31,10 +31,10 @@ from trl_ama.scripts.common import check_keys, make_parser, read_config, split_a
 RECIPES = {recipe_name(block): block.text for page in [*READMES, *PAGES] for block in blocks(page, "yaml")}
 # Pages whose Python blocks run in a test of their own, and where
 ELSEWHERE = {
-    "docs/publishing.md": "test_docs.py",
-    "docs/reusing.md": "test_docs.py",
-    "docs/your_data.md": "test_data_check.py",
-    "docs/metrics.md": "test_evaluate_modules.py",
+    "docs/publishing.md": "whole/test_docs.py",
+    "docs/reusing.md": "whole/test_docs.py",
+    "docs/your_data.md": "check/test_check.py",
+    "docs/metrics.md": "evaluate_modules/test_evaluate_modules.py",
 }
 # Command lines of other programs, which are not run
 OTHERS = {"pip", "hf", "export", "cd", "sha256sum"}
@@ -194,9 +194,9 @@ def run_python(page: str, namespace: dict, quick: str = IN_PYTHON) -> dict:
 
 
 def test_every_python_block_is_run_by_a_test():
-    tested = set(re.findall(r'run_python\("([\w./]+)"', path_of("test_docs_code.py").read_text()))
+    tested = set(re.findall(r'run_python\("([\w./]+)"', (TESTS / "whole/test_docs_code.py").read_text()))
     for page, file in ELSEWHERE.items():
-        assert Path(page).name in path_of(file).read_text()
+        assert Path(page).name in (TESTS / file).read_text()
     assert {page for page in [*PAGES, *READMES] if blocks(page, "python")} == {*tested, *ELSEWHERE}
 
 
