@@ -3,6 +3,7 @@
 Names are listed in pipeline order and imported when first used, so `import trl_ama` costs next to nothing.
 """
 
+import contextlib
 import sys
 from importlib import import_module
 from importlib.machinery import ModuleSpec
@@ -63,21 +64,32 @@ def __dir__() -> list[str]:
 class _TRLAwaited:
     """Waits on `sys.meta_path` for somebody to import `trl`, which takes half a second that a mistake in a recipe can do without."""
 
+    _asks = False  # the others, of whom one may ask the others in turn
+
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != "trl":
+        if name != "trl" or self._asks:
             return None
-        specs = (other.find_spec(name, path, target) for other in sys.meta_path if other is not self)
-        spec = next((spec for spec in specs if spec is not None), None)
-        if spec is None or spec.loader is None:
-            return spec
-        exec_module = spec.loader.exec_module
+        self._asks = True
+        try:
+            specs = (other.find_spec(name, path, target) for other in list(sys.meta_path) if other is not self)
+            spec = next((spec for spec in specs if spec is not None), None)
+        finally:
+            self._asks = False
+        loader = spec.loader if spec is not None else None
+        exec_module = getattr(loader, "exec_module", None)
 
         def exec_and_register(module: ModuleType) -> None:
+            with contextlib.suppress(AttributeError):
+                del loader.exec_module  # it may load other modules, too
             exec_module(module)
             sys.meta_path[:] = [other for other in sys.meta_path if other is not self]
             _register_with_trl()
 
-        spec.loader.exec_module = exec_and_register
+        if exec_module is not None:
+            with contextlib.suppress(
+                AttributeError
+            ):  # of a loader that takes none: our names are then in `trl_ama` only
+                loader.exec_module = exec_and_register
         return spec
 
 
@@ -90,6 +102,10 @@ def _register_with_trl() -> None:
         trl._class_to_module.update(AMAConfig="ama", AMATrainer="ama")
 
 
+# By name: of a module that is loaded again, the classes are others
+sys.meta_path[:] = [
+    one for one in sys.meta_path if f"{type(one).__module__}.{type(one).__name__}" != f"{__name__}._TRLAwaited"
+]
 if "trl" in sys.modules:
     _register_with_trl()
 else:

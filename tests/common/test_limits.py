@@ -233,3 +233,8 @@ def test_inside_survives_a_tiny_run(model_dir, tmp_path, values, loss_type):
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 2 and all(map(math.isfinite, losses))
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+def test_a_number_that_python_does_not_write_out_is_refused_in_a_sentence():
+    with pytest.raises(AMAError, match="'learning_rate' .* a number of thousands of digits"):
+        config(learning_rate=16**5000)

@@ -134,6 +134,12 @@ def report(*argv) -> int:
     return cli.main(["ama-report", *map(str, argv)])
 
 
+def test_a_folder_is_never_named_like_a_repository(copy, monkeypatch):
+    """A stranger could own `generalists/ama_s` on the Hub."""
+    monkeypatch.chdir(copy)
+    assert "from_pretrained(&#34;./generalists/" in render_run(collect("."))
+
+
 def test_command(copy, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("trl.cli.accelerate_launcher.launch_training_script", lambda *args: pytest.fail("launched"))
     assert report(copy) == 0

@@ -79,3 +79,53 @@ def test_help_of_our_commands_imports_nothing_that_help_of_dpo_does_not():
 def test_arguments_can_be_used_without_datasets():
     code = "from trl_ama import TaskConfig, TaskMixtureConfig; TaskMixtureConfig(tasks=['{task: a, path: b}'])"
     assert not HEAVY & packages(modules_after(code))
+
+
+FOREIGN = """
+class Asks:  # the rest of the finders, as tools do that watch imports
+    def find_spec(self, name, path=None, target=None):
+        specs = (other.find_spec(name, path, target) for other in list(sys.meta_path) if other is not self)
+        return next((spec for spec in specs if spec is not None), None)
+sys.meta_path.insert(0, Asks())
+"""
+REFUSES = """
+from importlib.machinery import PathFinder
+class Loader:
+    __slots__ = ("inner",)
+    def __init__(self, inner): self.inner = inner
+    def create_module(self, spec): return None
+    def exec_module(self, module): self.inner.exec_module(module)
+class Refuses:
+    def find_spec(self, name, path=None, target=None):
+        spec = PathFinder.find_spec(name, path, target) if name == "trl" else None
+        if spec is not None: spec.loader = Loader(spec.loader)
+        return spec
+sys.meta_path.insert(0, Refuses())
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "registers"),
+    [
+        ("import trl_ama", True),
+        ("import trl; import trl_ama", True),
+        ("import trl_ama; del sys.modules['trl_ama']; import trl_ama", True),
+        ("import trl_ama; importlib.reload(trl_ama)", True),
+        ("import trl_ama; importlib.util.find_spec('trl'); importlib.util.find_spec('trl')", True),
+        (f"{FOREIGN}\nimport trl_ama", True),
+        (f"import trl_ama\n{FOREIGN}", True),
+        (f"{REFUSES}\nimport trl_ama", False),  # but `import trl` goes on
+    ],
+)
+def test_our_names_are_in_trl_whoever_is_imported_first(before, registers):
+    code = f"import importlib, importlib.util, sys\n{before}\nimport trl, trl_ama\n"
+    code += "waiting = [type(one).__name__ for one in sys.meta_path].count('_TRLAwaited')\n"
+    code += (
+        f"assert ('AMATrainer' in trl._class_to_module) is {registers} and waiting == {int(not registers)}, waiting"
+    )
+    assert "trl" in modules_after(code)
+
+
+def test_a_room_shows_its_names_and_its_files():
+    code = "import trl_ama.dpo.config, trl_ama.dpo; assert {'AMATrainer', 'config', '__path__'} <= {*dir(trl_ama.dpo)}"
+    assert "trl_ama.dpo.ama_trainer" not in modules_after(code)

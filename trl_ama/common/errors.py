@@ -23,7 +23,10 @@ def short(value: Any, most: int = 200) -> str:
     """`repr` of what a user gave, cut: aliases in YAML can stand for billions of entries."""
     brief = reprlib.Repr()
     brief.maxlevel, brief.maxstring, brief.maxother = 4, most, most
-    text = brief.repr(value)
+    try:
+        text = brief.repr(value)
+    except ValueError:  # Python writes out no such number
+        text = "a number of thousands of digits"
     return text if len(text) <= most else f"{text[:most]}…"
 
 

@@ -1,5 +1,6 @@
 """Names of a room that are imported when they are first used: a command that needs no torch must not wait for it."""
 
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -18,4 +19,4 @@ def lazy_names(package: str, names: dict[str, str]) -> tuple[Callable[[str], Any
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(import_module(f"{package}.{names[name]}"), name)
 
-    return get, lambda: sorted(names), list(names)
+    return get, lambda: sorted({*vars(sys.modules[package]), *names}), list(names)

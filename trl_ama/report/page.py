@@ -287,7 +287,8 @@ def _commands(run: dict[str, Any]) -> list[tuple[str, str]]:
         ),
     ]
     if main is not None:
-        name, revision = str(RunFolder(run["place"]).generalist(main)), ""
+        # Not joined: without its `./`, a folder's name would be a Hub id
+        name, revision = f"{run['place']}/{RunFolder('').generalist(main)}", ""
         if place:
             name, _, revision = place.partition("@")
         library, kind = (
