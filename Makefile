@@ -24,7 +24,7 @@ CHECKED := trl_ama trl_ama_register.py tests recipes docs
 # The quickstart and the tests build their own models and data: they must not reach for the network.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help venv quickstart test quick check style docs bench chaos clean
+.PHONY: help venv quickstart test slow quick check style docs bench chaos clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -51,6 +51,9 @@ quickstart: venv  ## all stages on a tiny model, in minutes and without a GPU
 # One thread per worker: two workers that each use every core are slower than one.
 test: venv  ## run the tests
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+slow: venv  ## run the tests and note which of them take longer than half a second, for `make quick`
+	$(OFFLINE) OMP_NUM_THREADS=1 TRL_AMA_NOTE_SLOW=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
 quick: venv  ## run the tests that train nothing, for work in progress
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS) -m "not trains and not slow"

@@ -12,7 +12,7 @@ from places import DOCS, SUPPORT, TESTS
 pytest.register_assert_rewrite(*(path.stem for path in SUPPORT.glob("*.py") if path.stem != "places"))
 
 from hypothesis import settings  # noqa: E402
-from marks import trains  # noqa: E402
+from marks import SlowNoted, noted_slow, trains  # noqa: E402
 from surroundings import forget_downloads, server  # noqa: E402 - before the libraries that read the environment
 from tiny_runs import QUICK  # noqa: E402
 
@@ -23,6 +23,11 @@ settings.load_profile("repeatable")
 _FILE = [""]  # of the tests that run
 gc.disable()  # while everything is imported and collected
 gc.set_threshold(20_000, 20, 20)  # a tenth of the time of a short run, as it is
+
+
+def pytest_configure(config):
+    if os.environ.get("TRL_AMA_NOTE_SLOW") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(SlowNoted())
 
 
 def pytest_sessionstart(session):
@@ -37,11 +42,14 @@ def pytest_sessionstart(session):
 def pytest_collection_modifyitems(items):
     """Files that take long come first, so that no worker is left with one of them at the end."""
     ranks: dict = {}
+    slow = noted_slow()
     for item in items:
         if trains(item):
             item.add_marker(pytest.mark.trains)
         rank = 2 if item.get_closest_marker("slow") else 1 if item.get_closest_marker("trains") else 0
         ranks[item.path] = max(rank, ranks.get(item.path, 0))
+        if item.nodeid.partition("[")[0] in slow:
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: -ranks[item.path])
 
 

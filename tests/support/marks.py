@@ -1,16 +1,19 @@
-"""Which tests train: found from what they call, so that no list of them goes out of date."""
+"""Which tests `make quick` leaves out: those that train, found from what they call, and those that took long, as `make slow` notes."""
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
 
 import pytest
-from places import TESTS
+from places import SUPPORT, TESTS
 
 
 # What a test that trains, runs a pipeline or starts another Python says, itself or in what it uses
-_DEAR = {"train", "run_pipeline", "executable"}
+_DEAR = {"train", "run_pipeline", "executable", "make_run"}
+SLOW = SUPPORT / "slow_tests.txt"  # names without parameters, one a line
+SECONDS = 0.5  # of the longest of its parameters
 
 
 def trains(item: pytest.Function) -> bool:
@@ -51,3 +54,23 @@ def _is_ours(value: Any) -> bool:
     if inspect.isclass(value):
         return any(map(_is_ours, filter(inspect.isfunction, vars(value).values())))
     return inspect.isfunction(value) and value.__code__.co_filename.startswith(str(TESTS))
+
+
+class SlowNoted:
+    """A plugin that notes in `SLOW` which of the tests of this run, the whole of them, took more than `SECONDS`."""
+
+    def __init__(self):
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._seconds[report.nodeid] += report.duration
+
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        if exitstatus == 0:
+            names = {name.partition("[")[0] for name, seconds in self._seconds.items() if seconds > SECONDS}
+            SLOW.write_text("".join(f"{name}\n" for name in sorted(names)))
+
+
+def noted_slow() -> frozenset[str]:
+    """The names in `SLOW`."""
+    return frozenset(SLOW.read_text().split())

@@ -7,7 +7,8 @@ import jinja2
 import pytest
 import tiny_runs
 from dill.detect import nestedglobals
-from marks import trains
+from marks import SLOW, SlowNoted, noted_slow, trains
+from places import ROOT
 
 
 def begin(trainer):
@@ -55,6 +56,28 @@ def test_a_training_is_found_wherever_it_is_called(function):
 
 def test_nothing_else_is_taken_for_one():
     assert not trains(item(not_at_all, not_at_all))
+
+
+def test_what_took_long_is_noted(tmp_path, monkeypatch):
+    monkeypatch.setattr("marks.SLOW", tmp_path / "slow.txt")
+    noted = SlowNoted()
+    for name, seconds in (
+        ("a.py::test_a[x]", 0.3),
+        ("a.py::test_a[x]", 0.3),
+        ("a.py::test_b", 0.4),
+        ("b.py::test_c", 2.0),
+    ):
+        noted.pytest_runtest_logreport(SimpleNamespace(nodeid=name, duration=seconds))
+    noted.pytest_sessionfinish(1)  # not of a run that failed
+    assert not (tmp_path / "slow.txt").exists()
+    noted.pytest_sessionfinish(0)
+    assert noted_slow() == {"a.py::test_a", "b.py::test_c"}
+
+
+def test_what_is_noted_is_there():
+    for line in SLOW.read_text().split():
+        file, _, name = line.partition("::")
+        assert f"def {name.rpartition('::')[2]}(" in (ROOT / file).read_text(), line
 
 
 def test_metadata_are_read_again_when_they_change(tmp_path):
