@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import yaml
+
 from trl_ama.common.errors import AMAError, nearest
 from trl_ama.common.yaml_files import load_yaml
 from trl_ama.tasks.config import NO_STREAMING
@@ -36,8 +38,6 @@ def join_values(argv: list[str]) -> list[str]:
 
 def read_config(argv: list[str]) -> Config | None:
     """Read the file that `--config` names, or return `None` without one."""
-    import yaml
-
     argv = join_values(argv)
     if "--config" not in argv:
         return None

@@ -20,6 +20,7 @@ from trl_ama.common.limits import LIMITS
 from trl_ama.scripts.common import make_parser, option_names
 from trl_ama.scripts.recipe_check import PATH, installed_versions
 from trl_ama.tasks.config import TaskConfig
+from trl_ama.tasks.formats import FORMATS
 
 
 OWN_ARGUMENTS = ("ama-check", "ama-plan", "ama-merge")  # the commands that take keys of their own from a recipe
@@ -173,7 +174,7 @@ def _task() -> dict[str, Any]:
     for field in dataclasses.fields(TaskConfig):
         entry = _type(hints[field.name] | None if field.name != "task" else str)
         properties[field.name] = {"description": said[field.name], **entry}
-    properties["format"]["enum"] = ["hh_rlhf", "single_turn", "json_messages", None]
+    properties["format"]["enum"] = [*FORMATS, None]
     properties["specialist_args"] = {
         "description": said["specialist_args"],
         "anyOf": [{"$ref": "#/$defs/specialist_args"}, {"type": "null"}],
@@ -231,8 +232,9 @@ def main(argv: list[str] | None = None) -> None:
     """Print the schema, or write it into the package."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write it into the package")
+    writes = parser.parse_args(argv).write
     text = as_text(make_schema())
-    if parser.parse_args(argv).write:
+    if writes:
         Path(PATH).write_text(text, encoding="utf-8")
     else:
         print(text, end="")

@@ -17,6 +17,13 @@ from .transcripts import read_transcripts
 # Columns by which others (LLaMA-Factory, ms-swift, axolotl) give a part of the model's input
 _OF_THE_INPUT = ("system", "system_prompt", "history", "functions", "documents", "instruction", "input", "query")
 
+# Format → the columns it needs
+FORMATS = {
+    "hh_rlhf": ("chosen", "rejected"),
+    "single_turn": PAIR_COLUMNS,
+    "json_messages": ("chosen", "rejected"),
+}
+
 
 def warn_of_unread(columns: Iterable[str], task: str) -> None:
     """Tell of columns whose names say that a model should see them, and that nothing reads.
@@ -65,11 +72,11 @@ def own_format(dataset: Dataset, task: TaskConfig, split: str, account: RowAccou
         refuse_json_text(dataset, task.task, split)
     if task.format is None:
         return dataset
-    if task.format not in _NEEDED:
+    if task.format not in FORMATS:
         raise AMAError(
-            f"Task '{task.task}' has format '{task.format}'; known are {sorted(_NEEDED)}. Leave it out for TRL's own."
+            f"Task '{task.task}' has format '{task.format}'; known are {sorted(FORMATS)}. Leave it out for TRL's own."
         )
-    needed = _NEEDED[task.format]
+    needed = FORMATS[task.format]
     for column in needed:
         if column not in dataset.column_names:
             names = ", ".join(f"{name}: …" for name in needed)
@@ -147,11 +154,3 @@ def _from_single_turn(row: dict[str, str]) -> dict[str, Any]:
         "chosen": [{"role": "assistant", "content": row["chosen"]}],
         "rejected": [{"role": "assistant", "content": row["rejected"]}],
     }
-
-
-# Format → the columns it needs
-_NEEDED = {
-    "hh_rlhf": ("chosen", "rejected"),
-    "json_messages": ("chosen", "rejected"),
-    "single_turn": PAIR_COLUMNS,
-}
