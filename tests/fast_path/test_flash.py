@@ -1,9 +1,9 @@
-"""The path for flash attention, which needs a GPU, with its two functions computed here as their documentation says: causal masks
-and windows aligned at the end of both sequences, softcapping, sinks. All of transformers' code before them is the real one."""
+"""The path for flash attention, which needs a GPU, with its two functions computed here as their documentation says. All of
+transformers' code before them is the real one."""
 
 import pytest
 import torch
-import transformers.modeling_flash_attention_utils as flash
+from fake_flash import fake_flash as fake_flash
 from prefix_cases import (
     FAST,
     HEADS_OF_8,
@@ -18,7 +18,6 @@ from prefix_cases import (
 )
 
 from trl_ama import AMAError
-from trl_ama.fast_path.forward import _varlen
 from trl_ama.fast_path.packing import pack_pairs
 
 
@@ -28,79 +27,6 @@ MODELS = {
     "Gemma2": SOFTCAPPED,
     "GptOss": {**HEADS_OF_8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
 }
-
-
-class FakeFlash:
-    """`flash_attn_varlen_func` and `flash_attn_func`, sequence by sequence."""
-
-    def __init__(self):
-        self.varlen_calls = []
-
-    def varlen(
-        self,
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p=0.0,
-        softmax_scale=None,
-        causal=False,
-        window_size=(-1, -1),
-        softcap=0.0,
-        s_aux=None,
-    ):
-        q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-        # What a kernel would read out of bounds, or leave undefined
-        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-        assert (q_ends[0], q_ends[-1], k_ends[0], k_ends[-1]) == (0, len(q), 0, len(k)) and len(k) == len(v)
-        assert len(q_ends) == len(k_ends) and causal
-        q_sizes, k_sizes = (
-            [end - start for start, end in zip(ends, ends[1:], strict=False)] for ends in (q_ends, k_ends)
-        )
-        assert max(q_sizes) <= max_seqlen_q and max(k_sizes) <= max_seqlen_k and min(q_sizes) > 0
-        self.varlen_calls.append((q_sizes, k_sizes))
-        q_parts, k_parts, v_parts = q.split(q_sizes), k.split(k_sizes), v.split(k_sizes)
-        settings = (softmax_scale, window_size, softcap, s_aux)
-        return torch.cat([self.attention(*part, *settings) for part in zip(q_parts, k_parts, v_parts, strict=True)])
-
-    def padded(
-        self, q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, s_aux=None
-    ):
-        assert causal
-        settings = (softmax_scale, window_size, softcap, s_aux)
-        return torch.stack([self.attention(*row, *settings) for row in zip(q, k, v, strict=True)])
-
-    @staticmethod
-    def attention(q, k, v, scale, window, softcap, sinks):
-        """One sequence. # q (Q, heads, D), k and v (K, kv heads, D) -> (Q, heads, D)"""
-        groups = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        scores = torch.einsum("qhd,khd->hqk", q, k) * (scale if scale is not None else q.shape[-1] ** -0.5)
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        here = torch.arange(len(q))[:, None] + len(k) - len(q)  # aligned at the end
-        distance = here - torch.arange(len(k))
-        visible = distance >= 0
-        if window[0] >= 0:
-            visible &= distance <= window[0]
-        scores = scores.masked_fill(~visible, float("-inf"))
-        if sinks is not None:
-            scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(q), 1)], dim=-1)
-        return torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1)[..., : len(k)], v)
-
-
-@pytest.fixture
-def fake_flash(monkeypatch):
-    fake = FakeFlash()
-    functions = (fake.padded, fake.varlen, None, flash._pad_input, flash._unpad_input)
-    monkeypatch.setattr(flash, "_lazy_imports", lambda *args, **kwargs: functions)
-    for name in ("_loaded_implementation", "_flash_fn", "_flash_varlen_fn", "_flash_with_kvcache_fn", "_pad_fn",
-                 "_unpad_fn", "_process_flash_kwargs_fn", "_process_with_kvcache_kwargs_fn"):  # fmt: skip
-        monkeypatch.setattr(flash, name, None)  # and put back what was there
-    return fake
 
 
 @pytest.mark.parametrize("beginning", [0, 11])
@@ -180,10 +106,10 @@ def test_a_sequence_of_which_no_query_is_left_is_no_sequence():
     """A kernel may not be called with empty sequences: a rejected answer that is where the chosen one begins."""
     call = padded([([5, 6], [7, 8, 9], [7]), ([5], [6], [7]), ([5, 6], [7, 8], [9, 10])])
     pairs = pack_pairs(call["input_ids"], call["attention_mask"], call["labels"] != -100)
-    gather, bounds = _varlen(pairs, torch.device("cpu"))
+    plan = pairs.plan(torch.device("cpu"))
     assert pairs.lengths == [(3, 1, 0), (1, 0, 0), (2, 1, 1)]
-    assert bounds["cu_seq_lens_q"].tolist() == [0, 4, 5, 8, 9]
-    assert bounds["cu_seq_lens_k"].tolist() == [0, 4, 5, 8, 11]
-    assert gather.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 5, 6, 8]
-    assert (bounds["max_length_q"], bounds["max_length_k"]) == (4, 4)
-    assert isinstance(bounds["max_length_q"], int)  # a tensor would make the host wait in every layer
+    assert plan.cu_q.tolist() == [0, 4, 5, 8, 9]
+    assert plan.cu_k.tolist() == [0, 4, 5, 8, 11]
+    assert plan.gather.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 5, 6, 8]
+    assert (plan.max_q, plan.max_k, plan.longest) == (128, 128, 4)  # bounds, the same ones for many batches
+    assert isinstance(plan.max_q, int)  # a tensor would make the host wait in every layer

@@ -17,10 +17,13 @@ layer in the backward pass), and TRL's own fused head scores the hidden states, 
 answer token.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .plan_of_batch import AttentionPlan, plan_attention
 
 
 PAIRS_KEY = "packed_pairs"
@@ -61,11 +64,35 @@ class PackedPairs:
         self.score_positions, self.slots, self.scored = score_positions, slots, scored
         self.common, self.lengths = common, lengths
         self.cache: dict[Any, Any] = {}  # what the attention layers have in common, made by the first
+        self._plans: dict[torch.device, AttentionPlan] = {}
 
     @property
     def longest(self) -> int:
         """Length of the longest sequence that a token of the row sees."""
         return self.common + max(prefix + max(chosen, rejected) for prefix, chosen, rejected in self.lengths)
+
+    def plan(self, device: torch.device) -> AttentionPlan:
+        """What variable-length attention has to know, on a layer's device; made once."""
+        if device not in self._plans:
+            made = next(iter(self._plans.values()), None) or plan_attention(self.common, self.lengths)
+            self._plans[device] = made.map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._plans[device]
+
+    def to(self, device: torch.device, non_blocking: bool = True) -> "PackedPairs":
+        """The same pairs on a device, with the plan if it was made; layers make anew what else they have in common."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "PackedPairs":
+        """The same pairs where a GPU can copy them from without anybody waiting."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "PackedPairs":
+        tensors = (self.input_ids, self.position_ids, self.labels, self.score_positions, self.slots, self.scored)
+        moved = PackedPairs(*map(change, tensors), self.common, self.lengths)
+        for plan in self._plans.values():
+            plan = plan.map(change)
+            moved._plans[plan.gather.device] = plan
+        return moved
 
     def unpack(self, scores: Tensor | None) -> Tensor | None:
         """Per-score values (1, N) in the shape that `DPOTrainer` expects, zero outside the answers. # (2B, L-1)"""

@@ -6,9 +6,10 @@ device), so a model of any size takes seconds and no memory. What it does not se
 
 What stands in for something else:
 
-- **A GPU's kernels**, on a machine without one. Fused attention keeps its inputs, its output and a number per query and head (flash
-  and memory-efficient attention alike), and of a mask what it adds to the scores, in the queries' type, once for all heads. Triton
-  folds the head's tiles in place, so only the tile is there.
+- **A GPU's kernels**, on a machine without one. Fused attention keeps its inputs (of a packed row, keys and values as they are gathered
+  for every sequence), its output and a number per query and head (flash and memory-efficient attention alike, which pads them), and of a
+  mask what it adds to the scores, in the queries' type, once for all heads. Triton folds the head's tiles in place, so only the tile is
+  there.
 - **bitsandbytes' layers**: see `fill_with_fakes`.
 """
 
@@ -27,12 +28,15 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedFakeTensorException,
 )
+from torch.nn.attention.bias import CausalBias
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..common.errors import first_line
-from ..fast_path.forward import PairAttention, as_on_a_gpu, install, packed_forward
+from ..fast_path import varlen
+from ..fast_path.attention import PairAttention, install
+from ..fast_path.forward import packed_forward
 from ..fast_path.packing import PAIRS_KEY, CannotShare, PackedPairs
 from ..policies.empty import fill_with_fakes
 from .empty_model import MemorySettings, base_model
@@ -95,13 +99,17 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _FusedAttention(torch.autograd.Function):
-    """What flash and memory-efficient attention hold. # (B, heads, Q, D), (B, kv heads, K, D) twice -> (B, heads, Q, D)"""
+    """What flash and memory-efficient attention hold.
+
+    # (B, heads, Q, D), (B, kv heads, K, D) twice -> (B, heads, Q, D); of sequences of different lengths, one after the other,
+    # (T, heads, D), (K, kv heads, D) twice -> (T, heads, D)
+    """
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sums: tuple[int, ...]) -> Tensor:
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
         bias = [] if mask is None else [query.new_empty(mask.shape)]
-        logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        logsumexp = query.new_empty(sums, dtype=torch.float32)
         ctx.save_for_backward(query, key, value, output, logsumexp, *bias)
         return output
 
@@ -109,20 +117,36 @@ class _FusedAttention(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *_ = ctx.saved_tensors
         total = torch.empty_like(query, dtype=torch.float32)  # the queries' gradient is summed in 32 bits
-        wide = [side.new_empty(*query.shape[:2], *side.shape[2:]) for side in (key, value)]  # for each query head
+        wide = [
+            side.new_empty(len(side), query.shape[1], *side.shape[2:]) for side in (key, value)
+        ]  # for each query head
         gradients = (torch.empty_like(query), *(torch.empty_like(side) for side in (key, value)))
         del total, wide
-        return *gradients, None
+        return *gradients, None, None
 
 
 def _gpu_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """`scaled_dot_product_attention` as a GPU would run it."""
-    return _FusedAttention.apply(query, key, value, attn_mask)
+    mask = None if isinstance(attn_mask, CausalBias) else attn_mask  # which is no tensor there
+    return _FusedAttention.apply(query, key, value, mask, query.shape[:-1])
 
 
 def _flash_attention(module, query, key, value, attention_mask, **kwargs):
     """Flash attention without its package."""
-    return _FusedAttention.apply(query, key, value, None).transpose(1, 2), None
+    return _FusedAttention.apply(query, key, value, None, query.shape[:-1]).transpose(1, 2), None
+
+
+def _varlen_flash(query, key, value, plan, scale, window):
+    """Torch's flash attention of sequences of different lengths. # (T, heads, D), (K, kv heads, D) twice -> (T, heads, D)"""
+    return _FusedAttention.apply(query, key, value, None, query.shape[:-1])
+
+
+def _varlen_efficient(query, key, value, plan, scale):
+    """Torch's memory-efficient attention of such: it has no grouped heads, and pads the sums of every sequence alike."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(groups, dim=1) if groups > 1 else states for states in (key, value))
+    sums = (len(plan.cu_q) - 1, query.shape[1], plan.max_q)
+    return _FusedAttention.apply(query, key, value, None, sums)
 
 
 @contextlib.contextmanager
@@ -138,7 +162,9 @@ def _device(settings: MemorySettings, name: str) -> Iterator[None]:
             ALL_ATTENTION_FUNCTIONS.register(name, PairAttention("flash_attention_2", _flash_attention))
         attention = "scaled_dot_product_attention"
         stack.enter_context(patch.object(torch.nn.functional, attention, _gpu_attention))
-        stack.enter_context(as_on_a_gpu())
+        stack.enter_context(varlen.as_on_a_gpu())
+        stack.enter_context(patch.object(varlen, "flash", _varlen_flash))
+        stack.enter_context(patch.object(varlen, "efficient", _varlen_efficient))
         stack.enter_context(patch.object(trl_head, "_forward_tile", lambda *args, **kwargs: None))
         stack.enter_context(patch.object(trl_head, "_backward_tile", lambda *args, **kwargs: None))
         stack.enter_context(patch.object(trl_head, "_addmm_fp32", lambda total, left, right: total.zero_()))
