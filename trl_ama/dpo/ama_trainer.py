@@ -286,7 +286,8 @@ peft_config:
         # The Trainer divides by the number of micro-batches, and gradients are averaged over processes; dividing by a
         # micro-batch's mean size here makes it (1/|B|) Σ over the step's pairs, also where an epoch ends with smaller ones
         mean_micro_batch = float(np.mean(self.pairs_of_rounds)) / self.accelerator.num_processes
-        weights = torch.as_tensor(self.strategy.loss_weights(), dtype=losses.dtype, device=losses.device)[task_ids]
+        weights = torch.as_tensor(self.strategy.loss_weights(), dtype=losses.dtype)
+        weights = weights.to(losses.device, non_blocking=True)[task_ids]  # (B,)
         objective = excess if self.strategy.objective == "excess" else losses
         loss = (weights * objective).sum() / mean_micro_batch
         if self.aux_loss_enabled:

@@ -20,6 +20,7 @@ from trl import DPOTrainer
 from ..common.errors import AMAError, first_line
 from ..common.processes import from_main, is_sharded, whole_models
 from ..fast_path.choice import PrefixSharing
+from ..fast_path.collating import PackingCollator, ready_pairs
 from ..policies.objects import check_is_model, check_policy
 from ..policies.own_adapter import OwnBase
 from ..policies.quantized import keep_weights
@@ -127,7 +128,8 @@ class PairTrainer(FiniteSteps, StartErrors, DPOTrainer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Reference log-probs of a batch, as DPOTrainer computes them. # (B,), (B,)"""
         with contextlib.nullcontext() if self.ref_model is not None else self.own_base.reference(self):
-            return super().compute_ref_log_probs(self.prefix_sharing.forward(model, metrics=False), inputs)
+            forward = self.prefix_sharing.forward(model, metrics=False, ready=ready_pairs(inputs))
+            return super().compute_ref_log_probs(forward, inputs)
 
     def with_reference(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch with its reference log-probs, which are computed if it has none."""
@@ -144,11 +146,38 @@ class PairTrainer(FiniteSteps, StartErrors, DPOTrainer):
         They are computed first, while there is no graph in memory; but after it, as DPOTrainer does, where both may draw random
         numbers.
         """
-        forward = self.prefix_sharing.forward(model)
+        forward = self.prefix_sharing.forward(model, ready=ready_pairs(inputs))
         if self.model.training and self.prefix_sharing.may_draw(model):
             return RecordedForward(forward, then=lambda: inputs.update(self.with_reference(inputs)))
         inputs.update(self.with_reference(inputs))
         return RecordedForward(forward)
+
+    # ---- Batches ----
+
+    @contextlib.contextmanager
+    def _collating_pairs(self) -> Iterator[None]:
+        """While a loader is made, the collator also packs its batches."""
+        if self.prefix_sharing.mode is False or has_images(self.train_dataset):
+            yield
+            return
+        own = self.data_collator
+        self.data_collator = PackingCollator(own, self.accelerator.device)
+        try:
+            yield
+        finally:
+            self.data_collator = own
+
+    def get_train_dataloader(self):
+        with self._collating_pairs():
+            return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        with self._collating_pairs():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        with self._collating_pairs():
+            return super().get_test_dataloader(test_dataset)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -174,13 +203,15 @@ class PairTrainer(FiniteSteps, StartErrors, DPOTrainer):
             # TRL's cached ones are those of the model with its adapter disabled
             self._precompute_model_hash = f"{self._precompute_model_hash.removesuffix(_OF_BASE)}{_OF_BASE}"
         if self.accelerator.num_processes == 1 or not isinstance(dataset, Dataset) or dataset.cache_files:
-            return super()._precompute_ref_logps(dataset, name, batch_size)
+            with self._collating_pairs():
+                return super()._precompute_ref_logps(dataset, name, batch_size)
         # Of a dataset in memory TRL keeps the result in the temporary folder of each process, where the others look for it
         # in vain. Here all use one, which is gone when the run is
         folder = from_main(lambda: _temporary_folder(self.args.output_dir))
         dataset._get_cache_file_path = lambda fingerprint: os.path.join(folder, f"cache-{fingerprint}.arrow")
         try:
-            return super()._precompute_ref_logps(dataset, name, batch_size)
+            with self._collating_pairs():
+                return super()._precompute_ref_logps(dataset, name, batch_size)
         finally:
             del dataset._get_cache_file_path
 

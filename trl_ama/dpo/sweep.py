@@ -12,7 +12,9 @@ from trl import DPOTrainer
 from ..common.errors import AMAError
 from ..common.processes import is_sharded
 from ..fast_path.choice import PrefixSharing
+from ..fast_path.collating import PackingCollator, PairBatch, ready_pairs
 from ..fast_path.forward import causal_lm, packed_forward
+from ..fast_path.packing import PackedPairs
 from ..policies.switching import Policy
 from ..reference_losses.columns import REFERENCE_COLUMNS
 from ..tasks.images import has_images
@@ -31,8 +33,10 @@ class Sweep:
         self._trainer, self._policies = trainer, policies
         self._knows_lengths = not has_images(dataset)
         self._rows = dataset.select_columns(scored_columns(dataset))
-        self._collator = getattr(trainer.data_collator, "inner", trainer.data_collator)
         self._sharing = getattr(trainer, "prefix_sharing", None) or PrefixSharing(trainer, "auto")
+        self._collator = getattr(trainer.data_collator, "inner", trainer.data_collator)
+        if self._sharing.mode is not False and self._knows_lengths:
+            self._collator = PackingCollator(self._collator, trainer.accelerator.device)
         # Whether every process has to run a model as often as the others: it was shared out for training
         self.in_step = is_sharded(trainer.accelerator) and not isinstance(trainer, ScoringTrainer)
         self._plain: set[str] = set()  # policies that the fast path does not get right
@@ -95,11 +99,11 @@ class Sweep:
 
     def _all_packed(self, rows: np.ndarray) -> bool:
         """Whether rows take the fast path under every policy. The same rows everywhere, so all processes take the same."""
-        _, kwargs = self._inputs(rows)
+        mask, kwargs = self._inputs(rows)
         packed = []
         for prefix, policy in self._policies.items():
             with torch.no_grad(), policy() as model, self._trainer.accelerator.autocast():
-                packed.append(prefix not in self._plain and self._sharing.pack(model, kwargs) is not None)
+                packed.append(prefix not in self._plain and self._pack(model, kwargs, mask) is not None)
         return all(packed)
 
     def share(self) -> None:
@@ -141,7 +145,10 @@ class Sweep:
 
     def _inputs(self, rows: np.ndarray) -> tuple[torch.Tensor, dict[str, Any]]:
         """The completion mask (2B, L) of rows, and what the model is called with."""
-        inputs = self._trainer._prepare_inputs(self._collator([self._rows[int(row)] for row in rows]))
+        batch = self._collator([self._rows[int(row)] for row in rows])
+        if isinstance(batch, PairBatch):
+            batch = batch.to(self._trainer.args.device)
+        inputs = self._trainer._prepare_inputs(batch)
         mask = inputs["completion_mask"]
         kwargs = {key: value for key, value in inputs.items() if key not in _NOT_FOR_THE_MODEL}
         kwargs |= {
@@ -150,6 +157,9 @@ class Sweep:
             "fused_lm_head": True,
         }
         return mask, kwargs
+
+    def _pack(self, model: torch.nn.Module, kwargs: dict[str, Any], mask: torch.Tensor) -> PackedPairs | None:
+        return self._sharing.pack(model, kwargs, ready=ready_pairs({**kwargs, "completion_mask": mask}))
 
     def score(self, rows: np.ndarray, prefixes: Iterable[str] | None = None, keep: bool = True) -> None:
         """Fill in the scores of rows that come longest first, under some policies or all; or only run them."""
@@ -162,7 +172,7 @@ class Sweep:
             with torch.no_grad(), self._policies[prefix]() as model, trainer.accelerator.autocast():
                 inner = causal_lm(model)
                 if inner not in packed and prefix not in self._plain:
-                    packed[inner] = self._sharing.pack(model, kwargs)
+                    packed[inner] = self._pack(model, kwargs, mask)
                 pairs = None if prefix in self._plain else packed[inner]
                 # So many rows were meant for the fast path
                 is_too_large = self._knows_lengths and len(rows) > 1 and kwargs["input_ids"].numel() > self._budget

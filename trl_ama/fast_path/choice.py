@@ -17,6 +17,7 @@ from trl import DPOTrainer
 
 from ..common.errors import AMAError
 from ..common.processes import is_sharded, of_all
+from .collating import ReadyPairs
 from .forward import causal_lm, packed_forward, unwrapped
 from .packing import CannotShare, PackedPairs, pack_pairs
 from .proof import DRAWS, NoVerdict, RandomState, kept_random_state, prove
@@ -49,23 +50,28 @@ class PrefixSharing:
         self._said: set[str] = set()
         self.taken = {"fast": 0, "plain": 0}  # how many calls took which path
 
-    def forward(self, model: torch.nn.Module, metrics: bool = True) -> "SharedForward":
+    def forward(
+        self, model: torch.nn.Module, metrics: bool = True, ready: ReadyPairs | None = None
+    ) -> "SharedForward":
         """A stand-in for the model where it is only called, as `DPOTrainer` calls it; without `metrics`, for log-probs."""
-        return SharedForward(self, model, metrics)
+        return SharedForward(self, model, metrics, ready)
 
-    def pack(self, model: torch.nn.Module, kwargs: dict[str, Any], use: str | None = None) -> PackedPairs | None:
+    def pack(
+        self, model: torch.nn.Module, kwargs: dict[str, Any], use: str | None = None, ready: ReadyPairs | None = None
+    ) -> PackedPairs | None:
         """The batch of a call as packed pairs; `None` if the call must go to the model as it is.
 
         Args:
             model (`torch.nn.Module`): The model as it is called.
             kwargs (`dict`): The call.
             use (`str`, *optional*): What for. The first call for it is run both ways, on all processes at the same time.
+            ready ([`ReadyPairs`], *optional*): Of [`ready_pairs`], of the batch whose answers are labelled in this call.
         """
         if self.mode is False or not kwargs.get("fused_lm_head") or kwargs.get("labels") is None:
             return None
         pairs, reason = None, None
         try:
-            pairs = self._packed(model, kwargs)
+            pairs = self._packed(model, kwargs, ready)
         except CannotShare as error:
             reason = str(error)
         if use is not None:
@@ -76,9 +82,11 @@ class PrefixSharing:
         self.taken["fast"] += 1
         return pairs
 
-    def _packed(self, model: torch.nn.Module, kwargs: dict[str, Any]) -> PackedPairs:
+    def _packed(self, model: torch.nn.Module, kwargs: dict[str, Any], ready: ReadyPairs | None = None) -> PackedPairs:
         self._check_call(model, kwargs)
-        pairs = pack_pairs(kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"] != -100)
+        pairs = None if ready is None else ready.pairs_of(kwargs)
+        if pairs is None:
+            pairs = pack_pairs(kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"] != -100)
         self.check(model, pairs, kwargs)
         return pairs
 
@@ -265,11 +273,12 @@ class PrefixSharing:
 class SharedForward:
     """Forwards calls to the model, on the fast path where it is exact."""
 
-    def __init__(self, sharing: PrefixSharing, model: torch.nn.Module, metrics: bool):
-        self._sharing, self._model, self._metrics = sharing, model, metrics
+    def __init__(self, sharing: PrefixSharing, model: torch.nn.Module, metrics: bool, ready: ReadyPairs | None = None):
+        self._sharing, self._model, self._metrics, self._ready = sharing, model, metrics, ready
 
     def __call__(self, *args, **kwargs):
-        pairs = None if args else self._sharing.pack(self._model, kwargs, "policy" if self._metrics else "reference")
+        use = "policy" if self._metrics else "reference"
+        pairs = None if args else self._sharing.pack(self._model, kwargs, use, self._ready)
         is_new = self._metrics and self._model.training and not self._sharing.knows_draws(self._model)
         before = RandomState(next(self._model.parameters()).device) if is_new else None
         if pairs is None:

@@ -22,6 +22,9 @@ from torch import Tensor
 
 
 _LOOKED_UP = "_ChunkedLogProbFunction"  # TRL's fused forward looks it up at every call
+_PICKS = (
+    "_use_triton"  # and by this, whether to look for the positions that have a label, for which it waits for a GPU
+)
 _TOKENS = 128  # at a time: enough for the matrix product, few enough for the caches
 OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # in the order of TRL's function
 
@@ -143,17 +146,19 @@ class _Choice:
 
 @contextlib.contextmanager
 def frozen_head(metrics: bool = True) -> Iterator[None]:
-    """While open, TRL's fused head leaves frozen heads to [`FrozenHead`].
+    """While open, TRL's fused head leaves frozen heads to [`FrozenHead`], and takes every position that it is given for a labelled one.
 
     Args:
         metrics (`bool`): Whether anything but log-probs is wanted.
     """
-    theirs = getattr(trl.trainer.utils, _LOOKED_UP, None)
-    if theirs is None:  # another TRL: slower, and as right
+    with contextlib.ExitStack() as stack:
+        for name, ours in ((_LOOKED_UP, lambda theirs: _Choice(theirs, metrics)), (_PICKS, lambda _: _never)):
+            theirs = getattr(trl.trainer.utils, name, None)
+            if theirs is not None:  # in another TRL: slower, and as right
+                setattr(trl.trainer.utils, name, ours(theirs))
+                stack.callback(setattr, trl.trainer.utils, name, theirs)
         yield
-        return
-    setattr(trl.trainer.utils, _LOOKED_UP, _Choice(theirs, metrics))
-    try:
-        yield
-    finally:
-        setattr(trl.trainer.utils, _LOOKED_UP, theirs)
+
+
+def _never(device: torch.device) -> bool:
+    return False

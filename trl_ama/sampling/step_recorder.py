@@ -10,7 +10,8 @@ from ..mixing import StepStatistics
 class StepRecorder:
     """Per-task sums over the micro-batches of one optimizer step, in float64.
 
-    A micro-batch stays on its device until the step is over: to wait for a GPU once per step is enough.
+    A micro-batch is copied from its device at once: DPOTrainer has just waited for its metrics, so there is nothing left to wait for.
+    After the backward pass there would be, and the next step would find a GPU without work.
 
     Args:
         num_tasks (`int`): k.
@@ -22,7 +23,8 @@ class StepRecorder:
 
     def reset(self) -> None:
         """Begin a new optimizer step."""
-        self._micro_batches: list[torch.Tensor] = []  # task numbers, losses, excess, raw excess # (4, B) each
+        # Task numbers, losses, excess, raw excess; on the CPU # (4, B) each
+        self._micro_batches: list[torch.Tensor] = []
 
     def add(
         self, task_ids: torch.Tensor, losses: torch.Tensor, excess: torch.Tensor, raw_excess: torch.Tensor
@@ -30,14 +32,14 @@ class StepRecorder:
         """Add a micro-batch: task numbers, losses, excess as clipped, and excess before clipping. # (B,) each"""
         dtype = torch.promote_types(losses.dtype, torch.float32)  # holds task numbers, too
         rows = (task_ids, losses.detach(), excess.detach(), raw_excess.detach())
-        self._micro_batches.append(torch.stack([row.to(losses.device, dtype) for row in rows]))
+        self._micro_batches.append(torch.stack([row.to(losses.device, dtype) for row in rows]).cpu())
 
     def _sums(self) -> np.ndarray:
-        """Counts, losses, excess, clipped pairs, pairs that are not finite; one copy from the device. # (5, k)"""
+        """Counts, losses, excess, clipped pairs, pairs that are not finite. # (5, k)"""
         sums = np.zeros((5, self._num_tasks))
         if not self._micro_batches:
             return sums
-        values = torch.cat(self._micro_batches, dim=1).cpu().double().numpy()
+        values = torch.cat(self._micro_batches, dim=1).double().numpy()
         sizes = [micro_batch.shape[1] for micro_batch in self._micro_batches]
         for part in np.split(values, np.cumsum(sizes)[:-1], axis=1):  # summed micro-batch by micro-batch
             tasks = part[0].astype(np.int64)

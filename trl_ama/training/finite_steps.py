@@ -76,6 +76,8 @@ class FiniteSteps:
         known, self.broken_pairs = self.broken_pairs, None
         broken, pairs = known or ({}, 0)
         scales = getattr(self.accelerator, "scaler", None) is not None
+        if isinstance(norm, torch.Tensor):
+            norm = float(norm)  # the Trainer logs it: without this, it would wait for the device once more
         if not broken and (norm is None or math.isfinite(norm) or scales):
             self._in_a_row, self._gives_no_number, self._may_be_one_pair = 0, False, False
             self._verified_step = self.state.global_step  # the weights after so many steps gave finite numbers
