@@ -133,3 +133,20 @@ def test_97_hooks_are_counted_and_a_lack_of_memory_is_known():
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
     )
     assert not should_reduce_batch_size(RuntimeError("shapes cannot be multiplied"))
+
+
+def test_104_loaders_move_a_batch_by_its_own_to_and_the_trainer_keeps_its_tensors(dpo):
+    from torch.utils.data import DataLoader
+
+    moved = []
+
+    class Batch(dict):
+        def to(self, device, non_blocking=False):
+            moved.append(device)
+            return self
+
+    loader = dpo.accelerator.prepare(DataLoader([1, 2], 2, collate_fn=lambda rows: Batch(rows=torch.tensor(rows))))
+    (batch,) = loader
+    assert type(batch) is Batch and moved == [dpo.accelerator.device]
+    inputs = dpo._prepare_inputs(batch)
+    assert type(inputs) is Batch and inputs["rows"] is batch["rows"]

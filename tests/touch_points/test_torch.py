@@ -148,3 +148,21 @@ def test_94_writes_are_told_of_before():
         weight.view(2, 2)[0] = 5
         torch.add(weight, 1, out=weight)
     assert written == [(weight.untyped_storage().data_ptr(), before) for before in (1, 2, 5)]
+
+
+def test_105_kernels_for_sequences_of_different_lengths_and_their_masks():
+    from torch.nn.attention.bias import CausalVariant
+
+    assert int(CausalVariant.LOWER_RIGHT) == 2  # aligned at the end of queries and keys
+
+    def names(operator):
+        return [argument.name for argument in operator.default._schema.arguments]
+
+    flash = names(torch.ops.aten._flash_attention_forward)
+    assert flash[:7] == ["query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k"]
+    assert flash[7:10] == ["dropout_p", "is_causal", "return_debug_mask"]
+    assert {"scale", "window_size_left", "window_size_right"} <= set(flash[10:])
+    efficient = names(torch.ops.aten._efficient_attention_forward)
+    assert efficient[:6] == ["query", "key", "value", "bias", "cu_seqlens_q", "cu_seqlens_k"]
+    assert efficient[6:11] == ["max_seqlen_q", "max_seqlen_k", "dropout_p", "custom_mask_type", "compute_log_sumexp"]
+    assert "scale" in efficient[11:]

@@ -80,6 +80,13 @@ def test_28_fused_head_is_looked_up_at_every_call(dpo, monkeypatch):
     ((hidden, weight, bias, targets, temperature, chunk, softcap, scale, outputs),) = calls
     assert hidden.shape == (3, weight.shape[1]) and targets.tolist() == [6, 7, 8] and bias is None
     assert (temperature, softcap, scale) == (1.0, None, 1.0) and isinstance(chunk, int) and "log_probs" in outputs
+    # Whether it leaves positions without a label out is asked at every call, too; that is for positions alone
+    labels, lengths = torch.tensor([[5, -100, 7, 8]]), []
+    for picks in (True, False):
+        monkeypatch.setattr(trl.trainer.utils, "_use_triton", lambda device, picks=picks: picks)
+        dpo.model(input_ids=ids, labels=labels, fused_lm_head=True)
+        lengths.append(len(calls[-1][0]))
+    assert lengths == [2, 3]
 
 
 def test_31_tiles_of_the_fused_head_are_folded_by_functions_that_are_looked_up(dpo, monkeypatch):
@@ -121,3 +128,19 @@ def test_96_the_loss_reads_the_reference_after_it_has_called_the_model(dpo):
     finally:
         dpo.precompute_ref_logps = False
     assert later.item() == pytest.approx(loss.item())
+
+
+def test_103_labels_are_those_of_the_batch_and_its_tensors_reach_the_model_as_they_are(dpo):
+    inputs, calls = batch_of(dpo), []
+
+    def model(**kwargs):
+        calls.append(kwargs)
+        return dpo.model(**kwargs)
+
+    dpo.compute_ref_log_probs(model, inputs)
+    dpo.compute_loss(model, dict(inputs))
+    expected = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+    assert len(calls) == 2
+    for call in calls:
+        assert call["input_ids"] is inputs["input_ids"] and call["attention_mask"] is inputs["attention_mask"]
+        assert torch.equal(call["labels"], expected)

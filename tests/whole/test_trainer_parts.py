@@ -76,7 +76,9 @@ def test_who_answers_first_where_several_parts_answer():
         "create_model_card": ["AMATrainer", "Published"],
         "evaluate": ["EvaluationByTask", "ReferenceLogProbs"],
         "get_batch_samples": ["MixedTraining", "PairTrainer"],
-        "get_train_dataloader": ["EvaluationByTask", "ExactResume", "StartErrors"],
+        "get_eval_dataloader": ["EvaluationByTask", "PairTrainer"],
+        "get_test_dataloader": ["EvaluationByTask", "PairTrainer"],
+        "get_train_dataloader": ["EvaluationByTask", "ExactResume", "PairTrainer", "StartErrors"],
         "predict": ["EvaluationByTask", "ReferenceLogProbs"],
         "train": ["Published", "ExactResume", "PairTrainer", "FiniteSteps"],
     }

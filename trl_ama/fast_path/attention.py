@@ -159,7 +159,9 @@ class PairAttention:
     def _by_its_package(self, module, query, key, value, pairs, dropout, scaling, sliding_window, **kwargs):
         """One call of a flash attention's own function for sequences of different lengths, as transformers calls it."""
         plan = pairs.plan(query.device)
-        key, value = (gathered(states[0].transpose(0, 1), plan).transpose(0, 1)[None] for states in (key, value))
+        key, value = (
+            gathered(states.squeeze(0).transpose(0, 1), plan).transpose(0, 1).unsqueeze(0) for states in (key, value)
+        )
         kwargs |= {"cu_seq_lens_q": plan.cu_q, "cu_seq_lens_k": plan.cu_k}
         kwargs |= {"max_length_q": plan.max_q, "max_length_k": plan.max_k}
         kwargs |= {"sliding_window": sliding_window, "is_causal": True}

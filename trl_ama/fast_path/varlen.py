@@ -13,14 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.bias import CausalVariant
 
 from .plan_of_batch import AttentionPlan
 
 
 FLASH, EFFICIENT, BLOCKS = "flash", "efficient", "blocks"
-_CAUSAL_FROM_BOTTOM_RIGHT = (
-    2  # of torch's memory-efficient attention: the mask is aligned at the end of queries and keys
-)
 _LARGEST_HEAD = 256  # of torch's flash attention
 
 
@@ -175,13 +173,14 @@ def varlen(
     Returns:
         `torch.Tensor`. # (1, T, heads, Dv)
     """
-    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (T, heads, D)
+    # Not `[0]`, whose gradient is written into zeros
+    query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))  # (T, heads, D)
     if query.stride(-1) != 1:
         query = query.contiguous()
     key, value = gathered(key, plan), gathered(value, plan)
     if kernel == FLASH:
-        return flash(query, key, value, plan, scale, window)[None]
-    return efficient(query, key, value, plan, scale)[None]
+        return flash(query, key, value, plan, scale, window).unsqueeze(0)
+    return efficient(query, key, value, plan, scale).unsqueeze(0)
 
 
 def flash(
@@ -204,8 +203,8 @@ def flash(
 def _public_function() -> Any:
     """`torch.nn.attention.varlen.varlen_attn`, where this version of torch has one that takes all that is needed."""
     try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:  # before torch 2.10
+        from torch.nn.attention.varlen import varlen_attn  # from torch 2.10 on
+    except ImportError:
         return None
     return varlen_attn if takes_all(inspect.signature(varlen_attn).parameters) else None
 
@@ -223,6 +222,6 @@ def efficient(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, sc
     trains = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
     bias, dropout = None, 0.0
     return torch.ops.aten._efficient_attention_forward(
-        query[None], key[None], value[None], bias, plan.cu_q, plan.cu_k, plan.max_q, plan.max_k,
-        dropout, _CAUSAL_FROM_BOTTOM_RIGHT, trains, scale=scale,
-    )[0][0]  # fmt: skip
+        query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), bias, plan.cu_q, plan.cu_k, plan.max_q, plan.max_k,
+        dropout, int(CausalVariant.LOWER_RIGHT), trains, scale=scale,
+    )[0].squeeze(0)  # fmt: skip
