@@ -199,7 +199,7 @@ def test_gradients_of_many_copies_are_summed_in_32_bits():
         return (wrong.norm() / exact[: len(sums)].norm()).item()
 
     assert rows.grad.dtype == torch.bfloat16
-    assert error(rows.grad) < 2.5e-3 and error(rows.grad[:16]) < error(one_by_one) / 3  # 1.6e-3 and 7e-3
+    assert error(rows.grad) < 2.5e-3 and error(rows.grad[:16]) < error(one_by_one) / 3  # 1.6e-3 and 9.7e-3
 
 
 # ---- The rule ----
