@@ -83,13 +83,14 @@ def test_every_sequence_sees_what_is_before_it(common, case):
 def test_a_plan_goes_with_its_pairs():
     call = padded(random_pairs(3, seed=0, beginning=9))
     pairs = pack_pairs(call["input_ids"], call["attention_mask"], call["labels"] != -100)
-    assert not pairs.to("meta")._plans  # nobody has asked for one
+    assert not pairs.on("meta")._plans  # nobody has asked for one
     pairs.plan(CPU)
-    moved = pairs.to("meta")
+    moved = pairs.on("meta")
     assert moved.scored.is_meta and moved.lengths == pairs.lengths
     plan = moved.plan(torch.device("meta"))
     assert plan.gather.is_meta and plan.of_common.is_meta and plan.max_k == pairs.plan(CPU).max_k
     assert moved.plan(torch.device("meta")) is plan
+    assert not hasattr(pairs, "to")  # or Accelerate's hooks would hand another object to every layer
 
 
 # ---- Against blocks ----

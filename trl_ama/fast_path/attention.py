@@ -79,10 +79,8 @@ def blocks(
         is_square = q.shape[2] == k.shape[2] and narrow is None
         if is_square:
             mask = None
-        elif narrow is None and not on_cpu(q.device):
-            mask = causal_lower_right(
-                q.shape[2], k.shape[2]
-            )  # which flash and memory-efficient attention know without a mask
+        elif narrow is None and card_of(q.device) is not None:  # whose kernels know this mask by its name
+            mask = causal_lower_right(q.shape[2], k.shape[2])
         else:
             mask = _visible(pairs, q.shape[2], k.shape[2], narrow, q.device)
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_square, **settings).transpose(1, 2)

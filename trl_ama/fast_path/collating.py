@@ -33,7 +33,7 @@ class PairBatch(dict):
         """The batch on a device, as Accelerate would move it; from then on, [`ready_pairs`] finds its packed pairs."""
         moved = PairBatch(send_to_device(dict(self), device, non_blocking=non_blocking))
         if self.packed is not None:
-            moved.packed = self.packed.to(device)
+            moved.packed = self.packed.on(device)
             setattr(moved[_PACKED_FROM[0]], _READY, ReadyPairs(moved.packed, moved))
         return moved
 
@@ -79,12 +79,12 @@ class PackingCollator:
 
     Args:
         inner (`Callable`): The collator, TRL's or the user's own.
-        device (`torch.device`): Where the batches will be used; on a CPU, attention needs no plan.
+        device (`torch.device`): Where the batches will be used; attention that is one call a layer needs a plan.
     """
 
     def __init__(self, inner: Callable[[list[dict[str, Any]]], Any], device: torch.device):
         self.inner = inner
-        self._plans = device.type != "cpu"
+        self._plans = device.type == "cuda"
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
         batch = self.inner(examples)

@@ -78,9 +78,12 @@ class PackedPairs:
             self._plans[device] = made.map(lambda tensor: tensor.to(device, non_blocking=True))
         return self._plans[device]
 
-    def to(self, device: torch.device, non_blocking: bool = True) -> "PackedPairs":
-        """The same pairs on a device, with the plan if it was made; layers make anew what else they have in common."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    def on(self, device: torch.device) -> "PackedPairs":
+        """The same pairs on a device, with the plan if it was made; layers make anew what else they have in common.
+
+        Not `to`: Accelerate, where it has split a model, calls that of every argument of every layer, which would each get another object.
+        """
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "PackedPairs":
         """The same pairs where a GPU can copy them from without anybody waiting."""
@@ -98,8 +101,11 @@ class PackedPairs:
         """Per-score values (1, N) in the shape that `DPOTrainer` expects, zero outside the answers. # (2B, L-1)"""
         if scores is None:
             return None
-        values = scores.squeeze(0)[self.slots]  # (2B, L-1)
-        return torch.where(self.scored, values, torch.zeros((), dtype=values.dtype, device=values.device))
+        slots, scored = (
+            tensor.to(scores.device) for tensor in (self.slots, self.scored)
+        )  # where the head is, in a split model
+        values = scores.squeeze(0)[slots]  # (2B, L-1)
+        return torch.where(scored, values, torch.zeros((), dtype=values.dtype, device=values.device))
 
 
 def pack_pairs(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> PackedPairs:
