@@ -163,20 +163,26 @@ def test_a_hub_that_cannot_be_reached(hub, recipe, nothing_begun, monkeypatch):
 
 
 OFFLINE = """
-import json, sys
+import json, os, runpy, shutil, sys
 from trl import ModelConfig, TrlParser
 from trl_ama import AMAConfig, AMAError, TaskMixtureConfig, run_pipeline
 from trl_ama.recipe.arguments import PipelineArguments
 
+recipe, again, output_dir = sys.argv[1:]
+
 def run(*flags):
     parser = TrlParser((PipelineArguments, AMAConfig, ModelConfig, TaskMixtureConfig))
-    return run_pipeline(*parser.parse_args_and_config(["--config", sys.argv[1], *flags]))
+    return run_pipeline(*parser.parse_args_and_config(["--config", recipe, *flags]))
 
 print("results:", json.dumps(run()))
 try:
     run("--push_to_hub", "true")
 except AMAError as error:
     print("refused:", error)
+shutil.rmtree(os.environ["HF_HOME"])
+print("with an empty cache", file=sys.stderr, flush=True)
+sys.argv = ["ama.py", "--config", again, "--output_dir", output_dir]
+runpy.run_module("trl_ama.scripts.ama", run_name="__main__")
 """
 
 
@@ -202,23 +208,29 @@ def online(model_dir, tmp_path_factory):
         return recipe, results, shutil.copytree(HUB_ENVIRONMENT["HF_HOME"], folder / "hf_home", symlinks=True)
 
 
-def run_offline(home, *command):
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        env={**environment(home, HubServer.WRITE_TOKEN), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+@pytest.fixture(scope="module")
+def offline(online, tmp_path_factory):
+    """A process without a network, with the cache of that run and then with an empty one. Returns it with its folder and what
+    it asked of the Hub."""
+    finished, _, home = online
+    folder = tmp_path_factory.mktemp("without_network")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(finished.read_text() + f"output_dir: {folder / 'offline'}\n")
+    shutil.copytree(home, folder / "hf_home", symlinks=True)
+    with logged_in() as hub:
+        done = subprocess.run(
+            [sys.executable, "-c", OFFLINE, *map(str, (recipe, finished, folder / "empty"))],
+            env={**environment(folder / "hf_home", HubServer.WRITE_TOKEN), "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        return done, folder, list(hub.requests)
 
 
-def test_offline(hub, online, hub_home, tmp_path):
-    finished, results, home = online
-    shutil.copytree(home, hub_home, symlinks=True, dirs_exist_ok=True)
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(finished.read_text() + f"output_dir: {tmp_path / 'offline'}\n")
-    done = run_offline(hub_home, "-c", OFFLINE, recipe)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_offline(online, offline):
+    results, (done, _, requests) = online[1], offline
+    assert "with an empty cache\n" in done.stderr, done.stderr[-2000:]
     found, refusal = (
         line.partition(": ")[2] for line in done.stdout.splitlines() if line.startswith(("results:", "refused:"))
     )
@@ -230,15 +242,14 @@ def test_offline(hub, online, hub_home, tmp_path):
     for name in ("reference_losses", "held_out"):
         assert found["made_from"][name] == results["made_from"][name]
     assert "HF_HUB_OFFLINE=1 forbids it" in one_sentence(refusal)
-    assert not hub.requests and HubServer.WRITE_TOKEN not in done.stdout + done.stderr
+    assert not requests and HubServer.WRITE_TOKEN not in done.stdout + done.stderr
 
 
-def test_offline_with_an_empty_cache(hub, online, hub_home, tmp_path):
-    done = run_offline(
-        hub_home, "-m", "trl_ama.scripts.ama", "--config", online[0], "--output_dir", tmp_path / "offline"
-    )
+def test_offline_with_an_empty_cache(offline):
+    done, folder, requests = offline
     assert done.returncode == 2, done.stderr
-    lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    said = done.stderr.partition("with an empty cache\n")[2]
+    lines = [line for line in said.splitlines() if "error" in line.lower()]
     assert len(lines) == 1 and lines[0].startswith("trl ama: error: The base model 'org/base' cannot be read: ")
-    assert "Traceback" not in done.stderr and HubServer.WRITE_TOKEN not in done.stderr
-    assert not hub.requests and not (tmp_path / "offline").exists()
+    assert "Traceback" not in said and HubServer.WRITE_TOKEN not in said
+    assert not requests and not (folder / "empty").exists()

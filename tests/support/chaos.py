@@ -514,7 +514,10 @@ def main(argv: list[str] | None = None) -> int:
     home = Path(tempfile.mkdtemp(prefix="chaos_"))
     os.environ.update(HF_HOME=str(home / "hf"), PYTHONHASHSEED="0", MPLCONFIGDIR=str(home / "mpl"))
     sys.path.insert(0, str(ROOT))
+    from kept import keep_and_freeze  # late: it imports what reads the environment
+
     import_everything()
+    keep_and_freeze()
     counts: list[Count] = []
     try:
         one_after_another(lambda: make_world(home), home / "world.txt", "Making model and data")

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import surroundings  # noqa: F401 - before the libraries that read the environment
 import yaml
+from kept import keep_and_freeze
 from tiny_models import make_model, make_tokenizer, save
 from tiny_pairs import make_rows
 from tiny_runs import QUICK
@@ -712,6 +713,7 @@ def results(folder: Path, seed: int, numbers: range):
             try:
                 with os.fdopen(writes, "w", encoding="utf-8") as out, silence():
                     world = World(Path(tempfile.mkdtemp(dir=folder)))
+                    keep_and_freeze()
                     for number in numbers:
                         kind, outcome = world.run(seed, number)
                         out.write(json.dumps([kind, *outcome]) + "\n")

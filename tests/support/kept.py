@@ -1,29 +1,56 @@
 """What libraries work out again and again, and which does not change while tests run: worked out once in a process.
 
-A sixth of a short run's time went there: what is installed is read from the disk for each call of a model under an adapter, the
-template of a model card is compiled for each checkpoint, data sets disassemble each function that they map, and a plot of a few
-steps is laid out three times.
+A fifth of a short run's time went there: what is installed is read from the disk for each call of a model under an adapter, and
+looked for on the path by each Trainer; the template of a model card is compiled for each checkpoint; data sets disassemble each
+function that they map, pickle each name and number to know whether it is another one, read the types of their columns anew and
+copy them attribute by attribute; and a plot of a few steps is laid out three times. Nor does a test wait for the disk.
 """
 
+import copy
 import functools
+import gc
 import importlib.metadata
+import importlib.util
+import os
+import sys
 from pathlib import Path
 
+import accelerate.utils.imports
 import dill.detect
 import jinja2
+import pyarrow
+from datasets.features import ClassLabel, Features, LargeList, List, Value
+from datasets.fingerprint import Hasher
 from matplotlib.figure import Figure
 
 
 # How a figure is really drawn, for tests of plots; every other test gets a picture that was drawn before
 DRAW = {"savefig": Figure.savefig, "tight_layout": Figure.tight_layout}
 
+_UNCHANGING = (str, int, type(None), pyarrow.DataType)
+
 
 def keep() -> None:
-    """Keep metadata of packages, compiled templates, the names of globals in functions, and a plot."""
+    """Keep metadata of packages, which there are, compiled templates, the names of globals in functions, fingerprints of plain
+    values, types of columns, and a plot; and do not wait for the disk."""
     _keep_metadata()
+    _keep_packages()
     _keep_templates()
     _keep_globals()
+    _keep_hashes()
+    _copy_types()
+    _keep_types()
     _keep_a_plot()
+    _spare_the_disk()
+
+
+def keep_and_freeze() -> None:
+    """The same in a process of a test's own, when it has imported what it needs. Modules are for ever: every Trainer collects
+    garbage before it trains, and would look at all of them."""
+    keep()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def _keep_metadata() -> None:
@@ -40,6 +67,20 @@ def _keep_metadata() -> None:
         return kept[key]
 
     importlib.metadata.Distribution.metadata = property(metadata)
+
+
+def _keep_packages() -> None:
+    plain = accelerate.utils.imports._is_package_available
+
+    @functools.lru_cache(256)
+    def kept(names, *where):
+        return plain(*names)
+
+    def available(*names):
+        # A test may hide a package, or have another path
+        return kept(names, importlib.util.find_spec, importlib.metadata.metadata, tuple(sys.path))
+
+    accelerate.utils.imports._is_package_available = available
 
 
 def _keep_templates() -> None:
@@ -72,6 +113,58 @@ def _keep_globals() -> None:
     dill.detect.nestedglobals = nestedglobals
 
 
+def _keep_hashes() -> None:
+    plain = Hasher.hash
+
+    @functools.lru_cache(4096)
+    def kept(kind, value):
+        return plain(value)
+
+    def hash(value):
+        return kept(type(value), value) if type(value) in (str, int, bool, type(None)) else plain(value)
+
+    Hasher.hash = staticmethod(hash)
+
+
+def _copy_types() -> None:
+    """A data set copies the types of its columns for whoever looks at them: the same copies, without pickling and parsing them."""
+
+    def attributes(self, memo):
+        return {
+            name: value if isinstance(value, _UNCHANGING) else copy.deepcopy(value, memo)
+            for name, value in self.__dict__.items()
+        }
+
+    def copied(self, memo):
+        new = object.__new__(type(self))
+        new.__dict__.update(attributes(self, memo))
+        return new
+
+    def copied_features(self, memo):
+        new = type(self).__new__(type(self))
+        dict.update(new, {name: copy.deepcopy(value, memo) for name, value in self.items()})
+        new.__dict__.update(attributes(self, memo))
+        return new
+
+    for kind in (Value, List, LargeList, ClassLabel):
+        kind.__deepcopy__ = copied
+    Features.__deepcopy__ = copied_features
+
+
+def _keep_types() -> None:
+    plain, kept = Features.from_arrow_schema, {}
+
+    def from_arrow_schema(cls, pa_schema):
+        if cls is not Features:
+            return plain.__func__(cls, pa_schema)
+        key = pa_schema.serialize().to_pybytes()  # with what data sets have noted in it
+        if key not in kept:
+            kept[key] = plain(pa_schema)
+        return kept[key].copy()
+
+    Features.from_arrow_schema = classmethod(from_arrow_schema)
+
+
 def _keep_a_plot() -> None:
     drawn: list[bytes] = []
 
@@ -86,3 +179,12 @@ def _keep_a_plot() -> None:
             DRAW["tight_layout"](self, *args, **kwargs)
 
     Figure.savefig, Figure.tight_layout = savefig, tight_layout
+
+
+def _spare_the_disk() -> None:
+    """What is written need not reach the disk to be read again, as no test takes the power away."""
+
+    def fsync(file):
+        os.fstat(file if isinstance(file, int) else file.fileno())  # one that is not open is still an error
+
+    os.fsync = fsync

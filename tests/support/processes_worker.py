@@ -20,8 +20,8 @@ from types import SimpleNamespace
 # Global batch of every case, and rows whose last step of an epoch has 3: two of four processes then have no pair of it
 BATCH, EPOCHS, SECONDS = 8, 2, 240
 # Pairs of a window of a streamed task, fewer than any task has, and steps, in which every task is passed over more than once
-BUFFER, STEPS = 5, 12
-SAVED_AT = 8  # the step that resumed runs go on from: in the second epoch, or pass
+BUFFER, STEPS = 5, 8
+SAVED_AT = 6  # the step that resumed runs go on from: in the second epoch, or pass
 
 
 def main(folder: Path, counts: list[int]) -> int:
@@ -30,11 +30,13 @@ def main(folder: Path, counts: list[int]) -> int:
     import peft  # noqa: F401
     import torch
     import transformers.trainer  # noqa: F401
+    from kept import keep_and_freeze
 
     import trl_ama.dpo.ama_trainer
     import trl_ama.pipeline.run  # noqa: F401
 
     torch.set_num_threads(1)
+    keep_and_freeze()
     later = sorted({count for case in LATER.values() for count in case.counts if {1, 2} <= {*counts}})
     for count, cases in [*((count, CASES) for count in counts), *((count, LATER) for count in later)]:
         began = time.monotonic()
@@ -105,10 +107,10 @@ def work(folder: Path, count: int, rank: int, cases: dict) -> None:
     results = {}
     for name, case in cases.items():
         if count in case.counts:
-            began = time.monotonic()
+            began = time.process_time()
             results[name] = case.run(world, name)
             if rank == 0 and os.environ.get("TRL_AMA_TIMES"):
-                print(f"  {name}: {time.monotonic() - began:.1f} s", flush=True)
+                print(f"  {name}: {time.process_time() - began:.1f} s of a core", flush=True)
     if rank == 0:
         path = folder / f"{count}.json"
         known = json.loads(path.read_text()) if cases is LATER else {}
@@ -466,7 +468,7 @@ CASES = {
     "specialist": SimpleNamespace(run=specialist, counts=(1, 2)),
     "resumed-ama_s": resumed(mixing="ama_s"),
     # Where a log entry is of steps before and after the checkpoint
-    "resumed-proportional": resumed(mixing="proportional", logging_steps=3),
+    "resumed-proportional": resumed(mixing="proportional", logging_steps=4),
     "resumed-streamed": resumed(**STREAMED),
     "scoring": SimpleNamespace(run=scoring, counts=(1, 2, 4)),
     "errors": SimpleNamespace(run=errors, counts=(2,)),

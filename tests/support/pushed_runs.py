@@ -59,14 +59,19 @@ def make_recipe(model_dir, data_dir):
     }
 
 
+_finished: list[Run] = []
+
+
 @pytest.fixture(name="finished", scope="module")
 def finished_fixture(model_dir, tmp_path_factory):
-    """A finished run of which nothing was pushed. Pushing may change nothing in it but the cards, so tests share it."""
-    folder = tmp_path_factory.mktemp("finished")
-    write_pairs(folder)
-    run = Run(folder, make_recipe(model_dir, folder))
-    run(push_to_hub=False)
-    return run
+    """A finished run of which nothing was pushed. Pushing may change nothing in it but the cards, so all tests share it."""
+    if not _finished:
+        folder = tmp_path_factory.mktemp("finished")
+        write_pairs(folder)
+        run = Run(folder, make_recipe(model_dir, folder))
+        run(push_to_hub=False)
+        _finished.append(run)
+    return _finished[0]
 
 
 @pytest.fixture(name="waits")

@@ -55,8 +55,17 @@ def assert_same(resumed, whole):
         assert torch.equal(value, weights_of(resumed)[name]), name
 
 
+_made: dict = {}  # by fixtures, for the tests of every file: a recipe and its run
+
+
 @pytest.fixture(name="recipe", scope="module")
 def recipe_fixture(model_dir, tmp_path_factory):
+    if "recipe" not in _made:
+        _made["recipe"] = _make_recipe(model_dir, tmp_path_factory)
+    return _made["recipe"]
+
+
+def _make_recipe(model_dir, tmp_path_factory):
     home = tmp_path_factory.mktemp("recipe")
     write_pairs(home)
     return write_recipe(
@@ -72,8 +81,11 @@ def recipe_fixture(model_dir, tmp_path_factory):
 
 @pytest.fixture(name="finished", scope="module")
 def finished_fixture(recipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    return folder, run_pipeline(*parse(recipe, "--output_dir", folder))
+    """Folder and results of its run; who changes them takes a `copy`."""
+    if "run" not in _made:
+        folder = tmp_path_factory.mktemp("finished") / "run"
+        _made["run"] = folder, run_pipeline(*parse(recipe, "--output_dir", folder))
+    return _made["run"]
 
 
 @pytest.fixture(name="copy")

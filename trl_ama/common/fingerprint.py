@@ -1,5 +1,6 @@
 """Fingerprints: what decided a number, as plain values. Equal fingerprints, equal log-probs."""
 
+import functools
 import hashlib
 import math
 from importlib.metadata import version
@@ -26,6 +27,11 @@ def digest(*parts: str | bytes) -> str:
 
 def package_versions() -> dict[str, str]:
     """Versions of the packages that compute the numbers."""
+    return dict(_package_versions())
+
+
+@functools.cache  # a run asks for every task in every stage, and they are read from the disk
+def _package_versions() -> dict[str, str]:
     return {package: version(package) for package in _PACKAGES}
 
 
