@@ -171,10 +171,7 @@ def add_logp_columns(
             f"Reference losses, {task}, {split}",
         )
         if given:
-            with trained_policy(trainer, who, specialists[task]) as model:
-                scores = {
-                    f"specialist_{key}": values for key, values in score_pairs(trainer, model, pairs, text).items()
-                }
+            scores = _score_specialist(trainer, who, specialists[task], pairs, text)
         else:
             scores = score_reference_and_specialist(trainer, who, specialists[task], pairs, text)
         for column, values in columns.items():
@@ -182,3 +179,11 @@ def add_logp_columns(
     for column, values in columns.items():
         dataset = dataset.add_column(column, values)
     return dataset
+
+
+def _score_specialist(
+    trainer: DPOTrainer, who: str, specialist: "str | PreTrainedModel | PeftModel", pairs: Dataset, text: str
+) -> dict[str, np.ndarray]:
+    """Log-probs under one specialist, which nothing holds when it is done: the next may need its memory."""
+    with trained_policy(trainer, who, specialist) as model:
+        return {f"specialist_{key}": values for key, values in score_pairs(trainer, model, pairs, text).items()}

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import gc
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,7 +9,7 @@ from contextlib import AbstractContextManager
 
 import torch
 import transformers
-from accelerate.utils import is_peft_model
+from accelerate.utils import is_peft_model, release_memory
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
@@ -277,16 +276,13 @@ def _full_model(trainer: DPOTrainer, place: PolicySource) -> Iterator[tuple[torc
     )
     # By TRL from the main branch's configuration otherwise
     architecture = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
+    release_memory()  # of the one before, which whoever opened it held until now
     with whole_models():
         model = create_model_from_path(place.name, architecture, **kwargs)
     _check_vocabulary(trainer, place.who, model)
     keep_weights(model)
     add_fused_lm_head(model)
-    try:
-        yield on_device(model, trainer.accelerator.device), functools.partial(reference_policy, trainer)
-    finally:
-        del model
-        gc.collect()
+    yield on_device(model, trainer.accelerator.device), functools.partial(reference_policy, trainer)
 
 
 def _check_vocabulary(trainer: DPOTrainer, who: str, model: PreTrainedModel) -> None:
