@@ -90,10 +90,11 @@ def score_policies(
         )
         sweep.prove(done)
         pairs, before = int(done.sum()), int(done.sum())
-        for batches in sweep.rounds(done):
+        rounds = stack.enter_context(contextlib.closing(sweep.one_ahead(done)))
+        for batches, collated in rounds:
             if accelerator.process_index < len(batches):
                 rows = batches[accelerator.process_index]
-                sweep.score(rows)
+                sweep.score(rows, batch=collated())
                 if shards is not None:
                     shards.add(rows, sweep.scores)
             elif sweep.in_step:
