@@ -151,7 +151,8 @@ def test_39_where_a_model_was_put(model_dir, tmp_path):
     from transformers import AutoModelForCausalLM
     from trl.trainer.utils import create_model_from_path
 
-    device_map = {"model": "disk", "lm_head": "cpu"}
+    on_cpu = ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"]
+    device_map = {**dict.fromkeys(on_cpu, "cpu"), "model.layers.1": "disk"}
     model = AutoModelForCausalLM.from_pretrained(model_dir, device_map=device_map, offload_folder=tmp_path)
     assert model.hf_device_map == device_map
     with pytest.raises(RuntimeError, match="can't move a model that has some modules offloaded"):
