@@ -42,6 +42,10 @@ def test_recipes_that_cannot_run(recipe, tmp_path, no_training, flags, text):
 def test_what_the_trainer_would_refuse_is_refused_before_any_specialist(recipe, tmp_path, no_training):
     for flags, text in (
         (["--use_weighting"], "use_weighting"),
+        (
+            ["--fp16", "true", "--bf16", "false", "--dtype", "float16", "--use_peft", "false"],
+            "fp16 is set and dtype is float16",
+        ),
         (["--sync_ref_model"], "sync_ref_model moves the reference"),
         (["--train_sampling_strategy", "group_by_length"], "both decide which pairs come next"),
         (

@@ -87,6 +87,8 @@ def test_a_quantised_model_is_planned_as_it_is_loaded():
     linear = [layer for _, layer in quantized_layers(model)]
     assert len(linear) == 14 and type(base_model(model).lm_head) is torch.nn.Linear
     assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.bfloat16}
+    scaled = empty_model(TINY, replace(settings, autocast=torch.float16))  # fp16 needs adapters in 32 bits
+    assert {parameter.dtype for parameter in scaled.parameters() if parameter.requires_grad} == {torch.float32}
     plain = replace(settings, quantization=None)
     assert optimizer_memory.weight_bytes(model) < optimizer_memory.weight_bytes(empty_model(TINY, plain))
     # 8 bits keep a layer's input; an adapter on the same layer does that anyway

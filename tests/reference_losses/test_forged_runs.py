@@ -13,7 +13,8 @@ from tiny_models import lora
 from tiny_pairs import make_rows
 
 from trl_ama import AMAError, AMATrainer, load_reference_losses, run_pipeline
-from trl_ama.pipeline.run_losses import joined_data
+from trl_ama.common.fingerprint import check_fingerprint
+from trl_ama.pipeline.run_losses import joined_data, reference_losses_done
 from trl_ama.recipe.fingerprint import reference_fingerprint
 from trl_ama.recipe.settings import RunSettings
 from trl_ama.reference_losses.columns import LOGP_COLUMNS
@@ -163,3 +164,35 @@ def test_in_16_bits_the_path_belongs_to_the_losses(shared, tmp_path):
     for sixteen in (["--dtype", "bfloat16"], ["--bf16", "true"]):
         assert noted(*sixteen) is noted(*sixteen, "--prefix_sharing", "true") is True
         assert noted(*sixteen, "--prefix_sharing", "false") is False
+
+
+def test_in_16_bits_the_device_belongs_to_the_losses(shared, losses, run):
+    """Attention is in 32 bits on a CPU. Of files that do not say where they were made, as trl-ama 0.1 wrote them, it is not known."""
+
+    def settings_of(**changes):
+        return RunSettings(*run(own_pairs=True, **changes))
+
+    assert "device" not in reference_fingerprint(settings_of(), "sort")
+    sixteen = {"dtype": "bfloat16"}
+    settings = settings_of(**sixteen)
+    assert reference_fingerprint(settings, "sort")["device"] == "cpu"
+    edit_note(losses / "sort", lambda note: note["fingerprint"].update(dtype="bfloat16", prefix_sharing=True))
+    assert reference_losses_done(settings, "sort")
+    edit_note(losses / "sort", lambda note: note["fingerprint"].update(device="cuda"))
+    with pytest.raises(AMAError) as caught:
+        reference_losses_done(settings, "sort")
+    readable(
+        caught.value,
+        "task 'sort'",
+        "device='cuda'",
+        "device='cpu'",
+        "In 16 bits",
+        "run on the kind of device that made them",
+    )
+    # A generalist notes what its losses were made by: those that say where match those that did not, and no other place
+    noted = {"reference_losses": {"sort": reference_fingerprint(settings, "sort") | {"versions": {}}}}
+    old = {"reference_losses": {"sort": {**noted["reference_losses"]["sort"], "device": None}}}
+    check_fingerprint(noted, old, "It was", "Mend it.")
+    other = {"reference_losses": {"sort": {**noted["reference_losses"]["sort"], "device": "cuda"}}}
+    with pytest.raises(AMAError, match=r"reference_losses.sort.device='cuda'.*reference_losses.sort.device='cpu'"):
+        check_fingerprint(noted, other, "It was", "Mend it.")

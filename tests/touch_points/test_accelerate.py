@@ -150,3 +150,29 @@ def test_104_loaders_move_a_batch_by_its_own_to_and_the_trainer_keeps_its_tensor
     assert type(batch) is Batch and moved == [dpo.accelerator.device]
     inputs = dpo._prepare_inputs(batch)
     assert type(inputs) is Batch and inputs["rows"] is batch["rows"]
+
+
+def test_38_accelerate_asks_fsdp2_to_cast_what_a_model_gives_back():
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+    from trl.models.utils import prepare_fsdp
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy="bf16")
+    assert plugin.mixed_precision_policy.output_dtype is torch.bfloat16  # once it is not, dpo/precision.py can go
+    assert all(
+        "mixed_precision_policy" in inspect.getsource(prepare) for prepare in (fsdp2_prepare_model, prepare_fsdp)
+    )
+
+
+def test_39_where_a_model_was_put(model_dir, tmp_path):
+    from transformers import AutoModelForCausalLM
+    from trl.trainer.utils import create_model_from_path
+
+    on_cpu = ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"]
+    device_map = {**dict.fromkeys(on_cpu, "cpu"), "model.layers.1": "disk"}
+    model = AutoModelForCausalLM.from_pretrained(model_dir, device_map=device_map, offload_folder=tmp_path)
+    assert model.hf_device_map == device_map
+    with pytest.raises(RuntimeError, match="can't move a model that has some modules offloaded"):
+        model.to("cpu")
+    source = inspect.getsource(create_model_from_path)
+    assert 'if "device_map" not in kwargs:' in source and 'else "auto"' in source

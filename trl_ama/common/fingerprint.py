@@ -14,6 +14,7 @@ _PACKAGES = ("trl", "transformers", "peft", "torch", "datasets")
 # Fields of training arguments that split an optimizer step, and the number that stands for them in a fingerprint
 SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps")
 PAIRS_PER_STEP = "pairs_per_step"
+DEVICE = "device"  # the kind of device that computed in 16 bits: `"cpu"`, `"cuda"`; trl-ama 0.1 did not note it
 
 
 def digest(*parts: str | bytes) -> str:
@@ -41,9 +42,13 @@ def first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[str,
         our_value, their_value = ours.get(field), theirs.get(field)
         if field in ("versions", "data") or _weights(our_value) == _weights(their_value):
             continue
+        if field == DEVICE and None in (our_value, their_value):  # of one of them it is not known
+            continue
         if isinstance(our_value, dict) and isinstance(their_value, dict):
-            name, our_value, their_value = first_difference(our_value, their_value) or ("", our_value, their_value)
-            field = f"{field}.{name}".rstrip(".")
+            inner = first_difference(our_value, their_value)
+            if inner is None:
+                continue
+            field, our_value, their_value = f"{field}.{inner[0]}", *inner[1:]
         return field, our_value, their_value
     return None
 
@@ -65,4 +70,9 @@ def check_fingerprint(ours: dict[str, Any], theirs: dict[str, Any], what: str, f
         field, our_value, their_value = difference
         if field == "base_model" and "@sha256:" not in str(their_value):
             fix = f"A commit of the base model is pinned with model_revision. {fix}"
+        if field.rpartition(".")[2] == DEVICE:
+            fix = (
+                "In 16 bits, log-probs of a CPU and of a GPU differ by as much as a small excess, and in 32 they agree: run on the kind of "
+                f"device that made them, or make them again on this one. {fix}"
+            )
         raise AMAError(f"{what} made with {field}={their_value!r}, but this run has {field}={our_value!r}. {fix}")

@@ -48,6 +48,7 @@ from .config import AMAConfig
 from .losses import BATCH_LOSSES, PreferenceLossConfig, excess_losses, pair_losses, untrained_loss
 from .pair_batches import COUNTED, broken_on_plain_path
 from .pair_trainer import PairTrainer
+from .precision import check_full_fp16
 from .reference_trainer import ReferenceLogProbs
 from .streams import checked_losses, stream_arguments
 from .training_pairs import default_arguments, training_pairs
@@ -157,6 +158,8 @@ peft_config:
         strategy = strategy_for(pairs.source, self.task_names, **args.mixing_options)
         check_arguments(args, strategy, self.has_reference_losses)
         check_best_metric(args, strategy, eval_dataset, has_specialist, specialists is not None)
+        if isinstance(model, str):
+            check_full_fp16(args, (args.model_init_kwargs or {}).get("dtype", "float32"), peft_config is None)
         if pairs.streams is not None:
             args = stream_arguments(args, strategy, has_reference, has_specialist, specialists)
         self.reference_given = self.reference_unchecked = has_reference

@@ -93,7 +93,10 @@ def sequence_logps(
         `tuple` of chosen and rejected log-probs, in nats. # (B,), (B,)
     """
     mask = completion_mask[:, 1:]
-    logps = per_token_logps[:, -mask.size(1) :].float()  # prompt-learning PEFT prepends virtual tokens
+    logps = per_token_logps[:, -mask.size(1) :]  # prompt-learning PEFT prepends virtual tokens
+    logps = logps.to(
+        mask.device, torch.float32
+    )  # of a model that is spread over devices, they are where the LM head is
     if ld_alpha is not None:
         position = mask.cumsum(dim=1)
         lengths = mask.sum(dim=1)

@@ -31,7 +31,7 @@ class RecordedForward:
         self.outputs = None
 
     def __call__(self, *args, **kwargs):
-        outputs = self._model(*args, **kwargs)
+        outputs = _beside(self._model(*args, **kwargs), kwargs["labels"].device)
         if self.outputs is None:
             self.outputs = outputs
             if self._then is not None:
@@ -45,6 +45,15 @@ class RecordedForward:
         return PairLogProbs(
             *policy, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"], *mask.sum(dim=1).chunk(2)
         )
+
+
+def _beside(outputs: Any, device: torch.device) -> Any:
+    """Outputs on the batch's device: where a model is spread over devices, TRL's head leaves them on its own, and its loss does not
+    expect that."""
+    if outputs.log_probs.device == device:
+        return outputs
+    moved = {name: value.to(device) if torch.is_tensor(value) else value for name, value in outputs.items()}
+    return type(outputs)(**moved)
 
 
 def mark_repeats(batches: list[dict[str, Any]], accelerator: Accelerator, epoch_pairs: int | None) -> list[int]:

@@ -23,6 +23,7 @@ from ..fast_path.choice import PrefixSharing
 from ..fast_path.collating import PackingCollator, ready_pairs
 from ..policies.objects import check_is_model, check_policy
 from ..policies.own_adapter import OwnBase
+from ..policies.placement import tell_of_spread
 from ..policies.quantized import keep_weights
 from ..tasks.images import has_images
 from ..tasks.rows import first_failure
@@ -30,6 +31,7 @@ from ..training.exact_resume import ExactResume
 from ..training.finite_steps import FiniteSteps
 from .losses import PreferenceLossConfig, pair_losses
 from .pair_batches import COUNTED, RecordedForward, mark_repeats
+from .precision import keep_output_precision, prepare_for_fp16
 from .start_errors import StartErrors
 
 
@@ -87,9 +89,14 @@ class PairTrainer(FiniteSteps, StartErrors, DPOTrainer):
         for model in (self.model, self.ref_model):
             if model is not None:
                 keep_weights(model)
+        tell_of_spread(self.model, self.accelerator.device)
         self.pairs_of_rounds = [self.accelerator.num_processes]  # of a batch outside of training, its sum
         self.add_callback(_SetEpoch())
         self.add_callback(_ProveAgain(self.prefix_sharing))
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        keep_output_precision(self.accelerator)  # before a reference model is shared out, too
 
     def train(self, *args, **kwargs):
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
@@ -97,6 +104,7 @@ class PairTrainer(FiniteSteps, StartErrors, DPOTrainer):
                 "No weight of the policy is trainable. Load its adapter for training, `PeftModel.from_pretrained(base, adapter, "
                 "is_trainable=True)`, or unfreeze the model."
             )
+        prepare_for_fp16(self.model, self.args)
         return super().train(*args, **kwargs)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
@@ -138,6 +146,7 @@ class PairTrainer(FiniteSteps, StartErrors, DPOTrainer):
         # A compiled model has no truth value
         model = self.model if self.ref_model is None else self.ref_model
         chosen, rejected = self.compute_ref_log_probs(model, inputs)  # (B,) each
+        chosen, rejected = (logps.to(inputs["input_ids"].device) for logps in (chosen, rejected))
         return {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
     def policy_forward(self, model: torch.nn.Module, inputs: dict[str, Any]) -> RecordedForward:

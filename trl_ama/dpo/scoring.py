@@ -90,10 +90,11 @@ def score_policies(
         )
         sweep.prove(done)
         pairs, before = int(done.sum()), int(done.sum())
-        for batches in sweep.rounds(done):
+        rounds = stack.enter_context(contextlib.closing(sweep.one_ahead(done)))
+        for batches, collated in rounds:
             if accelerator.process_index < len(batches):
                 rows = batches[accelerator.process_index]
-                sweep.score(rows)
+                sweep.score(rows, batch=collated())
                 if shards is not None:
                     shards.add(rows, sweep.scores)
             elif sweep.in_step:
@@ -171,10 +172,7 @@ def add_logp_columns(
             f"Reference losses, {task}, {split}",
         )
         if given:
-            with trained_policy(trainer, who, specialists[task]) as model:
-                scores = {
-                    f"specialist_{key}": values for key, values in score_pairs(trainer, model, pairs, text).items()
-                }
+            scores = _score_specialist(trainer, who, specialists[task], pairs, text)
         else:
             scores = score_reference_and_specialist(trainer, who, specialists[task], pairs, text)
         for column, values in columns.items():
@@ -182,3 +180,11 @@ def add_logp_columns(
     for column, values in columns.items():
         dataset = dataset.add_column(column, values)
     return dataset
+
+
+def _score_specialist(
+    trainer: DPOTrainer, who: str, specialist: "str | PreTrainedModel | PeftModel", pairs: Dataset, text: str
+) -> dict[str, np.ndarray]:
+    """Log-probs under one specialist, which nothing holds when it is done: the next may need its memory."""
+    with trained_policy(trainer, who, specialist) as model:
+        return {f"specialist_{key}": values for key, values in score_pairs(trainer, model, pairs, text).items()}

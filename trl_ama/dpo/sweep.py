@@ -1,18 +1,21 @@
 """One sweep over preference pairs: which of them are scored together, on which process, and on which path."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from trl import DPOTrainer
 
 from ..common.errors import AMAError
 from ..common.processes import is_sharded
 from ..fast_path.choice import PrefixSharing
-from ..fast_path.collating import PackingCollator, PairBatch, ready_pairs
+from ..fast_path.collating import PackingCollator, ready_pairs
 from ..fast_path.forward import causal_lm, packed_forward
 from ..fast_path.packing import PackedPairs
 from ..policies.switching import Policy
@@ -20,6 +23,7 @@ from ..reference_losses.columns import REFERENCE_COLUMNS
 from ..tasks.images import has_images
 from .losses import sequence_logps
 from .pair_trainer import ScoringTrainer
+from .prefetch import one_ahead, pinned, works_ahead
 from .scored_rows import scored_columns, sequence_lengths
 
 
@@ -37,6 +41,7 @@ class Sweep:
         self._collator = getattr(trainer.data_collator, "inner", trainer.data_collator)
         if self._sharing.mode is not False and self._knows_lengths:
             self._collator = PackingCollator(self._collator, trainer.accelerator.device)
+        self._collating = threading.Lock()  # one at a time, as tokenizers of images' collators have to
         # Whether every process has to run a model as often as the others: it was shared out for training
         self.in_step = is_sharded(trainer.accelerator) and not isinstance(trainer, ScoringTrainer)
         self._plain: set[str] = set()  # policies that the fast path does not get right
@@ -74,7 +79,7 @@ class Sweep:
         """Run the sweep's first batch both ways under every policy, on all processes."""
         remaining = [] if self._sharing.mode is False else self._remaining(done)
         if remaining:
-            _, kwargs = self._inputs(remaining[0])
+            _, kwargs = self._inputs(self._collated(remaining[0]))
             at_once = max(1, self._budget // kwargs["input_ids"].shape[1] // 2)
             self._plain = self._sharing.plain_policies(self._policies, kwargs, at_once)
 
@@ -99,7 +104,7 @@ class Sweep:
 
     def _all_packed(self, rows: np.ndarray) -> bool:
         """Whether rows take the fast path under every policy. The same rows everywhere, so all processes take the same."""
-        mask, kwargs = self._inputs(rows)
+        mask, kwargs = self._inputs(self._collated(rows))
         packed = []
         for prefix, policy in self._policies.items():
             with torch.no_grad(), policy() as model, self._trainer.accelerator.autocast():
@@ -143,11 +148,28 @@ class Sweep:
             yield rows[start : start + count]
             start += count
 
-    def _inputs(self, rows: np.ndarray) -> tuple[torch.Tensor, dict[str, Any]]:
-        """The completion mask (2B, L) of rows, and what the model is called with."""
-        batch = self._collator([self._rows[int(row)] for row in rows])
-        if isinstance(batch, PairBatch):
-            batch = batch.to(self._trainer.args.device)
+    def one_ahead(self, done: np.ndarray) -> Iterator[tuple[list[np.ndarray], Callable[[], dict[str, Any] | None]]]:
+        """As [`rounds`], each with the collated batch of this process, which is made while a device runs the one before."""
+        place = self._trainer.accelerator.process_index
+
+        def collated(batches: list[np.ndarray]) -> dict[str, Any] | None:
+            return self._collated(batches[place]) if place < len(batches) else None
+
+        if works_ahead(self._trainer.accelerator.device):
+            yield from one_ahead(self.rounds(done), collated)
+        else:
+            for batches in self.rounds(done):
+                yield batches, functools.partial(collated, batches)
+
+    def _collated(self, rows: np.ndarray) -> dict[str, Any]:
+        with self._collating:
+            batch = self._collator([self._rows[int(row)] for row in rows])
+        gpu = self._trainer.accelerator.device.type == "cuda"
+        return pinned(batch) if gpu and self._trainer.args.dataloader_pin_memory else batch
+
+    def _inputs(self, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+        """The completion mask (2B, L) of a batch, and what the model is called with."""
+        batch = send_to_device(batch, self._trainer.args.device, non_blocking=True)
         inputs = self._trainer._prepare_inputs(batch)
         mask = inputs["completion_mask"]
         kwargs = {key: value for key, value in inputs.items() if key not in _NOT_FOR_THE_MODEL}
@@ -161,10 +183,23 @@ class Sweep:
     def _pack(self, model: torch.nn.Module, kwargs: dict[str, Any], mask: torch.Tensor) -> PackedPairs | None:
         return self._sharing.pack(model, kwargs, ready=ready_pairs({**kwargs, "completion_mask": mask}))
 
-    def score(self, rows: np.ndarray, prefixes: Iterable[str] | None = None, keep: bool = True) -> None:
-        """Fill in the scores of rows that come longest first, under some policies or all; or only run them."""
+    def score(
+        self,
+        rows: np.ndarray,
+        prefixes: Iterable[str] | None = None,
+        keep: bool = True,
+        batch: dict[str, Any] | None = None,
+    ) -> None:
+        """Fill in the scores of rows that come longest first, under some policies or all; or only run them.
+
+        Args:
+            rows (`np.ndarray`): Their numbers. # (B,)
+            prefixes (`Iterable[str]`, *optional*): Of the policies; all without.
+            keep (`bool`): Whether the scores are kept.
+            batch (`dict`, *optional*): The rows as collated, if they are.
+        """
         trainer, scores = self._trainer, self.scores
-        mask, kwargs = self._inputs(rows)
+        mask, kwargs = self._inputs(self._collated(rows) if batch is None else batch)
         packed, too_many = {}, []
         for prefix in self._policies if prefixes is None else prefixes:
             # Not inference_mode: on a model of 135M parameters it is no faster, and what a model keeps between calls

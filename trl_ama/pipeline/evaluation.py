@@ -1,10 +1,10 @@
 """Held-out figures of base, specialists and generalists, by task and for the worst task."""
 
-import gc
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import release_memory
 from datasets import Dataset
 
 from ..common.errors import AMAError
@@ -60,8 +60,7 @@ def evaluate_policies(settings: RunSettings, policies: dict[str, str]) -> dict[s
     tokens = None
     scored = {}
     for name, source in policies.items():
-        with trained_policy(trainer, f"the generalist '{name}'", source) as model:
-            scores = score_pairs(trainer, model, pairs, f"Evaluating {name}")
+        scores = _scored(trainer, name, source, pairs)
         tokens = (scores["chosen_tokens"], scores["rejected_tokens"])
         scored[name] = (scores["chosen_logps"], scores["rejected_logps"])
     if tokens is None:  # nothing but base and specialists, whose log-probs are known
@@ -79,8 +78,14 @@ def evaluate_policies(settings: RunSettings, policies: dict[str, str]) -> dict[s
         by_task = _figures(pairs, logps, known, tokens, config, recipe.task_names)
         result[name] = {"by_task": by_task, "summary": worst_and_mean(by_task)}
     del trainer
-    gc.collect()
+    release_memory()
     return {"tasks": recipe.task_names, "policies": result}
+
+
+def _scored(trainer: ScoringTrainer, name: str, source: str, pairs: Dataset) -> dict[str, np.ndarray]:
+    """Log-probs under one policy, which nothing holds when it is done: the next may need its memory."""
+    with trained_policy(trainer, f"the generalist '{name}'", source) as model:
+        return score_pairs(trainer, model, pairs, f"Evaluating {name}")
 
 
 def _figures(

@@ -1,7 +1,6 @@
 """The generalists: one `AMATrainer` run per mixing strategy, all on the same reference losses."""
 
-import gc
-
+from accelerate.utils import release_memory
 from transformers import set_seed
 
 from ..common.errors import AMAError
@@ -84,5 +83,5 @@ def train_generalist(settings: RunSettings, strategy: str, repo_id: str | None =
     )
     stage.finish(result)
     del trainer
-    gc.collect()
+    release_memory()
     return result

@@ -1,10 +1,8 @@
 """Computes reference losses: one sweep over a task's pairs under base and specialist, and a start again where it stopped."""
 
-import gc
-
 import numpy as np
 from accelerate import PartialState
-from accelerate.utils import tqdm
+from accelerate.utils import release_memory, tqdm
 from datasets import Dataset, Value, concatenate_datasets
 from tqdm.std import tqdm as ProgressBar
 
@@ -70,7 +68,7 @@ def compute_reference_losses(settings: RunSettings) -> ReferenceLosses:
             for task in remaining:
                 _score_task(settings, trainer, task, prepared, overall)
         del trainer
-        gc.collect()
+        release_memory()
     return ReferenceLosses(reference_losses_of(settings, recipe.chosen_tasks))
 
 

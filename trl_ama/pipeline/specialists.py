@@ -1,12 +1,12 @@
 """One DPO adapter (or full model) per task, from the same start, by TRL's `DPOTrainer` on the fast path."""
 
-import gc
 import math
 import warnings
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from accelerate.utils import release_memory
 from transformers import set_seed
 from trl import DPOTrainer
 
@@ -83,7 +83,7 @@ def train_specialist(settings: RunSettings, task: str) -> dict[str, float]:
         write_specialist_card(settings, task, result)
     stage.finish(result)
     del trainer
-    gc.collect()
+    release_memory()
     return result
 
 

@@ -9,6 +9,7 @@ from transformers.trainer_utils import IntervalStrategy
 from ..common.errors import AMAError
 from ..dpo.checks import check_arguments
 from ..dpo.losses import check_loss_types
+from ..dpo.precision import check_full_fp16
 from ..policies.checks import check_policy_source
 from ..policies.quantized import check_optimizer, check_quantization
 from ..recipe.inputs import RunInputs
@@ -90,6 +91,8 @@ def _check_optimizers(recipe: Recipe, inputs: RunInputs, stages: Sequence[str]) 
         used += [recipe.specialist_arguments(task) for task in tasks]
     if "train" in stages:
         used.append(recipe.training_args)
+    for args in used:
+        check_full_fp16(args, args.model_init_kwargs["dtype"], not recipe.uses_peft)
     for args in {(str(args.optim), str(args.optim_args)): args for args in used}.values():
         check_optimizer(args)
 

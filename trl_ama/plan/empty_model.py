@@ -78,7 +78,8 @@ def empty_model(config: PretrainedConfig, settings: MemorySettings) -> torch.nn.
             "the adapter's and the quantisation's settings."
         ) from error
     disable_dropout_in_model(model)
-    if settings.quantization is not None and settings.peft_config is not None:
+    scales_loss = settings.autocast is torch.float16  # for which adapters are held in 32 bits, see dpo/precision.py
+    if settings.quantization is not None and settings.peft_config is not None and not scales_loss:
         for name, parameter in model.named_parameters():  # as DPOTrainer does, for QLoRA
             if parameter.requires_grad and "lora_magnitude_vector" not in name:
                 parameter.data = parameter.data.to(torch.bfloat16)

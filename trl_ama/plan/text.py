@@ -7,7 +7,8 @@ from .plan import Plan, StagePlan
 # GB of a card's name → GiB that CUDA gave out of it, as torch's out-of-memory messages quote them for cards of NVIDIA's that
 # have least: RTX 3070, RTX of 12 GB, T4, A10, L40, A100
 CARDS = {8: 7.78, 12: 11.60, 16: 14.56, 24: 21.99, 48: 44.40, 80: 79.14}
-OVERHEAD = 1.0  # GiB that are not ours: CUDA's context, about a half, and what the allocator cannot use
+# What is not ours: CUDA's context, about half a GiB, and what the allocator cannot use, which grows with what it is asked for
+OVERHEAD, OF_PEAK = 1.0, 0.08  # GiB and a share of the peak, whichever is more
 _MEMORY = ["stage", "batch", "weights", "reference", "gradients", "optimizer", "activations", "peak", "fits"]
 _WORK = ["stage", "runs", "steps", "tokens", "cost"]
 
@@ -69,7 +70,7 @@ def _verdict(plan: Plan, unit: str, held: int) -> str:
             "per_device_train_batch_size or max_length, use_peft, load_in_4bit."
         )
     if plan.device == "cpu":
-        return f"{least} {decided}, and about {OVERHEAD:.0f} GiB for Python: {card} GB hold the run."
+        return f"{least} {decided}, and about {_overhead(largest.memory):.0f} GiB for Python: {card} GB hold the run."
     return f"{least} {decided}: a GPU of {card} GB holds the run."
 
 
@@ -87,7 +88,12 @@ def _memory_row(stage: StagePlan, held: int) -> list[str]:
 
 def _card(memory: StageMemory) -> int | None:
     """The smallest card that holds a stage, by the GB of its name."""
-    return next((card for card, held in CARDS.items() if memory.fits(held, OVERHEAD)), None)
+    return next((card for card, held in CARDS.items() if memory.fits(held, _overhead(memory))), None)
+
+
+def _overhead(memory: StageMemory) -> float:
+    """GiB that a stage needs beside its peak."""
+    return max(OVERHEAD, OF_PEAK * memory.peak / GIB)
 
 
 def fits(memory: StageMemory) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import gc
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,7 +9,7 @@ from contextlib import AbstractContextManager
 
 import torch
 import transformers
-from accelerate.utils import is_peft_model
+from accelerate.utils import is_peft_model, release_memory
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
@@ -27,6 +26,7 @@ from .checks import check_kind, damaged, misfit
 from .files import ADAPTER_WEIGHTS, PolicySource, capital, policy_source
 from .own_adapter import reference_base, started_by, true_base
 from .parameter_order import restore_parameter_order
+from .placement import device_map_like, on_device, spread
 from .quantized import is_quantized, keep_weights
 
 
@@ -87,7 +87,7 @@ def trained_policy_and_reference(
         _check_vocabulary(trainer, who, source)
         keep_weights(source)
         add_fused_lm_head(source.get_base_model() if is_peft_model(source) else source)
-        yield source.to(trainer.accelerator.device), functools.partial(reference_policy, trainer)
+        yield on_device(source, trainer.accelerator.device), functools.partial(reference_policy, trainer)
         return
     init_kwargs = trainer.args.model_init_kwargs or {}
     place = policy_source(who, source)
@@ -104,6 +104,12 @@ def trained_policy_and_reference(
 @contextlib.contextmanager
 def _adapter(trainer: DPOTrainer, place: PolicySource) -> Iterator[tuple[torch.nn.Module, Policy | None]]:
     model, folder, config = trainer.model, place.adapter_folder(), place.peft_config()
+    places = spread(model, trainer.accelerator.device)
+    if {"cpu", "disk"} & set(places):
+        raise AMAError(
+            f"The base model does not fit onto the GPU: it is spread over {', '.join(places)}, where PEFT cannot put {place.who} on it. Free "
+            "the GPU's memory, load the base in 4 bits (load_in_4bit), or take a larger one."
+        )
     try:
         saved_shapes(os.path.join(folder, ADAPTER_WEIGHTS))
     except SafetensorError as error:
@@ -124,7 +130,7 @@ def _adapter(trainer: DPOTrainer, place: PolicySource) -> Iterator[tuple[torch.n
         elif is_exact and "ref" not in getattr(model, "peft_config", ()):
             reference = functools.partial(_disabled, wrapped)
         try:
-            yield wrapped.to(trainer.accelerator.device), reference
+            yield on_device(wrapped, trainer.accelerator.device), reference
         finally:
             with weights.watched():
                 wrapped.unload()
@@ -264,21 +270,19 @@ def _full_model(trainer: DPOTrainer, place: PolicySource) -> Iterator[tuple[torc
     trust = trainer.args.trust_remote_code
     kwargs = {"dtype": trainer.model.dtype, "trust_remote_code": trust, **(trainer.args.model_init_kwargs or {})}
     kwargs |= {"revision": place.commit, "use_safetensors": True}
+    kwargs["device_map"] = device_map_like(trainer.model, trainer.accelerator.device)
     config = AutoConfig.from_pretrained(
         place.name, revision=place.commit, trust_remote_code=kwargs["trust_remote_code"]
     )
     # By TRL from the main branch's configuration otherwise
     architecture = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
+    release_memory()  # of the one before, which whoever opened it held until now
     with whole_models():
         model = create_model_from_path(place.name, architecture, **kwargs)
     _check_vocabulary(trainer, place.who, model)
     keep_weights(model)
     add_fused_lm_head(model)
-    try:
-        yield model.to(trainer.accelerator.device), functools.partial(reference_policy, trainer)
-    finally:
-        del model
-        gc.collect()
+    yield on_device(model, trainer.accelerator.device), functools.partial(reference_policy, trainer)
 
 
 def _check_vocabulary(trainer: DPOTrainer, who: str, model: PreTrainedModel) -> None:

@@ -6,7 +6,7 @@ import math
 from enum import Enum
 from typing import Any
 
-from ..common.fingerprint import PAIRS_PER_STEP, SPLIT, package_versions
+from ..common.fingerprint import DEVICE, PAIRS_PER_STEP, SPLIT, package_versions
 from ..common.secrets import is_secret
 from ..dpo.config import MIXING_FIELDS
 from ..dpo.losses import PreferenceLossConfig
@@ -112,6 +112,8 @@ def reference_fingerprint(settings: RunSettings, task: str) -> dict[str, Any]:
     if {fingerprint["dtype"], fingerprint["mixed_precision"]} != {"float32", "no"} or fingerprint["quantization"]:
         # In 16 bits the two paths round differently, by as much as a small excess; in 32 they agree
         fingerprint["prefix_sharing"] = args.prefix_sharing is not False
+        # And so do the kernels of a CPU and of a GPU, above all because attention is in 32 bits on a CPU
+        fingerprint[DEVICE] = args.device.type
     if task in recipe.external_specialists or result_in(settings.folder.specialist(task)) is not None:
         fingerprint["specialist"] = model_identity(settings.specialist_source(task))
     if task not in inputs.shared_tasks:

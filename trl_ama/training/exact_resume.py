@@ -1,4 +1,6 @@
-"""A trainer whose checkpoints are whole, and from which a training goes on to the same bits; also when a signal asks to leave.
+"""A trainer whose checkpoints are whole, and from which a training goes on as if it had not stopped; also when a signal asks to leave.
+
+That is, where the kernels are deterministic, to the same bits: on a CPU, and on a GPU with `full_determinism`.
 
 The Trainer restores weights, optimizer, scheduler, random numbers, log and position in the data. What it does not, `training/progress.py`
 restores, and here what the end of an epoch still has to do.
