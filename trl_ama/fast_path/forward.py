@@ -1,12 +1,14 @@
 """Attention in a row of packed pairs, and the forward pass over it; see `fast_path/packing.py` for the row."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -81,7 +83,8 @@ def _varlen(pairs: PackedPairs, device: torch.device) -> tuple[Tensor, dict[str,
     Its causal mask is aligned at the end of both sequences, so the R queries of a rejected branch see all that is before them.
     The queries are in order as they are; of the keys and values, the prefix and the common beginning are copied.
     """
-    if "varlen" not in pairs.cache:
+    key = ("varlen", device)  # a model may be split over several
+    if key not in pairs.cache:
         beginning = range(pairs.common)
         blocks = [(pairs.common, [beginning])]
         start = pairs.common
@@ -96,8 +99,8 @@ def _varlen(pairs: PackedPairs, device: torch.device) -> tuple[Tensor, dict[str,
             for name, sizes in (("q", [q for q, _ in blocks]), ("k", [len(seen) for _, seen in blocks]))
         }
         bounds |= {"max_length_q": max(q for q, _ in blocks), "max_length_k": max(len(seen) for _, seen in blocks)}
-        pairs.cache["varlen"] = torch.tensor([index for _, seen in blocks for index in seen], device=device), bounds
-    return pairs.cache["varlen"]
+        pairs.cache[key] = torch.tensor([index for _, seen in blocks for index in seen], device=device), bounds
+    return pairs.cache[key]
 
 
 class PairAttention:
@@ -125,7 +128,7 @@ class PairAttention:
             raise CannotShare(f"the attention of {type(module).__name__} is not causal")
         if "layers" in pairs.cache:  # a trial counts them
             pairs.cache["layers"] += 1
-        if self._name.startswith("flash_attention"):
+        if is_flash(self._name):
             gather, bounds = _varlen(pairs, query.device)
             key, value = key.index_select(2, gather), value.index_select(2, gather)
             kwargs |= {"sliding_window": sliding_window, "is_causal": True, **bounds}
@@ -148,11 +151,31 @@ class PairAttention:
 
 
 KNOWN_ATTENTION = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+# A kernel of the Hub, as transformers names it when it has loaded one: `kernels-community/flash-attn2`, `org/repo@revision:function`
+_HUB_KERNEL = re.compile(r"[^/:|]+/[^/:|]+(?:@[^/:]+)?(?::[^/:]+)?")
 
 
-def install() -> None:
-    """Teach transformers' attention functions packed pairs. Doing it again changes nothing."""
-    for name in KNOWN_ATTENTION:
+def is_flash(name: str | None) -> bool:
+    """Whether an attention implementation is called as flash attention is: with bounds of sequences, and without a mask."""
+    if name in KNOWN_ATTENTION:
+        return name != "sdpa"
+    if name is None or _HUB_KERNEL.fullmatch(name) is None:
+        return False
+    known = ALL_ATTENTION_FUNCTIONS.get(name)
+    if known is None:  # not loaded: a plan is made before, perhaps on another machine
+        return "flash" in name
+    # Kernels with another way to be called are registered with a function of their own
+    return getattr(known, "_plain", known) is flash_attention_forward
+
+
+def knows_attention(name: str | None) -> bool:
+    """Whether an attention implementation can be taught packed pairs."""
+    return name == "sdpa" or is_flash(name)
+
+
+def install(used: str | None = None) -> None:
+    """Teach transformers' attention functions packed pairs, and the one that a model uses. Doing it again changes nothing."""
+    for name in {*KNOWN_ATTENTION, *([used] if knows_attention(used) else [])}:
         plain = ALL_ATTENTION_FUNCTIONS.get(name)
         if plain is not None and not isinstance(plain, PairAttention):
             ALL_ATTENTION_FUNCTIONS.register(name, PairAttention(name, plain))
@@ -176,7 +199,8 @@ def _keep_scored(module, args, kwargs, outputs):
     """Forward hook of the backbone: of the hidden states, only those that predict an answer token go to the head."""
     pairs = kwargs.get(PAIRS_KEY)
     if pairs is not None:
-        outputs.last_hidden_state = outputs.last_hidden_state[:, pairs.score_positions]  # (1, T, H) -> (1, N, H)
+        hidden = outputs.last_hidden_state  # of a split model, not where its inputs are
+        outputs.last_hidden_state = hidden[:, pairs.score_positions.to(hidden.device)]  # (1, T, H) -> (1, N, H)
     return outputs
 
 
@@ -192,7 +216,7 @@ def packed_forward(model: torch.nn.Module, pairs: PackedPairs, metrics: bool = T
     Returns:
         `FusedCausalLMOutput` as for the padded batch; without `loss` and `label_mask`, which `DPOTrainer` does not read.
     """
-    install()
+    install(causal_lm(model).config._attn_implementation)
     handle = causal_lm(model).base_model.register_forward_hook(_keep_scored, with_kwargs=True)
     try:
         with contextlib.nullcontext() if _as_on_a_gpu else frozen_head(metrics):  # which a GPU does not take
