@@ -21,14 +21,14 @@ from trl import DPOTrainer
 
 from ..common.errors import AMAError
 from ..common.processes import is_sharded, of_all
-from .forward import causal_lm, is_flash, unwrapped
+from .forward import causal_lm, unwrapped
 from .leak import first_known
 from .packing import CannotShare, PackedPairs, pack_pairs
 from .proof import DRAWS, NoVerdict, RandomState, kept_random_state, prove
 from .rules import broken_rule, computes_in_32_bits, level, modules_that_may_draw
 from .stand_in import SharedForward
 from .trial import Tried, try_model
-from .worth import is_worth_it, why_slow
+from .worth import has_varlen, is_worth_it, slower, why_slow
 
 
 logger = get_logger(__name__)
@@ -110,28 +110,24 @@ class PrefixSharing:
 
     def _why_slow(self, model: torch.nn.Module, kwargs: dict[str, Any], pairs: PackedPairs | None) -> str | None:
         """Why the plain path is taken although it may not have to be; of a model that is shared out, the same for all processes."""
-        device = kwargs["input_ids"].device
-        if self.mode is True or device.type == "cpu" or self.has_varlen(model, device):
+        device, config = _device_of(kwargs), causal_lm(model).config
+        if self.mode is True or device.type == "cpu" or has_varlen(config, device):
             return None
-        if not is_sharded(self._trainer.accelerator):  # by their own batches, processes would take different paths
-            width = getattr(causal_lm(model).config.get_text_config(), "hidden_size", 0)
-            trains = model.training and torch.is_grad_enabled()
-            if pairs is None or is_worth_it(device.type, False, width, pairs, kwargs["input_ids"].numel(), trains):
-                return None
-        return why_slow(device.type)
-
-    def has_varlen(self, model: torch.nn.Module, device: torch.device) -> bool:
-        """Whether attention of a packed row is one call of a variable-length kernel in this model on this device."""
-        return is_flash(causal_lm(model).config._attn_implementation)
+        trains = model.training and torch.is_grad_enabled()
+        return (
+            why_slow(
+                device.type
+            )  # of a model that is shared out: by their own batches, processes would take different paths
+            if is_sharded(self._trainer.accelerator)
+            or (pairs and not is_worth_it(device.type, False, config, pairs, kwargs["input_ids"].numel(), trains))
+            else None
+        )
 
     def _leave(self, model: torch.nn.Module, slow: str, counts: bool = True) -> None:
         self.taken["plain"] += counts
         if slow not in self._said:
             self._said.add(slow)
-            logger.warning(
-                f"Prefix sharing would be slower for {type(causal_lm(model)).__name__} on batches like this one, which take the plain "
-                f"path: {slow}. prefix_sharing: true takes the fast path all the same."
-            )
+            logger.warning(slower(type(causal_lm(model)).__name__, slow))
 
     # ---- Proof on the batch at hand ----
 
@@ -335,6 +331,10 @@ class PrefixSharing:
             logger.warning(
                 f"Prefix sharing is off for {name}: {reason}. The plain path gives the same numbers, slower."
             )
+
+
+def _device_of(kwargs: dict[str, Any]) -> torch.device:
+    return kwargs["input_ids"].device
 
 
 def _in_one_row(kwargs: dict[str, Any]) -> tuple[PackedPairs | None, str | None]:

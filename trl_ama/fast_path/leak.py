@@ -61,6 +61,8 @@ def why_tokens_meet(
     if agree("they moved" if bool((moved != 0).any()) else None) is None:
         return None
     again, rows_meet = packed(pairs), _rows_meet(plain, call, vocabulary)
+    if not bool((moved != 0).any()):  # but on another process
+        return None
     if routes_tokens(config) or rows_meet or not torch.equal(again, before):
         small = (moved <= EXACT * size.clamp(min=1)).all() if exact else moved.mean() <= ROUNDED_ALIKE
         if bool(small):

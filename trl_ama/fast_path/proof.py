@@ -63,18 +63,18 @@ def prove(
     with kept_random_state(device) as before:
         with torch.no_grad():
             expected = _plain_log_probs(model, kwargs, at_once)  # (2B, L-1)
-        drawn = RandomState(device)
-        if not bool(expected[pairs.scored].isfinite().all()):
+        drawn, scored = RandomState(device), pairs.scored.to(expected.device)  # the head may be elsewhere than the row
+        if not bool(expected[scored].isfinite().all()):
             raise NoVerdict
         if drawn != before:
             with _moved(_trained_adapters(model) if trains else [], _MOVES[1]), torch.no_grad():
-                _check_draws(model, kwargs, pairs.scored, at_once)
+                _check_draws(model, kwargs, scored, at_once)
             before.restore()
         # With gradients, if the call has them: gradient checkpointing and a trained head are others without
         shared = _shared_log_probs(model, pairs)  # (2B, L-1)
         if RandomState(device) != drawn:
             raise CannotShare(DRAWS)
-        difference = _check_pairs(shared, expected, pairs.scored, exact)
+        difference = _check_pairs(shared, expected, scored, exact)
         with torch.no_grad():
             reason = why_tokens_meet(
                 lambda batch: _shared_log_probs(model, batch),
@@ -177,11 +177,13 @@ def _check_adapter(
     call = _rows(kwargs, 0, _ADAPTED)
     pairs = pack_pairs(call["input_ids"], call["attention_mask"], call["labels"] != -100)
     with torch.no_grad():
-        still = _plain_log_probs(model, call, at_once)[pairs.scored]
+        still = _plain_log_probs(model, call, at_once)
+        scored = pairs.scored.to(still.device)
+        still = still[scored]
         for size in _MOVES:
             with _moved(adapters, size):
-                expected = _plain_log_probs(model, call, at_once)[pairs.scored]
-                shared = _shared_log_probs(model, pairs)[pairs.scored]
+                expected = _plain_log_probs(model, call, at_once)[scored]
+                shared = _shared_log_probs(model, pairs)[scored]
             effect, difference = (expected - still).abs().mean().item(), (shared - expected).abs()
             if not np.isfinite(effect):
                 return

@@ -20,7 +20,11 @@ each launch, so that the rule errs towards the plain path. The figures are count
 """
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+
+from .forward import is_flash
 from .packing import PackedPairs
 
 
@@ -58,27 +62,41 @@ def seconds_a_layer(width: int, tokens: int, pairs: int, common: bool, trains: b
     return max(_LAUNCH * (kernels.layer + extra), tokens * token + _SMALL * extra)
 
 
-def is_worth_it(device: str, has_varlen: bool, width: int, pairs: PackedPairs, padded: int, trains: bool) -> bool:
+def has_varlen(config: Any, device: torch.device) -> bool:
+    """Whether attention of a packed row is one call of a variable-length kernel: in a model of this config, on this device."""
+    return is_flash(config._attn_implementation)
+
+
+def is_worth_it(device: str, varlen: bool, config: Any, pairs: PackedPairs, padded: int, trains: bool) -> bool:
     """Whether a packed row takes no longer than its padded batch.
 
     Args:
         device (`str`): Type of the device, as in `torch.device.type`.
-        has_varlen (`bool`): Whether attention to all pairs is one call of a variable-length kernel.
-        width (`int`): Hidden size of the model.
+        varlen (`bool`): Whether attention to all pairs is one call of a variable-length kernel.
+        config: The model's.
         pairs ([`PackedPairs`]): The batch.
         padded (`int`): Tokens of the batch with its padding, 2B L.
         trains (`bool`): Whether there is a backward pass.
     """
-    if device == "cpu" or has_varlen:
+    if device == "cpu" or varlen:
         return True
+    width = getattr(config.get_text_config(), "hidden_size", 0)
     packed, count, common = pairs.input_ids.shape[1], len(pairs.lengths), pairs.common > 0
     ours = seconds_a_layer(width, packed, count, common, trains)
     return ours <= seconds_a_layer(width, padded, 0, False, trains)
 
 
 def why_slow(device: str) -> str:
-    """The reason that is given, the same for every batch of a model. # half a sentence"""
+    """The reason why a batch takes the plain path, the same for every batch of a run: it is told once."""
     return (
         f"on this device ({device}) no kernel computes attention of all pairs at once, and to launch one for each pair takes longer than "
         "the tokens that are left out"
+    )
+
+
+def slower(model: str, reason: str) -> str:
+    """What is said once of a model that could take the fast path."""
+    return (
+        f"Prefix sharing would be slower for {model} on batches like this one, which take the plain path: {reason}. "
+        "prefix_sharing: true takes the fast path all the same."
     )
