@@ -164,6 +164,11 @@ def test_a_leak_far_below_rounding_is_seen(dtype, leak):
         sharing(True).pack(model, CALL)
 
 
+@pytest.mark.parametrize("name", FAST)
+def test_in_16_bits_nothing_moves_that_must_not(name):
+    assert sharing(True).pack(build(name, FAST[name]).bfloat16(), CALL) is not None
+
+
 def test_other_tokens_in_one_branch_of_every_pair():
     call = padded([([5, 6, 7], [8, 9, 10], [8, 11]), ([20], [21, 22], [23, 24, 25])])
     pairs = row_of(call)  # 5 6 7 8 | 9 | - || 20 | 21 | 23 24
