@@ -16,8 +16,12 @@ from prefix_cases import (
     sharing,
     weights_for,
 )
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trl_ama import AMAError
+from trl_ama.fast_path.attention import PairAttention, is_flash, knows_attention
 from trl_ama.fast_path.packing import pack_pairs
 
 
@@ -113,3 +117,48 @@ def test_a_sequence_of_which_no_query_is_left_is_no_sequence():
     assert plan.gather.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 5, 6, 8]
     assert (plan.max_q, plan.max_k, plan.longest) == (128, 128, 4)  # bounds, the same ones for many batches
     assert isinstance(plan.max_q, int)  # a tensor would make the host wait in every layer
+
+
+# ---- Kernels of the Hub ----
+
+
+@pytest.mark.parametrize("name", ["kernels-community/flash-attn2", "org/fa3@v1.0:attention"])
+def test_a_flash_attention_of_the_hub_is_taught_under_its_own_name(name, fake_flash, monkeypatch):
+    """`flash_attention_2` without its package becomes such a name; transformers registers it as done here."""
+    monkeypatch.setattr(
+        type(ALL_ATTENTION_FUNCTIONS), "_global_mapping", dict(ALL_ATTENTION_FUNCTIONS._global_mapping)
+    )
+    monkeypatch.setattr(
+        type(ALL_MASK_ATTENTION_FUNCTIONS), "_global_mapping", dict(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping)
+    )
+    ALL_ATTENTION_FUNCTIONS.register(name, flash_attention_forward)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"])
+    model = build("Mistral", MODELS["Mistral"])
+    call = padded(random_pairs(4, seed=1))
+    expected = model(**call).log_probs
+    model.config._attn_implementation = name
+    shared = sharing(True).forward(model)(**call)
+    assert torch.allclose(shared.log_probs, expected, atol=2e-5)
+    assert isinstance(ALL_ATTENTION_FUNCTIONS[name], PairAttention)
+    queries, keys = fake_flash.varlen_calls[-1]
+    assert sum(keys) > sum(queries)  # gathered prefixes: the row went through
+
+
+def test_names_of_attention(monkeypatch):
+    monkeypatch.setattr(
+        type(ALL_ATTENTION_FUNCTIONS), "_global_mapping", dict(ALL_ATTENTION_FUNCTIONS._global_mapping)
+    )
+    for name in ("flash_attention_2", "flash_attention_4", "kernels-community/flash-attn3", "org/my-flash@rev:fn"):
+        assert is_flash(name) and knows_attention(name)
+    for name in ("sdpa", "eager", "flex_attention", "org/sage", "paged|flash_attention_2", "flashy", None):
+        assert not is_flash(name) and knows_attention(name) == (name == "sdpa")
+    # A kernel that is called in its own way, whatever it is named
+    ALL_ATTENTION_FUNCTIONS.register("org/flash-sparse", lambda *args, **kwargs: None)
+    ALL_ATTENTION_FUNCTIONS.register("org/sage", flash_attention_forward)
+    assert not knows_attention("org/flash-sparse") and is_flash("org/sage")
+    model = build("Llama", MODELS["Llama"])
+    model.config._attn_implementation = "org/flash-sparse"
+    with pytest.raises(
+        AMAError, match="attn_implementation='org/flash-sparse' is not one of .*, nor a flash attention of the Hub"
+    ):
+        sharing(True).pack(model, padded(random_pairs(2, seed=0)))

@@ -15,7 +15,7 @@ from tiny_pairs import make_rows
 from trl_ama import AMAError, AMATrainer, load_reference_losses, run_pipeline
 from trl_ama.common.fingerprint import check_fingerprint
 from trl_ama.pipeline.run_losses import joined_data, reference_losses_done
-from trl_ama.recipe.fingerprint import reference_fingerprint
+from trl_ama.recipe.fingerprint import noted_path, reference_fingerprint
 from trl_ama.recipe.settings import RunSettings
 from trl_ama.reference_losses.columns import LOGP_COLUMNS
 from trl_ama.reference_losses.files import read_note
@@ -164,6 +164,8 @@ def test_in_16_bits_the_path_belongs_to_the_losses(shared, tmp_path):
     for sixteen in (["--dtype", "bfloat16"], ["--bf16", "true"]):
         assert noted(*sixteen) is noted(*sixteen, "--prefix_sharing", "true") is True
         assert noted(*sixteen, "--prefix_sharing", "false") is False
+    # Off a CPU, `auto` leaves the fast path where it is slower
+    assert [noted_path(mode, "cuda") for mode in ("auto", True, False)] == [True, "always", False]
 
 
 def test_in_16_bits_the_device_belongs_to_the_losses(shared, losses, run):

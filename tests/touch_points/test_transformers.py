@@ -174,12 +174,15 @@ def test_74_the_batch_size_that_trains(dpo):
 
 
 def test_78_the_attention_has_a_name(dpo):
+    from transformers.integrations import hub_kernels
+    from transformers.integrations.flash_attention import flash_attention_forward
     from transformers.integrations.sdpa_attention import repeat_kv
     from transformers.modeling_flash_attention_utils import flash_attn_supports_top_left_mask
 
     assert dpo.model.config._attn_implementation == "sdpa"
     assert isinstance(flash_attn_supports_top_left_mask(), bool)
     assert repeat_kv(torch.zeros(1, 2, 3, 4), 2).shape == (1, 4, 3, 4)
+    assert hub_kernels.flash_attention_forward is flash_attention_forward  # the wrapper of what a kernel brings
 
 
 def test_86_the_output_of_a_training_is_a_named_tuple():

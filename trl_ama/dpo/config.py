@@ -55,8 +55,9 @@ class AMAConfig(DPOConfig):
             worst-case DPO.
         prefix_sharing (`str` or `bool`, *optional*, defaults to `"auto"`):
             Whether prompt, chosen and rejected run through the model as one sequence, which computes each prompt once and
-            pads nothing. `"auto"`: where it gives the same numbers, which is tried on every model. `True`: raise an error
-            where it does not. `False`: never.
+            pads nothing. `"auto"`: where it gives the same numbers, which is tried on every model, and is no slower, by a
+            rule from shapes and the device. `True`: wherever it gives the same numbers, slower or not, with an error where
+            it does not. `False`: never.
         streaming_buffer (`int`, *optional*, defaults to `1000`):
             Pairs of a task that are held and shuffled at a time if the task is streamed. A task that has no more is drawn as if
             it were in memory.
@@ -110,7 +111,7 @@ class AMAConfig(DPOConfig):
         default="auto",
         metadata={
             "help": "Run prompt, chosen and rejected through the model as one sequence: `auto` (where it gives the same "
-            "numbers), `true` (insist) or `false`."
+            "numbers and is no slower), `true` (insist) or `false`."
         },
     )
     streaming_buffer: int = field(

@@ -1,6 +1,7 @@
 """Attention of a packed row, behind transformers' attention functions; see `fast_path/packing.py` for the row."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
+from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -122,7 +124,7 @@ class PairAttention:
             raise CannotShare(f"the attention of {type(module).__name__} is not causal")
         if "layers" in pairs.cache:  # a trial counts them
             pairs.cache["layers"] += 1
-        if self._name.startswith("flash_attention"):
+        if is_flash(self._name):
             return self._by_its_package(module, query, key, value, pairs, dropout, scaling, sliding_window, **kwargs)
         unknown = [
             name
@@ -167,11 +169,31 @@ class PairAttention:
 
 
 KNOWN_ATTENTION = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+# A kernel of the Hub, as transformers names it when it has loaded one: `kernels-community/flash-attn2`, `org/repo@revision:function`
+_HUB_KERNEL = re.compile(r"[^/:|]+/[^/:|]+(?:@[^/:]+)?(?::[^/:]+)?")
 
 
-def install() -> None:
-    """Teach transformers' attention functions packed pairs. Doing it again changes nothing."""
-    for name in KNOWN_ATTENTION:
+def is_flash(name: str | None) -> bool:
+    """Whether an attention implementation is called as flash attention is: with bounds of sequences, and without a mask."""
+    if name in KNOWN_ATTENTION:
+        return name != "sdpa"
+    if name is None or _HUB_KERNEL.fullmatch(name) is None:
+        return False
+    known = ALL_ATTENTION_FUNCTIONS.get(name)
+    if known is None:  # not loaded: a plan is made before, perhaps on another machine
+        return "flash" in name
+    # Kernels with another way to be called are registered with a function of their own
+    return getattr(known, "_plain", known) is flash_attention_forward
+
+
+def knows_attention(name: str | None) -> bool:
+    """Whether an attention implementation can be taught packed pairs."""
+    return name == "sdpa" or is_flash(name)
+
+
+def install(used: str | None = None) -> None:
+    """Teach transformers' attention functions packed pairs, and the one that a model uses. Doing it again changes nothing."""
+    for name in {*KNOWN_ATTENTION, *([used] if knows_attention(used) else [])}:
         plain = ALL_ATTENTION_FUNCTIONS.get(name)
         if plain is not None and not isinstance(plain, PairAttention):
             ALL_ATTENTION_FUNCTIONS.register(name, PairAttention(name, plain))

@@ -1,8 +1,12 @@
-"""Where prefix sharing is exact: rules, a trial of every model, and a proof on real pairs. Detect, never guess.
+"""Where prefix sharing is exact, and where it is no slower. Exact: rules, a trial of every model, and a proof on real pairs; detect,
+never guess. No slower: a rule from shapes and the device, in `fast_path/worth.py`.
 
 The rules, in `fast_path/rules.py`, name what is known to make a difference, or may come to make one later. The trial of every model, in
 `fast_path/trial.py`, finds what no rule knows, on pairs of all lengths; the proof, in `fast_path/proof.py`, what no trial shows, on the
 first batch of a training, of an evaluation and of a sweep.
+
+What several processes must be of one mind about (a model that is shared out runs on all of them or on none) they agree on before
+and after the trial, and never inside of it.
 """
 
 from collections.abc import Callable
@@ -18,11 +22,14 @@ from trl import DPOTrainer
 from ..common.errors import AMAError
 from ..common.processes import is_sharded, of_all
 from .collating import ReadyPairs
-from .forward import causal_lm, packed_forward, unwrapped
+from .forward import causal_lm, unwrapped
+from .leak import first_known
 from .packing import CannotShare, PackedPairs, pack_pairs
 from .proof import DRAWS, NoVerdict, RandomState, kept_random_state, prove
-from .rules import broken_rule, level, modules_that_may_draw
+from .rules import broken_rule, computes_in_32_bits, level, modules_that_may_draw
+from .stand_in import SharedForward
 from .trial import Tried, try_model
+from .worth import has_varlen, is_worth_it, slower, why_slow
 
 
 logger = get_logger(__name__)
@@ -50,16 +57,14 @@ class PrefixSharing:
         self._said: set[str] = set()
         self.taken = {"fast": 0, "plain": 0}  # how many calls took which path
 
-    def forward(
-        self, model: torch.nn.Module, metrics: bool = True, ready: ReadyPairs | None = None
-    ) -> "SharedForward":
+    def forward(self, model: torch.nn.Module, metrics: bool = True, ready: ReadyPairs | None = None) -> SharedForward:
         """A stand-in for the model where it is only called, as `DPOTrainer` calls it; without `metrics`, for log-probs."""
         return SharedForward(self, model, metrics, ready)
 
     def pack(
         self, model: torch.nn.Module, kwargs: dict[str, Any], use: str | None = None, ready: ReadyPairs | None = None
     ) -> PackedPairs | None:
-        """The batch of a call as packed pairs; `None` if the call must go to the model as it is.
+        """The batch of a call as packed pairs; `None` if the call goes to the model as it is.
 
         Args:
             model (`torch.nn.Module`): The model as it is called.
@@ -69,31 +74,74 @@ class PrefixSharing:
         """
         if self.mode is False or not kwargs.get("fused_lm_head") or kwargs.get("labels") is None:
             return None
-        pairs, reason = None, None
-        try:
-            pairs = self._packed(model, kwargs, ready)
-        except CannotShare as error:
-            reason = str(error)
-        if use is not None:
-            reason = self._proven(model, kwargs, pairs, reason, use)
-        if reason is not None:
+        rule = self._broken_rule(model, kwargs)
+        pairs, reason = (None, rule) if rule else _in_one_row(kwargs, ready)
+        slow = self._why_slow(model, kwargs, pairs)
+        if slow is None or not self._decides_alone():
+            reason = self._tried(model, kwargs, pairs, reason, together=use is not None and rule is None)
+            if use is not None:
+                reason = self._proven(model, kwargs, pairs if reason is None else None, reason, use)
+        if reason is None and slow is None:
+            self.taken["fast"] += 1
+            return pairs
+        if reason is None:
+            self._leave(model, slow)
+        else:
             self._refuse(model, reason)
-            return None
-        self.taken["fast"] += 1
-        return pairs
+        return None
 
-    def _packed(self, model: torch.nn.Module, kwargs: dict[str, Any], ready: ReadyPairs | None = None) -> PackedPairs:
-        self._check_call(model, kwargs)
-        pairs = None if ready is None else ready.pairs_of(kwargs)
-        if pairs is None:
-            pairs = pack_pairs(kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"] != -100)
-        self.check(model, pairs, kwargs)
-        return pairs
+    def _tried(
+        self,
+        model: torch.nn.Module,
+        kwargs: dict[str, Any],
+        pairs: PackedPairs | None,
+        reason: str | None,
+        together: bool,
+    ) -> str | None:
+        """Why the call may not run as a row, if it may not, by the trial as well."""
+        try:
+            if reason is None or (together and self._agrees(model)):
+                self.check(model, pairs, kwargs, together)
+        except CannotShare as error:
+            return reason or str(error)
+        return reason
+
+    # ---- Whether it is worth it ----
+
+    def _decides_alone(self) -> bool:
+        """Whether a call may be left to the plain path before it was compared: no process waits for another, or all do the same."""
+        return not _several_processes() or is_sharded(self._trainer.accelerator)
+
+    def _why_slow(self, model: torch.nn.Module, kwargs: dict[str, Any], pairs: PackedPairs | None) -> str | None:
+        """Why the plain path is taken although it may not have to be; of a model that is shared out, the same for all processes."""
+        device, inner = _device_of(kwargs), causal_lm(model)
+        config, longest = inner.config, pairs and pairs.longest
+        if self.mode is True or device.type == "cpu" or has_varlen(config, device, self._dtype(inner), longest):
+            return None
+        trains = model.training and torch.is_grad_enabled()
+        # By their own batches, processes that share a model out would take different paths
+        is_slow = is_sharded(self._trainer.accelerator) or (
+            pairs and not is_worth_it(device.type, False, config, pairs, kwargs["input_ids"].numel(), trains)
+        )
+        return why_slow(device.type) if is_slow else None
+
+    def _dtype(self, inner: torch.nn.Module) -> torch.dtype:
+        """In which attention is computed."""
+        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return mixed.get(self._trainer.accelerator.mixed_precision) or inner.get_input_embeddings().weight.dtype
+
+    def _leave(self, model: torch.nn.Module, slow: str, counts: bool = True) -> None:
+        self.taken["plain"] += counts
+        if slow not in self._said:
+            self._said.add(slow)
+            logger.warning(slower(type(causal_lm(model)).__name__, slow))
 
     # ---- Proof on the batch at hand ----
 
     def forget(self) -> None:
         """Prove everything again: another training begins, or one that was interrupted."""
+        if getattr(self._trainer.args, "use_liger_kernel", False):
+            self._trials.clear()  # the Trainer has just put other layers into the model
         self._proofs.clear()
         self._drew.clear()
 
@@ -166,11 +214,14 @@ class PrefixSharing:
         plain = set()
         for name, policy in ({} if self.mode is False else policies).items():
             with torch.no_grad(), policy() as model, self._trainer.accelerator.autocast():
-                pairs, reason = None, None
-                try:
-                    pairs = self._packed(model, kwargs)
-                except CannotShare as error:
-                    reason = str(error)
+                rule = self._broken_rule(model, kwargs)
+                pairs, reason = (None, rule) if rule else _in_one_row(kwargs)
+                slow = self._why_slow(model, kwargs, pairs)
+                if slow is not None:  # on every process, which all begin with this batch
+                    plain.add(name)
+                    self._leave(model, slow, counts=False)
+                    continue
+                reason = self._tried(model, kwargs, pairs, reason, together=rule is None)
                 if any(other is not None for other in of_all(reason)):
                     continue  # `pack` says it again
                 reason = self.prove(model, kwargs, pairs, at_once)
@@ -189,9 +240,29 @@ class PrefixSharing:
 
     # ---- Rules and trial ----
 
-    def check(self, model: torch.nn.Module, pairs: PackedPairs, kwargs: dict[str, Any]) -> None:
-        """Raise `CannotShare` unless these pairs get the same log-probs on both paths."""
-        inner, length = causal_lm(model), pairs.longest + 1  # the last token of a sequence is not in the row
+    def _agrees(self, model: torch.nn.Module) -> bool:
+        """Whether the trial of this model needs all processes, and is to come."""
+        return _several_processes() and is_sharded(self._trainer.accelerator) and causal_lm(model) not in self._trials
+
+    def check(
+        self, model: torch.nn.Module, pairs: PackedPairs | None, kwargs: dict[str, Any], together: bool = False
+    ) -> None:
+        """Raise `CannotShare` unless these pairs get the same log-probs on both paths.
+
+        Args:
+            model (`torch.nn.Module`): The model as it is called.
+            pairs ([`PackedPairs`]): The batch; `None` if this process has none that can be packed, and others wait for it.
+            kwargs (`dict`): The call.
+            together (`bool`, *optional*): Whether all processes are here.
+        """
+        inner, length = causal_lm(model), pairs and pairs.longest + 1  # the last token of a sequence is not in the row
+        if self._agrees(model):
+            if not together:
+                raise CannotShare("it is shared out, and was not tried on all processes at the same time")
+            lengths = of_all(length)
+            if None in lengths:
+                raise CannotShare(_LATER)
+            length = max(lengths)  # of the trial: it has as many calls on all
         known = self._trials.get(inner)
         if known is None or (isinstance(known, Tried) and length > known.length and known.beyond is None):
             try:
@@ -200,7 +271,7 @@ class PrefixSharing:
             except CannotShare as reason:
                 # Of a model that passed before, what was tried then still holds
                 self._trials[inner] = str(reason) if known is None else Tried(known.length, str(reason))
-        result = self._trials[inner]
+        result, length = self._trials[inner], pairs.longest + 1
         if isinstance(result, str):
             raise CannotShare(result)
         if length > result.length:
@@ -220,7 +291,8 @@ class PrefixSharing:
         needed = longest if is_sharded(self._trainer.accelerator) else length  # one process must not try again alone
         with kept_random_state(kwargs["input_ids"].device) as before:
             try:
-                return try_model(model, kwargs, longest, self._is_exact(causal_lm(model)), needed)
+                agree = _first_of_all if self._agrees(model) else first_known
+                return try_model(model, kwargs, longest, self._is_exact(causal_lm(model)), needed, agree)
             except CannotShare as error:
                 drew = RandomState(kwargs["input_ids"].device) != before
                 if drew:
@@ -228,13 +300,12 @@ class PrefixSharing:
                 raise
 
     def _is_exact(self, inner: torch.nn.Module) -> bool:
-        return self._trainer.accelerator.mixed_precision == "no" and all(
-            parameter.dtype == torch.float32 for parameter in inner.parameters()
-        )
+        return self._trainer.accelerator.mixed_precision == "no" and computes_in_32_bits(inner)
 
-    def _check_call(self, model: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+    def _broken_rule(self, model: torch.nn.Module, kwargs: dict[str, Any]) -> str | None:
+        """The rule that a call breaks, on all processes alike."""
         if kwargs.get("output_router_logits"):
-            raise CannotShare("its load-balancing loss (router_aux_loss_coef) counts every token of both sequences")
+            return "its load-balancing loss (router_aux_loss_coef) counts every token of both sequences"
         args, accelerator = self._trainer.args, self._trainer.accelerator
         reason = broken_rule(model, args, accelerator.parallelism_config, model.training)
         other = sorted(
@@ -244,8 +315,7 @@ class PrefixSharing:
             reason = f"the batch also has {other}, which prefix sharing does not know"
         if reason is None and model.training and self._draws(model):
             reason = "dropout is on, and it would draw other numbers (disable_dropout=True turns it off)"
-        if reason is not None:
-            raise CannotShare(reason)
+        return reason
 
     def _draws(self, model: torch.nn.Module) -> bool:
         """Whether anything draws random numbers; which modules could is looked up once, as a walk takes milliseconds."""
@@ -270,24 +340,21 @@ class PrefixSharing:
             )
 
 
-class SharedForward:
-    """Forwards calls to the model, on the fast path where it is exact."""
+def _device_of(kwargs: dict[str, Any]) -> torch.device:
+    return kwargs["input_ids"].device
 
-    def __init__(self, sharing: PrefixSharing, model: torch.nn.Module, metrics: bool, ready: ReadyPairs | None = None):
-        self._sharing, self._model, self._metrics, self._ready = sharing, model, metrics, ready
 
-    def __call__(self, *args, **kwargs):
-        use = "policy" if self._metrics else "reference"
-        pairs = None if args else self._sharing.pack(self._model, kwargs, use, self._ready)
-        is_new = self._metrics and self._model.training and not self._sharing.knows_draws(self._model)
-        before = RandomState(next(self._model.parameters()).device) if is_new else None
-        if pairs is None:
-            outputs = self._model(*args, **kwargs)
-        else:
-            outputs = packed_forward(self._model, pairs, self._metrics, use_cache=False)
-        if is_new:
-            self._sharing.note_draws(self._model, RandomState(next(self._model.parameters()).device) != before)
-        return outputs
+def _in_one_row(kwargs: dict[str, Any], ready: ReadyPairs | None = None) -> tuple[PackedPairs | None, str | None]:
+    """A batch as packed pairs, those that it has brought with it if they are its own, or the reason why it is none."""
+    pairs = None if ready is None else ready.pairs_of(kwargs)
+    try:
+        return pairs or pack_pairs(kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"] != -100), None
+    except CannotShare as error:
+        return None, str(error)
+
+
+def _first_of_all(reason: str | None) -> str | None:
+    return next((other for other in of_all(reason) if other is not None), None)
 
 
 def _several_processes() -> bool:

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from .attention import KNOWN_ATTENTION as KNOWN_ATTENTION
 from .attention import install
 from .frozen_head import frozen_head
 from .packing import PAIRS_KEY, PackedPairs
@@ -50,7 +49,7 @@ def packed_forward(model: torch.nn.Module, pairs: PackedPairs, metrics: bool = T
     Returns:
         `FusedCausalLMOutput` as for the padded batch; without `loss` and `label_mask`, which `DPOTrainer` does not read.
     """
-    install()
+    install(causal_lm(model).config._attn_implementation)
     handle = causal_lm(model).base_model.register_forward_hook(_keep_scored, with_kwargs=True)
     try:
         with contextlib.nullcontext() if planned_for_a_gpu() else frozen_head(metrics):  # which a GPU does not take

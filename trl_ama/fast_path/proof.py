@@ -13,13 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .forward import packed_forward, unwrapped
+from .failures import FAILURES, as_text, is_out_of_memory, says_nothing
+from .forward import causal_lm, packed_forward, unwrapped
+from .leak import EXACT, why_tokens_meet
 from .packing import CannotShare, PackedPairs, pack_pairs
-from .trial import EXACT, FAILURES, ROUNDED, SWAPPED, swapped_branches
+from .trial import ROUNDED
 
 
 DRAWS = "it draws random numbers, and would draw others for a packed row"
@@ -61,23 +63,29 @@ def prove(
     with kept_random_state(device) as before:
         with torch.no_grad():
             expected = _plain_log_probs(model, kwargs, at_once)  # (2B, L-1)
-        drawn = RandomState(device)
-        if not bool(expected[pairs.scored].isfinite().all()):
+        drawn, scored = RandomState(device), pairs.scored.to(expected.device)  # the head may be elsewhere than the row
+        if not bool(expected[scored].isfinite().all()):
             raise NoVerdict
         if drawn != before:
             with _moved(_trained_adapters(model) if trains else [], _MOVES[1]), torch.no_grad():
-                _check_draws(model, kwargs, pairs.scored, at_once)
+                _check_draws(model, kwargs, scored, at_once)
             before.restore()
         # With gradients, if the call has them: gradient checkpointing and a trained head are others without
         shared = _shared_log_probs(model, pairs)  # (2B, L-1)
         if RandomState(device) != drawn:
             raise CannotShare(DRAWS)
-        difference = _check_pairs(shared, expected, pairs.scored, exact)
-        if not exact:
-            with torch.no_grad():
-                moved = (shared - swapped_branches(model, _texts(kwargs))).abs()[pairs.scored].mean()
-            if bool(moved > SWAPPED):
-                raise CannotShare(_differs(moved.item(), "token, by the order of the answers"))
+        difference = _check_pairs(shared, expected, scored, exact)
+        with torch.no_grad():
+            reason = why_tokens_meet(
+                lambda batch: _shared_log_probs(model, batch),
+                lambda call: _plain_log_probs(model, call, at_once),
+                _rows(kwargs, 0, _ADAPTED),
+                pairs,
+                causal_lm(model).config,
+                exact,
+            )
+        if reason is not None:
+            raise CannotShare(reason.replace("in a trial", "on the first batch"))
         if trains:
             del shared
             _check_adapter(model, kwargs, exact, rounding=difference, at_once=at_once)
@@ -88,10 +96,6 @@ def _check_draws(model: torch.nn.Module, kwargs: dict[str, Any], scored: Tensor,
     one, other = (_plain_log_probs(model, kwargs, at_once) for _ in range(2))  # (2B, L-1)
     if not bool(((one - other).abs() <= _EXACT_MEAN * one.abs().clamp(min=1))[scored].all()):
         raise CannotShare(DRAWS)
-
-
-def _texts(kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: kwargs[name] for name in ("input_ids", "attention_mask", "labels")}
 
 
 def _rows(kwargs: dict[str, Any], start: int, end: int) -> dict[str, Any]:
@@ -118,7 +122,7 @@ def _plain_log_probs(model: torch.nn.Module, kwargs: dict[str, Any], at_once: in
             ]
             return torch.cat(parts, dim=1).flatten(0, 1)
         except RuntimeError as error:
-            if size == 1 or not should_reduce_batch_size(error):
+            if size == 1 or not is_out_of_memory(error):
                 raise
         size = (size + 1) // 2
         clear_device_cache(garbage_collection=True)
@@ -130,11 +134,9 @@ def _shared_log_probs(model: torch.nn.Module, pairs: PackedPairs) -> Tensor:
     except CannotShare:
         raise
     except FAILURES as error:
-        if should_reduce_batch_size(error):  # out of memory is no verdict: a step needs at least as much
+        if says_nothing(error):  # out of memory is no verdict: a step needs at least as much
             raise
-        raise CannotShare(
-            f"its first batch failed ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
-        ) from error
+        raise CannotShare(f"its first batch failed ({as_text(error)})") from error
 
 
 def _differs(nats: float, of: str = "token") -> str:
@@ -175,11 +177,13 @@ def _check_adapter(
     call = _rows(kwargs, 0, _ADAPTED)
     pairs = pack_pairs(call["input_ids"], call["attention_mask"], call["labels"] != -100)
     with torch.no_grad():
-        still = _plain_log_probs(model, call, at_once)[pairs.scored]
+        still = _plain_log_probs(model, call, at_once)
+        scored = pairs.scored.to(still.device)
+        still = still[scored]
         for size in _MOVES:
             with _moved(adapters, size):
-                expected = _plain_log_probs(model, call, at_once)[pairs.scored]
-                shared = _shared_log_probs(model, pairs)[pairs.scored]
+                expected = _plain_log_probs(model, call, at_once)[scored]
+                shared = _shared_log_probs(model, pairs)[scored]
             effect, difference = (expected - still).abs().mean().item(), (shared - expected).abs()
             if not np.isfinite(effect):
                 return

@@ -7,7 +7,8 @@ from accelerate import ParallelismConfig
 from transformers.modeling_flash_attention_utils import flash_attn_supports_top_left_mask
 from trl import DPOConfig
 
-from .forward import KNOWN_ATTENTION, causal_lm, unwrapped
+from .attention import KNOWN_ATTENTION, is_flash, knows_attention
+from .forward import causal_lm, unwrapped
 
 
 _MIXES_TOKENS = {"LILY"}
@@ -36,9 +37,9 @@ def broken_rule(
         return "it is an encoder-decoder model"
     if config is not inner.config:
         return "it is a multimodal model"
-    if inner.config._attn_implementation not in KNOWN_ATTENTION:
-        return f"attn_implementation='{inner.config._attn_implementation}' is not one of {list(KNOWN_ATTENTION)}"
-    if config._attn_implementation.startswith("flash") and flash_attn_supports_top_left_mask():
+    if not knows_attention(config._attn_implementation):
+        return unknown_attention(config._attn_implementation)
+    if is_flash(config._attn_implementation) and flash_attn_supports_top_left_mask():
         return "this version of flash attention aligns causal masks at the start of the keys"
     unknown = sorted(set(getattr(config, "layer_types", None) or ()) - _SHARED_LAYERS)
     if unknown:
@@ -59,11 +60,14 @@ def broken_rule(
         return "DataParallel splits a batch by its rows, and a packed batch has one (launch a process for each GPU instead)"
     if args.torch_compile:
         return "torch_compile compiles for shapes, and a packed row has another one at every step"
-    if args.use_liger_kernel:
-        return "use_liger_kernel replaces layers by kernels that were not tried"
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         return "context or sequence parallelism splits sequences"
     return None
+
+
+def unknown_attention(name: str) -> str:
+    """Why a model with such an attention is not shared, as half a sentence."""
+    return f"attn_implementation='{name}' is not one of {list(KNOWN_ATTENTION)}, nor a flash attention of the Hub"
 
 
 def modules_that_may_draw(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
@@ -83,3 +87,24 @@ def level(value: Any) -> float:
     """How much is drawn: a number, or one for each adapter, as PEFT has them."""
     values = value.values() if isinstance(value, dict) else [value]
     return max((float(one) for one in values if isinstance(one, (int, float))), default=0.0)
+
+
+def computes_in_32_bits(model: torch.nn.Module) -> bool:
+    """Whether a model without autocast computes in float32, and not in what a processor may make of it in matrix products: TF32
+    (`tf32: true`), or bfloat16 (`torch.set_float32_matmul_precision("medium")`)."""
+    devices = set()
+    for parameter in model.parameters():
+        if parameter.dtype != torch.float32:
+            return False
+        devices.add(parameter.device.type)
+    return not any(map(_rounds_products, devices))
+
+
+def _rounds_products(device: str) -> bool:
+    if device == "cuda":
+        precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)  # torch 2.9
+        # Where there is the new way to ask, the old one raises if the new one was used
+        return torch.backends.cuda.matmul.allow_tf32 if precision is None else precision not in ("none", "ieee")
+    if hasattr(torch.backends.mkldnn, "matmul"):
+        return torch.backends.mkldnn.matmul.fp32_precision not in ("none", "ieee")
+    return torch.get_float32_matmul_precision() == "medium"

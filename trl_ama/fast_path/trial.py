@@ -6,37 +6,31 @@ if its attention sees other keys than it says (windows, chunks, biases), or if i
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .forward import causal_lm, install, packed_forward
-from .packing import CannotShare, pack_pairs
+from .attention import install
+from .failures import FAILURES, as_text, is_out_of_memory, says_nothing
+from .forward import causal_lm, packed_forward
+from .leak import EXACT, first_known, why_positions_count_on, why_tokens_meet
+from .packing import CannotShare, PackedPairs, pack_pairs
 
 
-EXACT = 1e-3  # of a token's log-prob, in 32 bits
 # In 16 bits, mean over tokens. Both paths are about 0.04 nats from 32 bits (SmolLM2-135M) and as far from each other, and more
-# on unlikely tokens: this is relative to their log-prob, if that is above 1. The same answer in the first and in the second
-# branch differs by 0.00 to 0.03 nats; if positions did not start again, it would by 0.09 to 1.3
-ROUNDED, SWAPPED = 0.1, 0.05
+# on unlikely tokens: this is relative to their log-prob, if that is above 1
+ROUNDED = 0.1
 _SHORT, _ALIKE = 24, 8  # tokens of a pair in the part of the trial that several pairs share, and how many begin alike
 _ROPE_OF_LENGTH = {"dynamic", "longrope"}  # frequencies that depend on the longest sequence of the batch
 _NO_LIMIT = 2**62
-FAILURES = (
-    TypeError,
-    ValueError,
-    RuntimeError,
-    KeyError,
-    AttributeError,
-    IndexError,
-)  # of a call that a model cannot take
 _ROWS = 512  # of a mask that are looked at together
+Agree = Callable[[str | None], str | None]
 
 
 @dataclass
@@ -48,7 +42,14 @@ class Tried:
     beyond: str | None = None
 
 
-def try_model(model: torch.nn.Module, kwargs: dict[str, Any], longest: int, exact: bool, needed: int = 0) -> Tried:
+def try_model(
+    model: torch.nn.Module,
+    kwargs: dict[str, Any],
+    longest: int,
+    exact: bool,
+    needed: int = 0,
+    agree: Agree = first_known,
+) -> Tried:
     """Try a model on sequences of up to `longest` tokens, or of as many as it can take and there is memory for.
 
     Args:
@@ -57,6 +58,8 @@ def try_model(model: torch.nn.Module, kwargs: dict[str, Any], longest: int, exac
         longest (`int`): Tokens of the longest sequence of the run.
         exact (`bool`): Whether it computes in 32 bits.
         needed (`int`, *optional*): Tokens without which the trial is of no use.
+        agree (`Callable`, *optional*): Makes one reason of those that processes found, where all must run the model equally often.
+            The lengths must be the same on all, then.
 
     Raises:
         CannotShare: If the two paths differ on sequences of any length.
@@ -66,7 +69,7 @@ def try_model(model: torch.nn.Module, kwargs: dict[str, Any], longest: int, exac
     config = causal_lm(model).config
     limit, beyond = sequence_limit(config)
     try:
-        fits = _trial_that_fits(model, kwargs, min(longest, limit), exact, needed)
+        fits = _trial_that_fits(model, kwargs, min(longest, limit), exact, needed, agree)
         if fits < min(longest, limit):
             return Tried(fits)
     except CannotShare as reason:
@@ -74,18 +77,23 @@ def try_model(model: torch.nn.Module, kwargs: dict[str, Any], longest: int, exac
         if window is None or window >= min(longest, limit):
             raise
         limit, beyond = window, str(reason)
-        _trial(model, kwargs, limit, exact)
+        fits = _trial_that_fits(model, kwargs, limit, exact, min(needed, limit), agree)
+        if fits < limit:
+            return Tried(fits)
     return Tried(min(longest, limit), beyond if longest >= limit else None)
 
 
-def _trial_that_fits(model: torch.nn.Module, kwargs: dict[str, Any], length: int, exact: bool, needed: int) -> int:
+def _trial_that_fits(
+    model: torch.nn.Module, kwargs: dict[str, Any], length: int, exact: bool, needed: int, agree: Agree
+) -> int:
     """The length of the longest trial for which there is memory: `max_length` may be far above any pair's. # tokens"""
     while True:
         try:
-            _trial(model, kwargs, length, exact)
+            _trial(model, kwargs, length, exact, agree)
             return length
         except RuntimeError as error:
-            if length <= needed or not should_reduce_batch_size(error):
+            # Without memory for a pair of the batch there is none for the step, on either path
+            if length <= needed or not is_out_of_memory(error):
                 raise
         length = max(needed, length // 2)
         clear_device_cache(garbage_collection=True)
@@ -114,89 +122,114 @@ def _window(config: Any) -> int | None:
     return min((size for size in sizes if isinstance(size, int) and size > 0), default=None)
 
 
-def _invented(kwargs: dict[str, Any], lengths: list[int]) -> dict[str, torch.Tensor]:
-    """A call with pairs whose chosen sequences have these lengths, made of the tokens of a batch; all are padded but one."""
+def _invented(kwargs: dict[str, Any], lengths: list[int], shift: int = 0) -> dict[str, torch.Tensor]:
+    """A call with pairs whose chosen sequences have these lengths, made of the tokens of a batch; all are padded but one.
+
+    With `shift`, the first chosen answer is so many tokens shorter, and the second one longer.
+    """
     stream = kwargs["input_ids"][kwargs["attention_mask"].bool()].tolist()
-    rows = []
-    for tokens, shorter in ((stream, 0), (stream[::-1], 1)):
-        for number, length in enumerate(lengths):
+    rows, prompts = [], []
+    for tokens, shorter, shifts in ((stream, 0, (-shift, shift)), (stream[::-1], 1, (0, 0))):
+        for number, (length, more) in enumerate(zip(lengths, shifts, strict=False)):
             alike = min(_ALIKE, length // 2)
             prompt = [*islice(cycle(stream), alike), *islice(cycle(stream), alike + number, length // 2 + number)]
-            rows.append([*prompt, *islice(cycle(tokens), length - length // 2 - shorter)])
-    input_ids = kwargs["input_ids"].new_zeros(len(rows), max(lengths))
+            rows.append([*prompt, *islice(cycle(tokens), max(1, length - length // 2 - shorter + more))])
+            prompts.append(len(prompt))
+    sizes = [len(row) for row in rows]
+    input_ids = kwargs["input_ids"].new_zeros(len(rows), max(sizes))
     labels = torch.full_like(input_ids, -100)
-    for row, (tokens, length) in enumerate(zip(rows, 2 * lengths, strict=True)):
+    for row, (tokens, prompt) in enumerate(zip(rows, prompts, strict=True)):
         input_ids[row, : len(tokens)] = torch.tensor(tokens)
-        labels[row, length // 2 : len(tokens)] = input_ids[row, length // 2 : len(tokens)]
-    sizes = torch.tensor([len(row) for row in rows], device=input_ids.device)
-    mask = torch.arange(max(lengths), device=input_ids.device) < sizes[:, None]
+        labels[row, prompt : len(tokens)] = input_ids[row, prompt : len(tokens)]
+    ends = torch.tensor(sizes, device=input_ids.device)
+    mask = torch.arange(max(sizes), device=input_ids.device) < ends[:, None]
     return {"input_ids": input_ids, "attention_mask": mask.to(kwargs["attention_mask"].dtype), "labels": labels}
 
 
-def _trial(model: torch.nn.Module, kwargs: dict[str, Any], length: int, exact: bool) -> None:
+def _trial(model: torch.nn.Module, kwargs: dict[str, Any], length: int, exact: bool, agree: Agree) -> None:
     """Run pairs both ways: short ones in one row, and one of the longest sequences there may be.
 
+    Nothing is raised between forward passes but what a forward pass raises: other processes may be in the next one.
+
     Raises:
-        CannotShare: If anything differs, with what.
+        CannotShare: If anything differs, with what; on all processes that agree, if it does on one.
     """
-    install()
+    config = causal_lm(model).config
+    install(config._attn_implementation)
     if any(isinstance(module, torch.nn.Conv1d) for module in causal_lm(model).modules()):
         raise CannotShare("it has convolutions, in which neighbouring tokens of the row would meet")
-    calls = [_invented(kwargs, [min(_SHORT, length), max(2, min(_SHORT, length) - 3)])]
+    size, found = min(_SHORT, length), None
+    short, shift = [size, max(2, size - max(3, size // 4))], size // 4  # of which none is longer than `length` then
+    calls = [(_invented(kwargs, short), _invented(kwargs, short, shift))]
     if length > _SHORT:
-        calls.append(_invented(kwargs, [length]))
+        calls.append((_invented(kwargs, [length]), None))
     try:
         with torch.no_grad():
-            for call in calls:
-                _compare(model, call, exact)
-    except CannotShare:
-        raise
+            for call, moved in calls:
+                reason = _compare(model, call, moved, exact, agree)
+                found = found or reason
     except FAILURES as error:
-        if should_reduce_batch_size(error):
+        if says_nothing(error):
             raise
-        raise CannotShare(
-            f"a trial failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-        ) from error
+        found = str(error) if isinstance(error, CannotShare) else f"a trial failed ({as_text(error)})"
+    reason = agree(found)
+    if reason is not None:
+        raise CannotShare(reason)
 
 
-def _compare(model: torch.nn.Module, call: dict[str, torch.Tensor], exact: bool) -> None:
-    pairs = pack_pairs(call["input_ids"], call["attention_mask"], call["labels"] != -100)
+def _compare(
+    model: torch.nn.Module,
+    call: dict[str, torch.Tensor],
+    moved: dict[str, torch.Tensor] | None,
+    exact: bool,
+    agree: Agree,
+) -> str | None:
+    """Why the two paths differ on a call, if they do; `moved` are the same pairs with chosen answers of other lengths."""
     config = causal_lm(model).config
+
+    def packed(pairs: PackedPairs) -> torch.Tensor:
+        return packed_forward(model, pairs, use_cache=False).log_probs.float()
+
+    def plain(call: dict[str, Any]) -> torch.Tensor:
+        return model(**call, use_cache=False, fused_lm_head=True).log_probs.float()
+
+    pairs = _packed(call)
     pairs.cache["layers"] = 0
-    shared = packed_forward(model, pairs, use_cache=False)
-    layers = pairs.cache["layers"]
-    if layers != config.num_hidden_layers:
-        raise CannotShare(
-            f"{layers} of its {config.num_hidden_layers} layers compute attention in a way that can be shared"
-        )
+    shared = packed(pairs)
+    layers = pairs.cache.pop("layers")
     with _watched(config._attn_implementation) as masks:
-        plain = model(**call, use_cache=False, fused_lm_head=True)
-    _check_masks(masks, call["attention_mask"].bool())
-    expected = plain.log_probs.float()[pairs.scored]
-    difference = (shared.log_probs.float()[pairs.scored] - expected).abs()
+        expected = plain(call)
+    counted_on = None
+    if moved is not None and not exact:  # in 32 bits, both paths' log-probs tell as much
+        other = _packed(moved)
+        counted_on = why_positions_count_on(shared, packed(other), (pairs.scored, other.scored), config)
+    meets = why_tokens_meet(packed, plain, call, pairs, config, exact, agree)
+
+    if layers != config.num_hidden_layers:
+        return f"{layers} of its {config.num_hidden_layers} layers compute attention in a way that can be shared"
+    try:
+        _check_masks(masks, call["attention_mask"].bool())
+    except CannotShare as error:
+        return str(error)
+    scored = pairs.scored.to(expected.device)
+    expected = expected[scored]
+    difference = (shared[scored] - expected).abs()
     if exact:
         wrong = bool((difference > EXACT * expected.abs().clamp(min=1)).any())
     else:
-        swapped = swapped_branches(model, call)[pairs.scored]
-        moved = (shared.log_probs.float()[pairs.scored] - swapped).abs()
         wrong = bool(difference.mean() > ROUNDED * expected.abs().mean().clamp(min=1))
-        wrong = wrong or bool(moved.mean() > SWAPPED)
     if wrong or not bool(torch.isfinite(difference).all()):
-        raise CannotShare(
-            f"in a trial its log-probs differed by up to {difference.max().item():.2g} nats a token: tokens meet elsewhere than "
+        return (
+            meets
+            or counted_on
+            or f"in a trial its log-probs differed by up to {difference.max().item():.2g} nats a token: tokens meet elsewhere than "
             "in attention, or positions are not read from position_ids"
         )
+    return meets or counted_on
 
 
-def swapped_branches(model: torch.nn.Module, call: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Log-probs of a call with each pair's answers in the other's place in the row, in the order of the call. # (2B, L-1)
-
-    What meets elsewhere than in attention, or counts on from the first branch to the second, shows as a difference that is
-    not drowned by rounding as that to the plain path is.
-    """
-    other = torch.arange(len(call["input_ids"]), device=call["input_ids"].device).roll(len(call["input_ids"]) // 2)
-    pairs = pack_pairs(*(call[name][other] for name in ("input_ids", "attention_mask")), call["labels"][other] != -100)
-    return packed_forward(model, pairs, use_cache=False).log_probs.float()[other]
+def _packed(call: dict[str, torch.Tensor]) -> PackedPairs:
+    return pack_pairs(call["input_ids"], call["attention_mask"], call["labels"] != -100)
 
 
 @contextlib.contextmanager

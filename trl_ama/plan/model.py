@@ -10,8 +10,8 @@ from trl import get_peft_config
 
 from ..common.errors import AMAError, sentence
 from ..dpo.config import AMAConfig
-from ..fast_path.forward import KNOWN_ATTENTION
-from ..fast_path.rules import broken_rule
+from ..fast_path.attention import knows_attention
+from ..fast_path.rules import broken_rule, unknown_attention
 from ..recipe.recipe import Recipe
 from .cost import Products
 from .empty_model import MemorySettings, empty_model
@@ -108,8 +108,8 @@ class PlannedModel:
         settings = self.memory_settings(self.args)
         if self.args.prefix_sharing is False:
             return "prefix_sharing is off"
-        if settings.attention not in (None, *KNOWN_ATTENTION):
-            return f"attn_implementation='{settings.attention}' is not one of {list(KNOWN_ATTENTION)}"
+        if settings.attention is not None and not knows_attention(settings.attention):
+            return unknown_attention(settings.attention)
         reason = broken_rule(self.empty, self.args)
         return why_not_packed(self.config, settings) if reason is None else reason
 

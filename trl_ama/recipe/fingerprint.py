@@ -89,6 +89,16 @@ def specialist_fingerprint(recipe: Recipe, inputs: RunInputs, task: str) -> dict
     }
 
 
+def noted_path(prefix_sharing: str | bool, device: str) -> bool | str:
+    """What decides which path log-probs take: off a CPU, `auto` leaves the fast one where it is slower, and `True` does not.
+
+    Args:
+        prefix_sharing (`str` or `bool`): `"auto"`, `True` or `False`.
+        device (`str`): Type of the device.
+    """
+    return "always" if prefix_sharing is True and device != "cpu" else prefix_sharing is not False
+
+
 def reference_fingerprint(settings: RunSettings, task: str) -> dict[str, Any]:
     """Everything in this run that decides the log-probs of a task's pairs.
 
@@ -109,9 +119,10 @@ def reference_fingerprint(settings: RunSettings, task: str) -> dict[str, Any]:
         "quantization": str(quantization.to_diff_dict()) if quantization else None,
         "attn_implementation": args.model_init_kwargs.get("attn_implementation"),
     }
-    if {fingerprint["dtype"], fingerprint["mixed_precision"]} != {"float32", "no"} or fingerprint["quantization"]:
-        # In 16 bits the two paths round differently, by as much as a small excess; in 32 they agree
-        fingerprint["prefix_sharing"] = args.prefix_sharing is not False
+    is_32_bit = {fingerprint["dtype"], fingerprint["mixed_precision"]} == {"float32", "no"} and not args.tf32
+    if not is_32_bit or fingerprint["quantization"]:
+        # In 16 bits (and TF32) the two paths round differently, by as much as a small excess; in 32 they agree
+        fingerprint["prefix_sharing"] = noted_path(args.prefix_sharing, args.device.type)
         # And so do the kernels of a CPU and of a GPU, above all because attention is in 32 bits on a CPU
         fingerprint[DEVICE] = args.device.type
     if task in recipe.external_specialists or result_in(settings.folder.specialist(task)) is not None:
