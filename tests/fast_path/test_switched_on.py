@@ -91,6 +91,7 @@ def test_offloaded_activations_change_no_gradient(streams, checkpointing, monkey
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *args, **kwargs: torch.device("cpu"))
     monkeypatch.setattr(torch.cpu, "empty_cache", lambda: None, raising=False)
     monkeypatch.setattr(torch.cpu.Stream, "synchronize", lambda stream: None, raising=False)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
     model = build("Llama", TINY).train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -173,9 +173,8 @@ def test_other_tokens_in_one_branch_of_every_pair():
     call = padded([([5, 6, 7], [8, 9, 10], [8, 11]), ([20], [21, 22], [23, 24, 25])])
     pairs = row_of(call)  # 5 6 7 8 | 9 | - || 20 | 21 | 23 24
     pairs.cache["layers"] = 3
-    assert with_other_tokens(pairs, "chosen", 97).input_ids.tolist() == [[5, 6, 7, 8, 10, 20, 22, 23, 24]]
-    other = with_other_tokens(pairs, "rejected", 25)
-    assert other.input_ids.tolist() == [[5, 6, 7, 8, 9, 20, 21, 24, 0]]
+    other = with_other_tokens(pairs, 25)
+    assert other.input_ids.tolist() == [[5, 6, 7, 8, 10, 20, 21, 24, 0]]
     assert other.lengths == pairs.lengths and not other.cache and pairs.cache and pairs.input_ids[0, -1] == 24
 
 

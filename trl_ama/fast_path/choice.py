@@ -77,7 +77,8 @@ class PrefixSharing:
         rule = self._broken_rule(model, kwargs)
         pairs, reason = (None, rule) if rule else _in_one_row(kwargs, ready)
         slow = self._why_slow(model, kwargs, pairs)
-        if slow is None or not self._decides_alone():
+        # Other processes, with other batches, may be at the proof, unless all do the same
+        if slow is None or (_several_processes() and not is_sharded(self._trainer.accelerator)):
             reason = self._tried(model, kwargs, pairs, reason, together=use is not None and rule is None)
             if use is not None:
                 reason = self._proven(model, kwargs, pairs if reason is None else None, reason, use)
@@ -107,10 +108,6 @@ class PrefixSharing:
         return reason
 
     # ---- Whether it is worth it ----
-
-    def _decides_alone(self) -> bool:
-        """Whether a call may be left to the plain path before it was compared: no process waits for another, or all do the same."""
-        return not _several_processes() or is_sharded(self._trainer.accelerator)
 
     def _why_slow(self, model: torch.nn.Module, kwargs: dict[str, Any], pairs: PackedPairs | None) -> str | None:
         """Why the plain path is taken although it may not have to be; of a model that is shared out, the same for all processes."""

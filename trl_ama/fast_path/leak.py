@@ -1,7 +1,7 @@
 """Whether tokens of a packed row meet where they must not, seen without a tolerance that rounding could hide in.
 
-The tokens of one branch of every pair are replaced, and nothing else of the row: not its length, nor any shape of what is
-computed. So each kernel does for the other branches what it did before, and their log-probs stay the same *bit by bit*, in 16
+The tokens of one branch of every pair are replaced (the chosen one, the rejected one, in turns), and nothing else of the row: not
+its length, nor any shape of what is computed. So each kernel does for the other branches what it did before, and their log-probs stay the same *bit by bit*, in 16
 bits as in 32; if one moves at all, something was read where it must not be.
 
 Rounding may depend on the other tokens in three cases, and then log-probs may move by as much as rounding: experts, whose
@@ -41,7 +41,7 @@ def why_tokens_meet(
     exact: bool,
     agree: Callable[[str | None], str | None] = first_known,
 ) -> str | None:
-    """Replace one branch of every pair, then the other, and say by how much the rest moved if it did.
+    """Replace one branch of every pair, and say by how much the other one moved if it did.
 
     Args:
         packed, plain (`Callable`): Log-probs, nats in 32 bits, of a packed batch and of a call. # -> (2B, L-1)
@@ -52,12 +52,11 @@ def why_tokens_meet(
         agree (`Callable`, *optional*): Makes one of what several processes found: all must run the model equally often.
     """
     vocabulary = config.get_text_config().vocab_size
-    before, half = packed(pairs), len(pairs.slots) // 2
-    moved = torch.zeros_like(before)  # (2B, L-1)
-    for branch, others in (("chosen", slice(half, None)), ("rejected", slice(half))):
-        moved[others] = (packed(with_other_tokens(pairs, branch, vocabulary)) - before).abs()[others]
-    scored = pairs.scored.to(moved.device)
-    moved, size = moved[scored], before.abs()[scored]
+    before, count = packed(pairs), len(pairs.lengths)
+    odd = torch.arange(count, device=before.device) % 2 == 1  # (B,): where the rejected branch is replaced
+    others = torch.cat([odd, ~odd])[:, None] & pairs.scored.to(before.device)  # (2B, L-1)
+    moved = (packed(with_other_tokens(pairs, vocabulary)) - before).abs()[others]
+    size = before.abs()[others]
     if agree("they moved" if bool((moved != 0).any()) else None) is None:
         return None
     again, rows_meet = packed(pairs), _rows_meet(plain, call, vocabulary)
@@ -73,17 +72,17 @@ def why_tokens_meet(
     )
 
 
-def with_other_tokens(pairs: PackedPairs, branch: str, vocabulary: int) -> PackedPairs:
-    """The same batch with other tokens in the chosen, or the rejected, branch of every pair; what is scored stays.
+def with_other_tokens(pairs: PackedPairs, vocabulary: int) -> PackedPairs:
+    """The same batch with other tokens in the chosen branch of the first pair, the rejected one of the second, and so on; what is
+    scored stays.
 
     Args:
         pairs ([`PackedPairs`]): A batch.
-        branch (`str`): `"chosen"` or `"rejected"`.
         vocabulary (`int`): How many tokens there are.
     """
     row, start = pairs.input_ids.clone(), pairs.common  # (1, T)
-    for prefix, chosen, rejected in pairs.lengths:
-        begin, size = (start + prefix, chosen) if branch == "chosen" else (start + prefix + chosen, rejected)
+    for number, (prefix, chosen, rejected) in enumerate(pairs.lengths):
+        begin, size = (start + prefix, chosen) if number % 2 == 0 else (start + prefix + chosen, rejected)
         row[:, begin : begin + size] = (row[:, begin : begin + size] + 1) % vocabulary
         start += prefix + chosen + rejected
     other = copy.copy(pairs)
