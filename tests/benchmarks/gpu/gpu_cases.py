@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from gpu_card import CUDA, DEVICE, synchronize
-from gpu_report import NotHere
+from accelerate import init_empty_weights
 from peft import LoraConfig
 from speed import Bench
 from tiny_models import make_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
 from trl import DPOConfig, DPOTrainer
 
 from trl_ama import AMAConfig, AMATrainer
@@ -86,12 +87,7 @@ def nf4() -> BitsAndBytesConfig:
 def made_nf4(name: str) -> PreTrainedModel:
     """A model in 4 bits, as bitsandbytes would make it of a checkpoint: drawn and quantised matrix by matrix on the device, so
     that the whole is never there in 16 bits."""
-    try:
-        import bitsandbytes  # optional
-    except ImportError as error:
-        raise NotHere("bitsandbytes is not installed (the extra `quantization`)") from error
-    from accelerate import init_empty_weights
-    from transformers.quantizers import AutoHfQuantizer
+    import bitsandbytes  # optional
 
     settings, dtype = nf4(), torch.bfloat16
     torch.manual_seed(0)

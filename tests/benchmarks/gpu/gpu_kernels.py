@@ -126,9 +126,20 @@ def attention(report: Report) -> None:
         for number, (name, dtype, way) in enumerate(cases):
             with report.row(f"{name}, {way}") as row:
                 row |= {"type": str(dtype)[6:], "way": way}
+                if way == "fast path":
+                    row["kernel"] = _chosen(dtype, shapes[name][2])
                 row |= _measured(WAYS[way], shapes[name], dtype, report.left / (len(cases) - number), report.rehearse)
     finally:
         torch.backends.cuda.enable_cudnn_sdp(allowed)
+
+
+def _chosen(dtype: torch.dtype, width: int) -> str:
+    """The kernel that the fast path takes by rule, where there is a rule."""
+    try:
+        from trl_ama.fast_path.varlen import card_of, kernel_for
+    except ImportError:
+        return "blocks"
+    return kernel_for(card_of(torch.device(DEVICE)), dtype, width, width)
 
 
 def _measured(way: tuple, shape: tuple[int, int, int], dtype: torch.dtype, seconds: float, rehearse: bool) -> dict:

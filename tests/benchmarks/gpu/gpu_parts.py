@@ -24,33 +24,36 @@ class Part:
     launched: bool = False
 
 
-_STEPS = "steps and peak memory against DPOTrainer"
+_STEPS = "steps and peak memory against `DPOTrainer`"
 PARTS = {
     "env": Part("versions, card and its ceilings", 25, "gpu_card.environment", "nothing of ours"),
     "attention": Part(
         "attention of one layer, kernel by kernel",
-        50,
+        45,
         "gpu_kernels.attention",
         "attention of a packed row by torch's kernels for CUDA: grouped heads, masks, a new shape in every block",
     ),
     "exact": Part(
         "log-probs and gradients of the fast path against float32",
-        45,
+        40,
         "gpu_exact.exact",
         "the fast path with TRL's Triton head; its trial and proof in 16 bits on a card",
     ),
-    "steps-135M": Part(f"{_STEPS}: 135M", 40, "gpu_steps.steps", "LoRA in bf16 on a card", ("135M",)),
-    "steps-1B": Part(f"{_STEPS}: 1B", 45, "gpu_steps.steps", "the same, where matrix products count most", ("1B",)),
+    "steps-135M": Part(f"{_STEPS}, 135M", 40, "gpu_steps.steps", "LoRA in bf16 on a card", ("135M",)),
+    "steps-1B": Part(f"{_STEPS}, 1B", 45, "gpu_steps.steps", "LoRA in bf16 where matrix products count most", ("1B",)),
     "steps-8B": Part(
-        f"{_STEPS}: 8B in NF4",
+        f"{_STEPS}, 8B in NF4",
         75,
         "gpu_steps.steps",
         "QLoRA by bitsandbytes' kernels for CUDA, paged optimizer states",
         ("8B",),
     ),
-    "scoring": Part("scoring against DPOTrainer's precomputation", 25, "gpu_steps.scoring", "scoring on a card"),
+    "scoring": Part("scoring against `DPOTrainer`'s precomputation", 25, "gpu_steps.scoring", "scoring on a card"),
     "memory": Part(
-        "planned against measured memory", 45, "gpu_memory.memory", "nothing: it holds `plan/` to the steps above"
+        "planned against measured memory",
+        35,
+        "gpu_memory.memory",
+        "nothing of ours on the card; it holds the plan to the steps above",
     ),
     "resume": Part(
         "a resumed run against an undisturbed one, bit by bit",
@@ -67,10 +70,10 @@ PARTS = {
     ),
     "quickstart": Part("all stages of the quickstart", 35, "gpu_runs.quickstart", "the whole pipeline on a card"),
     "waits": Part(
-        "host waits and kernel launches of a step", 25, "gpu_runs.waits", "nothing: it counts what the above cost"
+        "host waits and kernel launches of a step", 25, "gpu_runs.waits", "nothing more; it counts what the above cost"
     ),
     "tests": Part(
-        "tests/gpu", 45, "gpu_runs.card_tests", "architectures other than Llama, full fine-tuning and fp16 on a card"
+        "`tests/gpu`", 40, "gpu_runs.card_tests", "architectures other than Llama, full fine-tuning and fp16 on a card"
     ),
 }
 LIMIT = 480  # seconds for all of them

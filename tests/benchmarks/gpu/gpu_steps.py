@@ -1,5 +1,6 @@
 """Training steps and scoring of AMATrainer and DPOTrainer, taking turns on the same batches in one process."""
 
+import importlib.util
 import os
 import statistics
 import time
@@ -7,7 +8,7 @@ import time
 import torch
 from gpu_card import CUDA
 from gpu_cases import GIB, CardBench, allocated, free, made_model, made_nf4, made_pairs
-from gpu_report import Report
+from gpu_report import NotHere, Report
 
 
 # Of one model: pairs of a batch, max_length, gradient checkpointing (TRL's default is with it); most valuable first
@@ -23,6 +24,8 @@ KINDS = {"ours": ("ours", True), "trl": ("trl", True), "trl live": ("trl", False
 
 def steps(report: Report, name: str) -> None:
     """LoRA of rank 16 on all linear layers, in bf16 or, of the 8B model, on a base in 4 bits with a paged optimizer."""
+    if name == "8B" and importlib.util.find_spec("bitsandbytes") is None:
+        raise NotHere("bitsandbytes is not installed (the extra `quantization`)")
     quantised, cases, rounds = name == "8B", CASES[name], ROUNDS
     if report.rehearse:
         name, cases, rounds = "tiny", TINY, 2
@@ -43,11 +46,11 @@ def _measure(
     benches, first = {}, {}
     data = made_pairs((rounds + 2) * batch, length)
     settings = {"bf16": True, "gradient_checkpointing": checkpoints}
-    if quantised and CUDA:
+    if quantised:
         settings["optim"] = "paged_adamw_8bit"
     for kind in ("ours", "trl"):
         before = allocated()
-        model = _quantised(name) if quantised else made_model(name, torch.bfloat16)
+        model = made_nf4(name) if quantised else made_model(name, torch.bfloat16)
         benches[kind] = CardBench(kind, model, data, batch, length, before, **settings)
         first[kind] = benches[kind].warm(range(2))
     benches["trl"].warm(range(1), precomputed=False)
@@ -81,12 +84,6 @@ def _measure(
         "quantised": quantised,
         "optim": settings.get("optim", "adamw_torch_fused" if CUDA else "adamw_torch"),
     }
-
-
-def _quantised(name: str):
-    if name == "tiny" and not CUDA:
-        return made_model(name, torch.bfloat16)  # a rehearsal is of the steps; bitsandbytes' kernels are the card's
-    return made_nf4(name)
 
 
 def scoring(report: Report) -> None:

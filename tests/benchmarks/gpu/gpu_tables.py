@@ -16,7 +16,7 @@ def section(results: list[dict[str, Any]]) -> str:
     lines = []
     if not results:
         lines += [
-            "Nothing has: no line of this repository has run on a card so far, and no figure here is from one.",
+            "None has: no line of this repository has run on a card so far, and no figure here is from one.",
             "",
         ]
     for result in results:
@@ -24,8 +24,13 @@ def section(results: list[dict[str, Any]]) -> str:
     ran = {name for result in results for name, part in result["parts"].items() if part["status"] == "done"}
     missing = [name for name in PARTS if name not in ran]
     if missing:
-        lines += ["Never run on a card, with what they would be the first to run there:", ""]
-        lines += [f"- `{name}`, {PARTS[name].title}: {PARTS[name].first}" for name in missing]
+        lines += [
+            "Never run on a card:",
+            "",
+            "| part of `make gpu` | what it measures | what it is the first to run on a card |",
+        ]
+        lines += ["| --- | --- | --- |"]
+        lines += [f"| `{name}` | {PARTS[name].title} | {PARTS[name].first} |" for name in missing]
     return "\n".join(lines).strip() + "\n"
 
 
