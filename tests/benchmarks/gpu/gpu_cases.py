@@ -7,9 +7,9 @@ from functools import cache
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from datasets import Dataset
 from gpu_card import CUDA, DEVICE, synchronize
-from accelerate import init_empty_weights
 from peft import LoraConfig
 from speed import Bench
 from tiny_models import make_tokenizer
@@ -21,6 +21,8 @@ from trl_ama import AMAConfig, AMATrainer
 
 
 GIB = 2**30
+# On a card as people train; a rehearsal is of the code, and most CPUs take a hundred times as long over 16 bits
+HALF = torch.bfloat16 if CUDA else torch.float32
 WORDS = 2000
 BEGINNING = 24  # tokens that all prompts begin with, as a chat template's system prompt
 # Shapes of SmolLM2-135M, Llama-3.2-1B and Llama-3.1-8B

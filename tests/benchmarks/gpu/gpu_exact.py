@@ -21,7 +21,7 @@ MIXED = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 def exact(report: Report) -> None:
     """All parameters of the 135M model, and adapters of the 1B one: float32 weights, and 16 bits by autocast, as in training."""
     PartialState()
-    cases = {"tiny": (4, 64)} if report.rehearse else {"135M": (8, 256), "1B": (4, 256)}
+    cases = {"tiny": (2, 32)} if report.rehearse else {"135M": (8, 256), "1B": (4, 256)}
     for name, (count, length) in cases.items():
         model = made_model(name, torch.float32)
         add_fused_lm_head(model, outputs=OUTPUTS)

@@ -150,7 +150,7 @@ def _measured(way: tuple, shape: tuple[int, int, int], dtype: torch.dtype, secon
     start = time.monotonic()
     most = 2 if rehearse else 8  # of which the first is warming up, and held against float32
     while len(times) < 2 or (len(times) < most and time.monotonic() - start < seconds / 2):
-        pairs = packed_lengths(10, 40) if rehearse else packed_lengths(60, 400)
+        pairs = packed_lengths(2, 5, 20) if rehearse else packed_lengths(PAIRS, 60, 400)
         blocks = Blocks(pairs)
         heads, kv_heads, width = shape
         total = pairs.input_ids.shape[1]
@@ -193,17 +193,17 @@ def relative(found: Tensor, exact: Tensor) -> float:
     return float((found.float() - exact).norm() / exact.norm())
 
 
-def packed_lengths(shortest: int, longest: int) -> PackedPairs:
+def packed_lengths(count: int, shortest: int, longest: int) -> PackedPairs:
     """Pairs of random tokens, with prompts and answers of these lengths, packed."""
-    parts = torch.randint(shortest, longest, (PAIRS, 3)).tolist()
+    parts = torch.randint(shortest, longest, (count, 3)).tolist()
     length = COMMON + max(prompt + max(chosen, rejected) for prompt, chosen, rejected in parts)
-    ids = torch.zeros(2 * PAIRS, length, dtype=torch.long)
+    ids = torch.zeros(2 * count, length, dtype=torch.long)
     mask, answers = torch.zeros_like(ids), torch.zeros_like(ids)
     system = torch.randint(3, 2000, (COMMON,))
     for number, (prompt, *sizes) in enumerate(parts):
         text = torch.cat([system, torch.tensor([number + 3]), torch.randint(3, 2000, (prompt - 1,))])
         for side, size in enumerate(sizes):
-            row, end = number + side * PAIRS, len(text) + size
+            row, end = number + side * count, len(text) + size
             ids[row, :end] = torch.cat([text, torch.randint(3, 2000, (size,))])
             mask[row, :end], answers[row, len(text) : end] = 1, 1
     return pack_pairs(ids.to(DEVICE), mask.to(DEVICE), answers.to(DEVICE))

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from gpu_card import CUDA, synchronize
-from gpu_cases import free, made_model, made_pairs, trainer_of
+from gpu_cases import HALF, free, made_model, made_pairs, trainer_of
 from gpu_report import Report
 from places import RECIPES, ROOT
 from torch.profiler import ProfilerActivity, profile
@@ -38,7 +38,7 @@ def _trained(folder: str, resume: bool = False, adapter: bool = True, **settings
         "learning_rate": 1e-3,
         "per_device_train_batch_size": 4,
         "gradient_checkpointing": False,
-        "bf16": True,
+        "bf16": CUDA,
     }
     data = made_pairs(64, 64, beginning=10)
     trainer = trainer_of("ours", made_model("tiny", torch.float32), data, 64, adapter, **{**known, **settings})
@@ -110,6 +110,7 @@ def quickstart(report: Report) -> None:
         command += ["--model_name_or_path", str(folder / "model"), "--tasks_dir", str(folder / "data")]
         command += ["--output_dir", str(folder / "run"), "--use_cpu", "false" if CUDA else "true"]
         command += ["--max_steps", "2" if report.rehearse else "15"]
+        command += ["--compare", "proportional"] if report.rehearse else []
         start = time.perf_counter()
         done = subprocess.run(command, cwd=ROOT, timeout=max(5, report.left), text=True, capture_output=True)
         print(done.stdout[-4000:], done.stderr[-4000:], sep="\n")
@@ -169,9 +170,9 @@ def waits(report: Report) -> None:
             break
         for kind in seconds:
             watch = Watch(steps - 3 if turn == 0 else None)
-            settings = {"per_device_train_batch_size": batch, "max_steps": steps, "save_strategy": "no", "bf16": True}
+            settings = {"per_device_train_batch_size": batch, "max_steps": steps, "save_strategy": "no", "bf16": CUDA}
             data = made_pairs(steps * batch, length)
-            trainer = trainer_of(kind, made_model(name, torch.bfloat16), data, length, logging_steps=steps, **settings)
+            trainer = trainer_of(kind, made_model(name, HALF), data, length, logging_steps=steps, **settings)
             if kind == "trl":
                 trainer.precompute_ref_logps = True
             trainer.add_callback(watch)

@@ -7,7 +7,7 @@ import time
 
 import torch
 from gpu_card import CUDA
-from gpu_cases import GIB, CardBench, allocated, free, made_model, made_nf4, made_pairs
+from gpu_cases import GIB, HALF, CardBench, allocated, free, made_model, made_nf4, made_pairs
 from gpu_report import NotHere, Report
 
 
@@ -45,12 +45,12 @@ def _measure(
     """Fill in a row. Returns what a plan of the same steps needs."""
     benches, first = {}, {}
     data = made_pairs((rounds + 2) * batch, length)
-    settings = {"bf16": True, "gradient_checkpointing": checkpoints}
+    settings = {"bf16": CUDA, "gradient_checkpointing": checkpoints}
     if quantised:
         settings["optim"] = "paged_adamw_8bit"
     for kind in ("ours", "trl"):
         before = allocated()
-        model = made_nf4(name) if quantised else made_model(name, torch.bfloat16)
+        model = made_nf4(name) if quantised else made_model(name, HALF)
         benches[kind] = CardBench(kind, model, data, batch, length, before, **settings)
         first[kind] = benches[kind].warm(range(2))
     benches["trl"].warm(range(1), precomputed=False)
@@ -91,7 +91,7 @@ def scoring(report: Report) -> None:
     name, length, batch, count = ("tiny", 64, 4, 16) if report.rehearse else ("135M", 512, 32, 512)
     data = made_pairs(count, length)
     benches = {
-        kind: CardBench(kind, made_model(name, torch.bfloat16), data, batch, length, allocated(), bf16=True)
+        kind: CardBench(kind, made_model(name, HALF), data, batch, length, allocated(), bf16=CUDA)
         for kind in ("ours", "trl")
     }
     with report.row(f"{name}, {count} pairs of up to {length}, {batch} at a time") as row:
