@@ -1,6 +1,8 @@
 """What `trl ama-plan` foresees of the steps that were measured, against what they took."""
 
 import json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -13,23 +15,20 @@ from trl_ama.plan.memory import training_memory
 
 
 def memory(report: Report) -> None:
-    """Of each model's cases in turn, those that took most first: a plan takes up to half a minute of the processor."""
-    measured = []
+    """Of each model the case that took most. A plan takes up to half a minute of one core, so they are made side by side."""
+    measured: list[tuple[str, dict]] = []
     for name in PARTS:
         if name.startswith("steps-"):
             measured += _measured(report.path.with_name(f"{name}.json"))
     if not measured:
         raise NotHere("no steps were measured before")
-    # Round by round over the models: the largest case of each, then the second
-    by_model: dict[str, list[tuple[str, dict]]] = {}
-    for case, plan in sorted(measured, key=lambda one: -one[1]["measured"]):
-        by_model.setdefault(plan["model"], []).append((case, plan))
-    rounds = max(map(len, by_model.values()))
-    for turn in range(1 if report.rehearse else rounds):
-        for cases in by_model.values():
-            if turn < len(cases) and (turn == 0 or report.left > 15):
-                with report.row(cases[turn][0]) as row:
-                    row |= _compared(cases[turn][1])
+    by_model = {plan["model"]: (case, plan) for case, plan in sorted(measured, key=lambda one: one[1]["measured"])}
+    workers = 1 if report.rehearse else len(by_model)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        plans = [(case, pool.submit(compared, plan)) for case, plan in by_model.values()]
+        for case, plan in plans:
+            with report.row(case) as row:
+                row |= plan.result(timeout=max(1.0, report.left))
 
 
 def _measured(path: Path) -> list[tuple[str, dict]]:
@@ -39,7 +38,8 @@ def _measured(path: Path) -> list[tuple[str, dict]]:
     return [(case, plan) for case, plan in notes.items() if isinstance(plan, dict) and "measured" in plan]
 
 
-def _compared(plan: dict) -> dict:
+def compared(plan: dict) -> dict:
+    """The plan of a case, and how far it is from what was measured."""
     settings = MemorySettings(
         dtype=torch.bfloat16,
         autocast=torch.bfloat16,

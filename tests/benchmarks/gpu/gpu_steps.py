@@ -5,7 +5,6 @@ import os
 import statistics
 import time
 
-import torch
 from gpu_card import CUDA
 from gpu_cases import GIB, HALF, CardBench, allocated, free, made_model, made_nf4, made_pairs
 from gpu_report import NotHere, Report
