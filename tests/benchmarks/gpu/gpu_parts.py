@@ -26,16 +26,16 @@ class Part:
 
 _STEPS = "steps and peak memory against `DPOTrainer`"
 PARTS = {
-    "env": Part("versions, card and its ceilings", 25, "gpu_card.environment", "nothing of ours"),
+    "env": Part("versions, card and its ceilings", 20, "gpu_card.environment", "nothing of ours"),
     "attention": Part(
         "attention of one layer, kernel by kernel",
-        45,
+        40,
         "gpu_kernels.attention",
         "attention of a packed row by torch's kernels for CUDA: grouped heads, masks, a new shape in every block",
     ),
     "exact": Part(
         "log-probs and gradients of the fast path against float32",
-        40,
+        35,
         "gpu_exact.exact",
         "the fast path with TRL's Triton head; its trial and proof in 16 bits on a card",
     ),
@@ -73,7 +73,7 @@ PARTS = {
         "host waits and kernel launches of a step", 25, "gpu_runs.waits", "nothing more; it counts what the above cost"
     ),
     "tests": Part(
-        "`tests/gpu`", 40, "gpu_runs.card_tests", "architectures other than Llama, full fine-tuning and fp16 on a card"
+        "`tests/gpu`", 55, "gpu_runs.card_tests", "architectures other than Llama, full fine-tuning and fp16 on a card"
     ),
 }
 LIMIT = 480  # seconds for all of them

@@ -45,7 +45,7 @@ class Report:
             row["not here"] = str(reason)
         except Exception as error:
             row["failed"] = in_a_line(error)
-            self.found["notes"][f"where {case} failed"] = traceback.format_exc().splitlines()[-8:]
+            self.found["notes"][f"where {case} failed"] = without_home(traceback.format_exc()).splitlines()[-8:]
         self.found["rows"].append(row)
         print(json.dumps(row, default=str), flush=True)
         self.save()
@@ -66,5 +66,10 @@ class Report:
 
 
 def in_a_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:300]
+    """What happened, as others may read it."""
+    return without_home(f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])
+
+
+def without_home(text: str) -> str:
+    """A text that is sent to others, without the name of who sends it in its paths."""
+    return text.replace(str(Path.home()), "~")

@@ -157,6 +157,8 @@ class Watch(TrainerCallback):
             opened.__exit__(None, None, None)
             found = [one for one in self._seen if "synchronizing CUDA operation" in str(one.message)]
             self.waits = Counter(f"{'/'.join(Path(one.filename).parts[-3:])}:{one.lineno}" for one in found)
+        if state.global_step == state.max_steps:
+            synchronize()  # else the last steps would not count
         self.ends.append(time.perf_counter())
 
 
@@ -177,8 +179,6 @@ def waits(report: Report) -> None:
                 trainer.precompute_ref_logps = True
             trainer.add_callback(watch)
             trainer.train()
-            synchronize()
-            watch.ends.append(time.perf_counter())
             if turn == 0:
                 with report.row(f"{case}: {kind}") as row:
                     if CUDA:

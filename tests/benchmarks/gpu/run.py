@@ -22,6 +22,7 @@ from typing import Any
 
 from gpu_marks import judge
 from gpu_parts import LIMIT, PARTS
+from gpu_report import without_home
 from gpu_tables import insert, section, tables, title
 
 
@@ -68,11 +69,12 @@ def run_part(arguments: list[str], file: Path, seconds: float, variables: dict[s
                 process.wait()
     found = json.loads(file.read_text()) if file.exists() else {"status": "running", "rows": [], "notes": {}}
     if found["status"] == "running":
-        last = (file.with_suffix(".log").read_text(errors="replace").strip().splitlines() or ["nothing was printed"])[
-            -1
-        ]
+        printed = file.with_suffix(".log").read_text(errors="replace").strip().splitlines()
+        last = printed[-1] if printed else "nothing was printed"
         died = f"ended by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-        why = f"not done after {seconds:.0f} s" if code is None else f"{died}; its last line: {last[:200]}"
+        why = without_home(
+            f"not done after {seconds:.0f} s" if code is None else f"{died}; its last line: {last[:200]}"
+        )
         found |= {"status": "failed", "why": why}
     return {**found, "seconds": round(time.monotonic() - start, 1)}
 
@@ -82,9 +84,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     options.output.mkdir(parents=True, exist_ok=True)
     start, variables = time.monotonic(), environment(options.rehearse)
     result: dict[str, Any] = {"rehearsal": options.rehearse, "parts": {}, "marks": []}
-    for name in dict.fromkeys(["env", *options.parts]):
+    names = list(dict.fromkeys(["env", *options.parts]))
+    for number, name in enumerate(names):
         left = start + options.limit - time.monotonic()
-        seconds = min(PARTS[name].seconds * options.patience, left)
+        # Its own time, and what those before have not used
+        own, later = (
+            sum(PARTS[one].seconds * options.patience for one in some) for some in ([name], names[number + 1 :])
+        )
+        seconds = min(left, max(own, left - later))
         if seconds < LEAST:
             result["parts"][name] = {"status": "not begun", "why": "no time was left", "rows": [], "notes": {}}
         else:
