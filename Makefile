@@ -11,6 +11,8 @@ QUICKSTART_DIR ?= outputs/quickstart$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 QUICKSTART_CONFIG ?= recipes/quickstart/ama/config_lora.yaml
 QUICKSTART_ARGS ?=
 BENCH_DIR ?= outputs/bench
+GPU_DIR ?= outputs/gpu
+GPU_ARGS ?=
 CHAOS_DIR ?= outputs/chaos
 CHAOS_ARGS ?=
 DOCS_DIR ?= outputs/site
@@ -24,7 +26,7 @@ CHECKED := trl_ama trl_ama_register.py tests recipes docs
 # The quickstart and the tests build their own models and data: they must not reach for the network.
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help venv quickstart test slow quick check style docs bench chaos clean
+.PHONY: help venv quickstart test slow quick check style docs bench gpu chaos clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -82,6 +84,10 @@ bench: venv  ## measure speed, memory and start-up against TRL; tables and JSON 
 		echo "== $$script"; \
 		HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/python tests/benchmarks/$$script.py --output $(BENCH_DIR) || exit 1; \
 	done
+
+# torch for CUDA is yours to choose, and the script runs in any environment: python tests/benchmarks/gpu/run.py
+gpu: venv  ## everything to know of a card in 8 minutes; table, JSON and Markdown in $(GPU_DIR)
+	$(BIN)/python tests/benchmarks/gpu/run.py --output $(GPU_DIR) $(GPU_ARGS)
 
 chaos: venv  ## kill runs 25 times in every stage, resume them and compare; table and JSON in $(CHAOS_DIR)
 	$(OFFLINE) $(BIN)/python tests/support/chaos.py --output $(CHAOS_DIR) $(CHAOS_ARGS)

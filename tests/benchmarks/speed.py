@@ -96,7 +96,8 @@ class Bench:
             self.model.eval()
             for first in range(0, len(dataset), batch_size):
                 rows = [dataset[row] for row in range(first, min(first + batch_size, len(dataset)))]
-                self.trainer.compute_ref_log_probs(self.model, self.trainer.data_collator(rows))
+                batch = self.trainer._prepare_inputs(self.trainer.data_collator(rows))
+                self.trainer.compute_ref_log_probs(self.model, batch)
         return clock() - start
 
 

@@ -84,7 +84,18 @@ def test_keys_and_flags_in_the_text_exist():
                     seen += 1
             for flag in [] if code.startswith(("hf ", "tests/")) else re.findall(r"(?<!\S)--(\w+)", code):
                 # of scripts
-                ours = {"help", "config", "accelerate_config", "published", "cases", "kills", "variants", "write"}
+                ours = {
+                    "help",
+                    "config",
+                    "accelerate_config",
+                    "published",
+                    "cases",
+                    "kills",
+                    "variants",
+                    "write",
+                    "patience",
+                    "limit",
+                }
                 assert flag in known | ours, f"{page}: `{code}`"
                 seen += 1
     assert seen > 50
