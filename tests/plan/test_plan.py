@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from kept_traces import kept_traces_fixture  # noqa: F401 - fixture
 from peft import LoraConfig, get_peft_model
 from places import DOCS
 from tiny_models import make_config, make_model
@@ -19,6 +20,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, MambaConfig, MistralCo
 
 from trl_ama import cli
 from trl_ama.plan import bytes as optimizer_memory
+from trl_ama.plan import memory as plan_memory
 from trl_ama.plan.empty_model import MemorySettings, base_model, empty_model
 from trl_ama.plan.lengths import Lengths, common_beginning, largest_batch, scoring_batch
 from trl_ama.plan.memory import GIB, scoring_memory, training_memory
@@ -34,14 +36,12 @@ SEVEN_BILLION = dict(
 )
 
 
-pytestmark = pytest.mark.usefixtures("restored_environment")
+pytestmark = pytest.mark.usefixtures("restored_environment", "kept_traces")
 
 
 def kept(settings: MemorySettings, pairs: list, packed: bool = True, common: int = 0) -> int:
     """What the backward pass finds; at the peak, a tiny model is small beside a tile of TRL's head."""
-    from trl_ama.plan.trace import trace_pass
-
-    return trace_pass(empty_model(TINY, settings), settings, pairs, packed, trains=True, common=common).kept
+    return plan_memory.trace_pass(empty_model(TINY, settings), settings, pairs, packed, True, common).kept
 
 
 # ---- Terms ----
@@ -393,8 +393,9 @@ def test_bad_input_is_one_sentence(recipe, capsys, flags, expected):
 
 
 @pytest.mark.slow
-def test_no_weights_file_is_opened(recipe, tmp_path, monkeypatch):
+def test_no_weights_file_is_opened(recipe, tmp_path, kept_traces):
     """Neither by Python, whose audit hook sees every file, nor by Rust, which would find no weights in these."""
+    kept_traces.clear()  # of the first plan, all of it is seen
     for name in ("model.safetensors", "pytorch_model.bin"):
         (tmp_path / "model" / name).write_bytes(b"no weights at all")
     opened = []
