@@ -266,12 +266,18 @@ def test_a_sweep_begins_with_the_planned_batch(mode, size):
 # ---- The command ----
 
 
+def change_config(tmp_path: Path, **changes) -> None:
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+
+
 @pytest.fixture
 def recipe(model_dir, tmp_path):
-    """Flags of a tiny recipe whose model has no weights."""
+    """Flags of a tiny recipe whose model has no weights, and one layer."""
     model = tmp_path / "model"
     shutil.copytree(model_dir, model)
     (model / "model.safetensors").unlink()
+    change_config(tmp_path, num_hidden_layers=1)
     for task in ("list", "sort"):
         for split, count in (("train", 20), ("test", 4)):
             rows = "\n".join(map(json.dumps, make_rows(task, count, seed=1)))
@@ -409,22 +415,18 @@ def test_no_weights_file_is_opened(recipe, tmp_path, kept_traces):
 
 
 @pytest.mark.slow
-def test_nothing_of_the_weights_is_asked_of_the_hub(recipe, model_dir, hub):
+def test_nothing_of_the_weights_is_asked_of_the_hub(recipe, model_dir, tmp_path, hub):
     from huggingface_hub import HfApi
 
-    api = HfApi()
+    api, weights = HfApi(), "model.safetensors"
     api.create_repo("alice/base")
-    api.upload_folder(repo_id="alice/base", folder_path=model_dir)
+    api.upload_folder(repo_id="alice/base", folder_path=tmp_path / "model")
+    api.upload_file(repo_id="alice/base", path_or_fileobj=f"{model_dir}/{weights}", path_in_repo=weights)
     seen = len(hub.requests)
     plan_of([*recipe, "--model_name_or_path", "alice/base"])
     paths = [request.path for request in hub.requests[seen:]]
     assert any(path.endswith("config.json") for path in paths)
     assert not [path for path in paths if "safetensors" in path or path.endswith(".bin")]
-
-
-def change_config(tmp_path: Path, **changes) -> None:
-    config = tmp_path / "model" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
 
 
 @pytest.mark.slow
