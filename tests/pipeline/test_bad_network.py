@@ -5,12 +5,14 @@ import functools
 import pytest
 from hub_server import FAULT_KINDS
 from hub_world import SIZES
+from huggingface_hub import HfApi
 from pushed_runs import REPOSITORIES, Run, finished_fixture, nothing_computed_fixture, waits_fixture  # noqa: F401 - fixtures
 
 from trl_ama import AMAError, run_pipeline
+from trl_ama.common.hub import HUB_ERRORS, time_limit
 from trl_ama.pipeline.run import STAGES
 from trl_ama.recipe.settings import RunSettings
-from trl_ama.reference_losses.files import read_task
+from trl_ama.reference_losses.files import read_task, stack
 
 
 pytestmark = pytest.mark.slow
@@ -22,9 +24,20 @@ PUSHES = [("specialists",), ("losses",), ("train", "eval")]
 @pytest.fixture
 def one_reading(finished, monkeypatch):
     """What takes longer than the pushes and asks no Hub is done once for many commands, or left out: data and losses are read, the
-    recipe is checked and rehearsed, the plot is drawn."""
-    settings = RunSettings(*finished.parse(push_to_hub=True))
+    recipe is parsed, checked and rehearsed, the losses of the tasks are put together, the plot is drawn."""
+    arguments = finished.parse(push_to_hub=True)
+    settings = RunSettings(*arguments)
+    monkeypatch.setattr(finished, "parse", lambda push_to_hub: arguments)
     monkeypatch.setattr("trl_ama.pipeline.run.RunSettings", lambda *args: settings)
+    tables = {}
+
+    def stack_once(parts):
+        key = tuple(map(id, parts))
+        if key not in tables:
+            tables[key] = (parts, stack(parts))
+        return tables[key][1]
+
+    monkeypatch.setattr("trl_ama.reference_losses.dataset.stack", stack_once)
     monkeypatch.setattr("trl_ama.pipeline.run_losses.read_task", functools.cache(read_task))
     for name in ("check_recipe", "rehearse_stages", "plot_mixture"):
         monkeypatch.setattr(f"trl_ama.pipeline.run.{name}", lambda *args: None)
@@ -98,6 +111,16 @@ def test_one_fault_is_retried(hub, finished, waits, nothing_computed, one_readin
             assert state(hub) == expected, (index, kind)
             assert not hub.faults_pending and not hub.problems()
     assert finished.files() == files and waits
+
+
+@pytest.mark.parametrize("call", [HfApi.repo_exists, HfApi.model_info, HfApi.whoami])
+def test_no_request_waits_for_ever(hub, monkeypatch, call):
+    """Also not one that says it has no limit."""
+    monkeypatch.setattr("trl_ama.common.hub.TIMEOUT", 0.1)
+    hub.fail("timeout", index=0, seconds=2.0)
+    with time_limit(), pytest.raises(HUB_ERRORS, match="timed out"):
+        call(HfApi(), *([] if call is HfApi.whoami else ["alice/any"]))
+    assert not hub.faults_pending
 
 
 def test_the_server_says_how_long_to_wait(hub, finished, waits, nothing_computed, one_reading, monkeypatch):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from kept_traces import kept_traces_fixture  # noqa: F401 - fixture
 from peft import LoraConfig, get_peft_model
 from places import DOCS
 from tiny_models import make_config, make_model
@@ -19,6 +20,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, MambaConfig, MistralCo
 
 from trl_ama import cli
 from trl_ama.plan import bytes as optimizer_memory
+from trl_ama.plan import memory as plan_memory
 from trl_ama.plan.empty_model import MemorySettings, base_model, empty_model
 from trl_ama.plan.lengths import Lengths, common_beginning, largest_batch, scoring_batch
 from trl_ama.plan.memory import GIB, scoring_memory, training_memory
@@ -34,14 +36,12 @@ SEVEN_BILLION = dict(
 )
 
 
-pytestmark = pytest.mark.usefixtures("restored_environment")
+pytestmark = pytest.mark.usefixtures("restored_environment", "kept_traces")
 
 
 def kept(settings: MemorySettings, pairs: list, packed: bool = True, common: int = 0) -> int:
     """What the backward pass finds; at the peak, a tiny model is small beside a tile of TRL's head."""
-    from trl_ama.plan.trace import trace_pass
-
-    return trace_pass(empty_model(TINY, settings), settings, pairs, packed, trains=True, common=common).kept
+    return plan_memory.trace_pass(empty_model(TINY, settings), settings, pairs, packed, True, common).kept
 
 
 # ---- Terms ----
@@ -270,12 +270,18 @@ def test_a_sweep_begins_with_the_planned_batch(mode, size):
 # ---- The command ----
 
 
+def change_config(tmp_path: Path, **changes) -> None:
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+
+
 @pytest.fixture
 def recipe(model_dir, tmp_path):
-    """Flags of a tiny recipe whose model has no weights."""
+    """Flags of a tiny recipe whose model has no weights, and one layer."""
     model = tmp_path / "model"
     shutil.copytree(model_dir, model)
     (model / "model.safetensors").unlink()
+    change_config(tmp_path, num_hidden_layers=1)
     for task in ("list", "sort"):
         for split, count in (("train", 20), ("test", 4)):
             rows = "\n".join(map(json.dumps, make_rows(task, count, seed=1)))
@@ -397,8 +403,9 @@ def test_bad_input_is_one_sentence(recipe, capsys, flags, expected):
 
 
 @pytest.mark.slow
-def test_no_weights_file_is_opened(recipe, tmp_path, monkeypatch):
+def test_no_weights_file_is_opened(recipe, tmp_path, kept_traces):
     """Neither by Python, whose audit hook sees every file, nor by Rust, which would find no weights in these."""
+    kept_traces.clear()  # of the first plan, all of it is seen
     for name in ("model.safetensors", "pytorch_model.bin"):
         (tmp_path / "model" / name).write_bytes(b"no weights at all")
     opened = []
@@ -412,22 +419,18 @@ def test_no_weights_file_is_opened(recipe, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_nothing_of_the_weights_is_asked_of_the_hub(recipe, model_dir, hub):
+def test_nothing_of_the_weights_is_asked_of_the_hub(recipe, model_dir, tmp_path, hub):
     from huggingface_hub import HfApi
 
-    api = HfApi()
+    api, weights = HfApi(), "model.safetensors"
     api.create_repo("alice/base")
-    api.upload_folder(repo_id="alice/base", folder_path=model_dir)
+    api.upload_folder(repo_id="alice/base", folder_path=tmp_path / "model")
+    api.upload_file(repo_id="alice/base", path_or_fileobj=f"{model_dir}/{weights}", path_in_repo=weights)
     seen = len(hub.requests)
     plan_of([*recipe, "--model_name_or_path", "alice/base"])
     paths = [request.path for request in hub.requests[seen:]]
     assert any(path.endswith("config.json") for path in paths)
     assert not [path for path in paths if "safetensors" in path or path.endswith(".bin")]
-
-
-def change_config(tmp_path: Path, **changes) -> None:
-    config = tmp_path / "model" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
 
 
 @pytest.mark.slow

@@ -1,10 +1,10 @@
 """A sweep that is stopped goes on where it was, with the same numbers; shards that are not this run's own are not used."""
 
+import functools
 import logging
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,11 +12,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from accelerate import PartialState
+from forked import run_forked
 from hub_world import HELD_OUT, SIZES, parse, write_pairs, write_recipe
 from peft import LoraConfig
-from places import ROOT
 from saved_adapters import save_adapter
-from surroundings import client_env
 
 from trl_ama import AMAError, run_pipeline
 from trl_ama.common.files import read_json, write_json
@@ -29,6 +28,8 @@ from trl_ama.reference_losses import shards as loss_shards
 from trl_ama.reference_losses.columns import LOGP_COLUMNS
 from trl_ama.reference_losses.files import tasks_in
 from trl_ama.reference_losses.shards import LossShards
+from trl_ama.scripts.ama_losses import main, make_parser
+from trl_ama.scripts.common import run_script
 
 
 pytestmark = pytest.mark.slow
@@ -185,30 +186,28 @@ def test_other_settings_are_refused(folder):
 
 # ---- A run that is stopped ----
 
-# Runs the script that `trl ama-losses` launches, and is killed: in its n-th forward pass, or while it writes its n-th shard
-KILLED = """
-import os, signal, sys
-from trl_ama.dpo import sweep
-from trl_ama.reference_losses import shards as loss_shards
-place, number = sys.argv.pop(1).split(":")
-calls = 0
-def killing(function, counts=lambda *args: True):
-    def killed(*args, **kwargs):
-        global calls
-        calls += counts(*args)
-        if calls == int(number):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return killed
-if place == "forward":
-    sweep.packed_forward = killing(sweep.packed_forward)
-else:
-    loss_shards.os.replace = killing(os.replace, lambda source, target: str(target).endswith(".parquet"))
-loss_shards.SHARD_SECONDS = 0.0
-from trl_ama.scripts.ama_losses import main, make_parser
-from trl_ama.scripts.common import run_script
-run_script("ama-losses", make_parser, main)
-"""
+
+def killed_losses(place: str, number: int, *flags) -> None:
+    """What the script that `trl ama-losses` launches does, killed: in its n-th forward pass, or while it writes its n-th shard."""
+    calls = 0
+
+    def killing(function, counts=lambda *args: True):
+        def killed(*args, **kwargs):
+            nonlocal calls
+            calls += counts(*args)
+            if calls == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return killed
+
+    if place == "forward":
+        sweep.packed_forward = killing(sweep.packed_forward)
+    else:
+        loss_shards.os.replace = killing(os.replace, lambda source, target: str(target).endswith(".parquet"))
+    loss_shards.SHARD_SECONDS = 0.0
+    sys.argv = ["ama_losses.py", *map(str, flags)]
+    run_script("ama-losses", make_parser, main)
 
 
 @pytest.fixture(scope="module")
@@ -297,16 +296,11 @@ def test_a_finished_run_leaves_no_shards(world):
 def test_killed_twice_and_run_to_the_end(world, tmp_path, monkeypatch):
     """Real processes, really killed: in the middle of the second task, and again while a shard is written."""
     recipe, finished, forwards = world
-    run = tmp_path / "run"
-    (tmp_path / "killed.py").write_text(KILLED)
-    environ = {**client_env(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+    run, printed = tmp_path / "run", tmp_path / "printed.txt"
     have = 0
-    for moment in (f"forward:{forwards // 4}", "replace:3"):
-        command = [sys.executable, "killed.py", moment, "--config", recipe, "--output_dir", run]
-        done = subprocess.run(
-            list(map(str, command)), cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+    for moment in (("forward", forwards // 4), ("replace", 3)):
+        run_it = functools.partial(killed_losses, *moment, "--config", recipe, "--output_dir", run)
+        assert run_forked(run_it, printed) == -signal.SIGKILL, printed.read_text()
         assert not (run / "reference_losses" / "list").exists()
         shards = shards_of(run / "reference_losses")
         assert len(shards) > have  # the first had none to begin with, the second went on
@@ -356,15 +350,23 @@ def test_an_error_at_any_moment_costs_nothing_that_was_finished(world, tmp_path,
     assert tables(tmp_path / "reference_losses") == tables(finished)
 
 
-@pytest.fixture
-def stopped(world, tmp_path, monkeypatch):
-    """A run that stopped in its first task, a shard for every batch."""
+@pytest.fixture(scope="module")
+def stopped_once(world, tmp_path_factory):
     recipe, _, forwards = world
-    monkeypatch.setattr(loss_shards, "SHARD_SECONDS", 0.0)
-    with monkeypatch.context() as patch:
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_shards, "SHARD_SECONDS", 0.0)
         count_forwards(patch, forwards // 3)
         with pytest.raises(MemoryError):
-            run_pipeline(*parse(recipe, "--output_dir", tmp_path / "run"), stages=("losses",))
+            run_pipeline(*parse(recipe, "--output_dir", run), stages=("losses",))
+    return run
+
+
+@pytest.fixture
+def stopped(stopped_once, tmp_path, monkeypatch):
+    """A run that stopped in its first task, a shard for every batch."""
+    monkeypatch.setattr(loss_shards, "SHARD_SECONDS", 0.0)
+    shutil.copytree(stopped_once, tmp_path / "run")
     return tmp_path / "run" / "reference_losses"
 
 

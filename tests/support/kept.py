@@ -19,6 +19,7 @@ import accelerate.utils.imports
 import dill.detect
 import jinja2
 import pyarrow
+from datasets import Json
 from datasets.features import ClassLabel, Features, LargeList, List, Value
 from datasets.fingerprint import Hasher
 from matplotlib.figure import Figure
@@ -146,7 +147,7 @@ def _copy_types() -> None:
         new.__dict__.update(attributes(self, memo))
         return new
 
-    for kind in (Value, List, LargeList, ClassLabel):
+    for kind in (Value, List, LargeList, ClassLabel, Json):
         kind.__deepcopy__ = copied
     Features.__deepcopy__ = copied_features
 

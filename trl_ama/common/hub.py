@@ -99,15 +99,29 @@ def say(error: BaseException, token: str | None = None) -> str:
     return redact(f"{type(error).__name__}: {text}", token)
 
 
+def _limit_request(request: Any) -> None:
+    """Some requests, such as those for what is in a repository, say that they have no limit, whatever the client's is."""
+    limits = request.extensions.get("timeout", {})
+    if all(limit is None for limit in limits.values()):
+        request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), TIMEOUT)
+
+
+def _with_hooks(client: Any, hooks: list[Any]) -> None:
+    client.event_hooks = {**client.event_hooks, "request": hooks}
+
+
 @contextlib.contextmanager
 def time_limit() -> Iterator[None]:
     """Give every request of the Hub's client one of `TIMEOUT` seconds without a byte, unless it has a limit of its own."""
     before, make = get_session().timeout, _http._GLOBAL_CLIENT_FACTORY
+    hooks = get_session().event_hooks["request"]
 
     def limit(client: Any) -> Any:
         unlimited = type(client.timeout)(None)
         if client.timeout == unlimited:
             client.timeout = TIMEOUT
+        if _limit_request not in client.event_hooks["request"]:
+            _with_hooks(client, [*client.event_hooks["request"], _limit_request])
         return client
 
     # The client is made anew after a failure to connect and in a forked process, and background pushes use it too
@@ -118,6 +132,7 @@ def time_limit() -> Iterator[None]:
     finally:
         _http._GLOBAL_CLIENT_FACTORY = make
         get_session().timeout = before
+        _with_hooks(get_session(), hooks)
 
 
 def _response(error: BaseException) -> Any:

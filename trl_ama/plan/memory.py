@@ -31,6 +31,9 @@ from .trace import CannotTrace, trace_pass
 
 
 GIB = 2**30
+Trials = dict[
+    tuple[MemorySettings, int], int
+]  # settings and tokens of a sequence -> bytes of the trial of the fast path
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ def training_memory(
     reference: bool = False,
     max_length: int | None = None,
     common: int = 0,
+    trials: Trials | None = None,
 ) -> StageMemory:
     """Memory of a stage that trains.
 
@@ -98,8 +102,9 @@ def training_memory(
         max_length (`int`, *optional*): Of the training arguments: what the trial of the fast path goes up to. Without, it goes
             up to twice the longest of `pairs`.
         common (`int`): Tokens that all prompts begin with, which are in a packed row once.
+        trials (`dict`, *optional*): Trials of this configuration that were traced already, to which new ones are added.
     """
-    return _memory(config, settings, pairs, packed, reference, max_length, common, trains=True)
+    return _memory(config, settings, pairs, packed, reference, max_length, common, trials, trains=True)
 
 
 def scoring_memory(
@@ -110,13 +115,14 @@ def scoring_memory(
     second: bool = False,
     max_length: int | None = None,
     common: int = 0,
+    trials: Trials | None = None,
 ) -> StageMemory:
     """Memory of a stage that only scores; with `second`, another whole model is there beside the base. See [`training_memory`].
 
     Policies that are scored in one sweep run one after the other, so the activations are those of one.
     """
     settings = replace(settings, gradient_checkpointing=False)
-    return _memory(config, settings, pairs, packed, second, max_length, common, trains=False)
+    return _memory(config, settings, pairs, packed, second, max_length, common, trials, trains=False)
 
 
 def why_not_packed(config: PretrainedConfig, settings: MemorySettings) -> str | None:
@@ -128,7 +134,18 @@ def why_not_packed(config: PretrainedConfig, settings: MemorySettings) -> str | 
     return None
 
 
-def _memory(config, settings, pairs, packed, second, max_length, common, trains) -> StageMemory:
+def _trial_peak(config: PretrainedConfig, settings: MemorySettings, length: int, trials: Trials) -> int:
+    """Of the trial of the fast path on a pair of so many tokens, which is the same before every stage of a run."""
+    settings = replace(settings, gradient_checkpointing=False, accumulates=False, distributed=False)
+    key = (settings, length)
+    if key not in trials:
+        half = max(1, length // 2)
+        pairs = [(length - half, half, max(1, half - 1))]
+        trials[key] = trace_pass(empty_model(config, settings), settings, pairs, packed=False, trains=False).peak
+    return trials[key]
+
+
+def _memory(config, settings, pairs, packed, second, max_length, common, trials, trains) -> StageMemory:
     model = empty_model(config, settings)
     weights, gradients = weight_bytes(model), gradient_bytes(model) if trains else 0
     # The buckets in which DistributedDataParallel sends gradients are copies of them, made before the first step
@@ -155,10 +172,7 @@ def _memory(config, settings, pairs, packed, second, max_length, common, trains)
     ):  # before the first step, the fast path is tried on a pair as long as there can be
         longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in pairs)
         length = min(max_length or 2 * longest, sequence_limit(config)[0])
-        half = max(1, length // 2)
-        plain = replace(settings, gradient_checkpointing=False, accumulates=False)
-        trial = [(length - half, half, max(1, half - 1))]
-        peak = max(peak, trace_pass(empty_model(config, settings), plain, trial, packed=False, trains=False).peak)
+        peak = max(peak, _trial_peak(config, settings, length, {} if trials is None else trials))
     return StageMemory(
         parameters=parameters,
         trainable=trainable if trains else 0,

@@ -16,7 +16,7 @@ from ..recipe.recipe import Recipe
 from .cost import Products
 from .empty_model import MemorySettings, empty_model
 from .lengths import Pair
-from .memory import StageMemory, scoring_memory, training_memory, why_not_packed
+from .memory import StageMemory, Trials, scoring_memory, training_memory, why_not_packed
 
 
 class PlannedModel:
@@ -36,6 +36,7 @@ class PlannedModel:
         self.args = recipe.training_args
         self.peft_config = get_peft_config(recipe.model_args)
         self._memories: dict[Any, StageMemory] = {}
+        self._trials: Trials = {}
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -146,5 +147,7 @@ class PlannedModel:
         key = (trains, settings, tuple(pairs), common, second, packed, args.max_length)
         if key not in self._memories:
             function = training_memory if trains else scoring_memory
-            self._memories[key] = function(self.config, settings, pairs, packed, second, args.max_length, common)
+            self._memories[key] = function(
+                self.config, settings, pairs, packed, second, args.max_length, common, self._trials
+            )
         return self._memories[key]

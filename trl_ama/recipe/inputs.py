@@ -43,6 +43,7 @@ class RunInputs:
         self.recipe = recipe
         # Reference losses that were made here, each with the state of its files, so that no stage reads them anew
         self.losses_read: dict[str, tuple[list, TaskLosses]] = {}
+        self._pairs_of: dict[tuple[str, str], Dataset | None] = {}  # task and split, which every stage asks for again
 
     # ---- The base model ----
 
@@ -182,8 +183,11 @@ class RunInputs:
         """One task's pairs of a split; `None` if it has none."""
         if split not in self.data:
             return None
-        rows = np.flatnonzero(numpy_column(self.data[split], TASK_COLUMN) == self.recipe.task_names.index(task))
-        return self.data[split].select(rows) if len(rows) else None
+        key = (task, split)
+        if key not in self._pairs_of:
+            rows = np.flatnonzero(numpy_column(self.data[split], TASK_COLUMN) == self.recipe.task_names.index(task))
+            self._pairs_of[key] = self.data[split].select(rows) if len(rows) else None
+        return self._pairs_of[key]
 
     def data_source(self, task: str) -> str:
         """Where a task's pairs come from: `org/name@commit`, or the names of local files, without the paths to them."""
