@@ -21,20 +21,19 @@ from trl import DPOTrainer
 
 from ..common.errors import AMAError
 from ..common.processes import is_sharded, of_all
-from .collating import ReadyPairs
+from .collating import ReadyPairs, in_one_row
 from .forward import causal_lm, unwrapped
 from .leak import first_known
-from .packing import CannotShare, PackedPairs, pack_pairs
+from .packing import CannotShare, PackedPairs
 from .proof import DRAWS, NoVerdict, RandomState, kept_random_state, prove
 from .rules import broken_rule, computes_in_32_bits, level, modules_that_may_draw
-from .stand_in import SharedForward
+from .stand_in import CALL, SharedForward
 from .trial import Tried, try_model
 from .worth import has_varlen, is_worth_it, slower, why_slow
 
 
 logger = get_logger(__name__)
 
-_CALL = {"input_ids", "attention_mask", "labels", "use_cache", "fused_lm_head"}  # what DPOTrainer gives a text model
 _LATER = "the first batch says nothing"  # its numbers are not finite, or another process has none that can be packed
 
 
@@ -75,7 +74,7 @@ class PrefixSharing:
         if self.mode is False or not kwargs.get("fused_lm_head") or kwargs.get("labels") is None:
             return None
         rule = self._broken_rule(model, kwargs)
-        pairs, reason = (None, rule) if rule else _in_one_row(kwargs, ready)
+        pairs, reason = (None, rule) if rule else in_one_row(kwargs, ready)
         slow = self._why_slow(model, kwargs, pairs)
         # Other processes, with other batches, may be at the proof, unless all do the same
         if slow is None or (_several_processes() and not is_sharded(self._trainer.accelerator)):
@@ -112,20 +111,16 @@ class PrefixSharing:
     def _why_slow(self, model: torch.nn.Module, kwargs: dict[str, Any], pairs: PackedPairs | None) -> str | None:
         """Why the plain path is taken although it may not have to be; of a model that is shared out, the same for all processes."""
         device, inner = _device_of(kwargs), causal_lm(model)
-        config, longest = inner.config, pairs and pairs.longest
-        if self.mode is True or device.type == "cpu" or has_varlen(config, device, self._dtype(inner), longest):
+        if self.mode is True or device.type == "cpu":
+            return None
+        if has_varlen(inner, device, self._trainer.accelerator.mixed_precision, pairs and pairs.longest):
             return None
         trains = model.training and torch.is_grad_enabled()
         # By their own batches, processes that share a model out would take different paths
         is_slow = is_sharded(self._trainer.accelerator) or (
-            pairs and not is_worth_it(device.type, False, config, pairs, kwargs["input_ids"].numel(), trains)
+            pairs and not is_worth_it(device.type, False, inner.config, pairs, kwargs["input_ids"].numel(), trains)
         )
         return why_slow(device.type) if is_slow else None
-
-    def _dtype(self, inner: torch.nn.Module) -> torch.dtype:
-        """In which attention is computed."""
-        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        return mixed.get(self._trainer.accelerator.mixed_precision) or inner.get_input_embeddings().weight.dtype
 
     def _leave(self, model: torch.nn.Module, slow: str, counts: bool = True) -> None:
         self.taken["plain"] += counts
@@ -182,9 +177,7 @@ class PrefixSharing:
     ) -> str | None:
         """What all processes agree on after each has run a batch both ways; `None` if the fast path is right everywhere."""
         if is_sharded(self._trainer.accelerator):
-            return (
-                None  # every process would have to run the layers as often as the others, whatever each of them finds
-            )
+            return None  # every process would have to run the layers as often as the others, whatever it finds
         try:
             prove(model, kwargs, pairs, self._is_exact(causal_lm(model)), at_once)
             found = None
@@ -212,7 +205,7 @@ class PrefixSharing:
         for name, policy in ({} if self.mode is False else policies).items():
             with torch.no_grad(), policy() as model, self._trainer.accelerator.autocast():
                 rule = self._broken_rule(model, kwargs)
-                pairs, reason = (None, rule) if rule else _in_one_row(kwargs)
+                pairs, reason = (None, rule) if rule else in_one_row(kwargs)
                 slow = self._why_slow(model, kwargs, pairs)
                 if slow is not None:  # on every process, which all begin with this batch
                     plain.add(name)
@@ -306,7 +299,7 @@ class PrefixSharing:
         args, accelerator = self._trainer.args, self._trainer.accelerator
         reason = broken_rule(model, args, accelerator.parallelism_config, model.training)
         other = sorted(
-            name for name, given in kwargs.items() if name not in _CALL and given is not None and given is not False
+            name for name, given in kwargs.items() if name not in CALL and given is not None and given is not False
         )
         if reason is None and other:
             reason = f"the batch also has {other}, which prefix sharing does not know"
@@ -339,15 +332,6 @@ class PrefixSharing:
 
 def _device_of(kwargs: dict[str, Any]) -> torch.device:
     return kwargs["input_ids"].device
-
-
-def _in_one_row(kwargs: dict[str, Any], ready: ReadyPairs | None = None) -> tuple[PackedPairs | None, str | None]:
-    """A batch as packed pairs, those that it has brought with it if they are its own, or the reason why it is none."""
-    pairs = None if ready is None else ready.pairs_of(kwargs)
-    try:
-        return pairs or pack_pairs(kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"] != -100), None
-    except CannotShare as error:
-        return None, str(error)
 
 
 def _first_of_all(reason: str | None) -> str | None:

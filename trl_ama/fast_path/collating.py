@@ -74,6 +74,20 @@ def ready_pairs(batch: Mapping[str, Any]) -> ReadyPairs | None:
     return ready
 
 
+def in_one_row(call: Mapping[str, Any], ready: ReadyPairs | None = None) -> tuple[PackedPairs | None, str | None]:
+    """A batch as packed pairs, those that it has brought with it if they are its own, or the reason why it is none.
+
+    Args:
+        call (`dict`): What the model is called with: TRL's `input_ids`, `attention_mask` and `labels`. # (2B, L) each
+        ready ([`ReadyPairs`], *optional*): What the batch has brought.
+    """
+    pairs = None if ready is None else ready.pairs_of(call)
+    try:
+        return pairs or pack_pairs(call["input_ids"], call["attention_mask"], call["labels"] != -100), None
+    except CannotShare as error:
+        return None, str(error)
+
+
 class PackingCollator:
     """Wraps a collator and packs its batches, where they are TRL's.
 

@@ -1,6 +1,6 @@
 """What stands in for a model where it is only called."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -9,16 +9,13 @@ from .forward import packed_forward
 from .proof import RandomState
 
 
-if TYPE_CHECKING:
-    from .choice import PrefixSharing
+CALL = {"input_ids", "attention_mask", "labels", "use_cache", "fused_lm_head"}  # what DPOTrainer gives a text model
 
 
 class SharedForward:
-    """Forwards calls to the model, on the fast path where it is exact."""
+    """Forwards calls to the model, on the path that a [`PrefixSharing`] chooses."""
 
-    def __init__(
-        self, sharing: "PrefixSharing", model: torch.nn.Module, metrics: bool, ready: ReadyPairs | None = None
-    ):
+    def __init__(self, sharing: Any, model: torch.nn.Module, metrics: bool, ready: ReadyPairs | None = None):
         self._sharing, self._model, self._metrics, self._ready = sharing, model, metrics, ready
 
     def __call__(self, *args, **kwargs):

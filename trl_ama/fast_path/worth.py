@@ -31,6 +31,7 @@ from .varlen import BLOCKS, card_of, kernel_for
 
 _LAUNCH, _SMALL = 8e-6, 4e-6  # seconds
 _BYTES_A_SECOND, _OPERATIONS_A_SECOND = 5e12, 1e15
+_MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _BYTES = 9  # of a kernel, for each token and feature: read and written, in 16 and 32 bits
 
 
@@ -63,18 +64,19 @@ def seconds_a_layer(width: int, tokens: int, pairs: int, common: bool, trains: b
     return max(_LAUNCH * (kernels.layer + extra), tokens * token + _SMALL * extra)
 
 
-def has_varlen(config: Any, device: torch.device, dtype: torch.dtype, longest: int | None = None) -> bool:
+def has_varlen(model: torch.nn.Module, device: torch.device, mixed_precision: str, longest: int | None = None) -> bool:
     """Whether attention of a packed row is one call of a variable-length kernel a layer.
 
     Args:
-        config: The model's.
+        model (`torch.nn.Module`): Transformers' own, in no wrapper.
         device (`torch.device`): Of its layers.
-        dtype (`torch.dtype`): In which it computes attention.
+        mixed_precision (`str`): Accelerate's.
         longest (`int`, *optional*): Tokens of the longest sequence; a window may be shorter if it is not known.
     """
-    if is_flash(config._attn_implementation):
+    if is_flash(model.config._attn_implementation):
         return True
-    text = config.get_text_config()
+    dtype = _MIXED.get(mixed_precision) or model.get_input_embeddings().weight.dtype
+    text = model.config.get_text_config()
     head = getattr(text, "qk_head_dim", None) or getattr(
         text, "head_dim", None
     )  # DeepSeek's queries and keys are wider
