@@ -151,9 +151,9 @@ def test_a_batch_is_collated_and_packed_once_for_both(build, model_dir, tmp_path
         calls["collated"] += 1
         return collator(rows)
 
-    def counted_pack(*args):
+    def counted_pack(*args, **kwargs):
         calls["packed"] += 1
-        return pack(*args)
+        return pack(*args, **kwargs)
 
     trainer.data_collator = collate
     monkeypatch.setattr(trainer.prefix_sharing, "pack", counted_pack)

@@ -27,7 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_ama import AMAError
-from trl_ama.fast_path.forward import PairAttention
+from trl_ama.fast_path.attention import PairAttention
 from trl_ama.fast_path.trial import _check_masks
 
 

@@ -32,8 +32,8 @@ def _keep_scored(module, args, kwargs, outputs):
     """Forward hook of the backbone: of the hidden states, only those that predict an answer token go to the head."""
     pairs = kwargs.get(PAIRS_KEY)
     if pairs is not None:
-        states = outputs.last_hidden_state
-        outputs.last_hidden_state = states[:, pairs.score_positions.to(states.device)]  # (1, T, H) -> (1, N, H)
+        hidden = outputs.last_hidden_state  # of a split model, not where its inputs are
+        outputs.last_hidden_state = hidden[:, pairs.score_positions.to(hidden.device)]  # (1, T, H) -> (1, N, H)
     return outputs
 
 

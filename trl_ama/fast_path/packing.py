@@ -101,11 +101,9 @@ class PackedPairs:
         """Per-score values (1, N) in the shape that `DPOTrainer` expects, zero outside the answers. # (2B, L-1)"""
         if scores is None:
             return None
-        slots, scored = (
-            tensor.to(scores.device) for tensor in (self.slots, self.scored)
-        )  # where the head is, in a split model
-        values = scores.squeeze(0)[slots]  # (2B, L-1)
-        return torch.where(scored, values, torch.zeros((), dtype=values.dtype, device=values.device))
+        device = scores.device  # of a split model's head, not of the row
+        values = scores.squeeze(0)[self.slots.to(device)]  # (2B, L-1)
+        return torch.where(self.scored.to(device), values, torch.zeros((), dtype=values.dtype, device=values.device))
 
 
 def pack_pairs(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> PackedPairs:
