@@ -53,8 +53,8 @@ def why_tokens_meet(
     """
     vocabulary = config.get_text_config().vocab_size
     before, count = packed(pairs), len(pairs.lengths)
-    odd = torch.arange(count, device=before.device) % 2 == 1  # (B,): where the rejected branch is replaced
-    others = torch.cat([odd, ~odd])[:, None] & pairs.scored.to(before.device)  # (2B, L-1)
+    odd = torch.arange(count, device=pairs.scored.device) % 2 == 1  # (B,): where the rejected branch is replaced
+    others = (torch.cat([odd, ~odd])[:, None] & pairs.scored).to(before.device)  # (2B, L-1)
     moved = (packed(with_other_tokens(pairs, vocabulary)) - before).abs()[others]
     size = before.abs()[others]
     if agree("they moved" if bool((moved != 0).any()) else None) is None:
