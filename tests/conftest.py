@@ -1,10 +1,8 @@
 """What tests are given: tiny models, tokenizers, and a Hub of our own; no test needs the network."""
 
-import contextlib
 import gc
 import os
 import re
-import shutil
 
 import pytest
 from places import DOCS, SUPPORT, TESTS
@@ -23,22 +21,13 @@ from tiny_runs import QUICK  # noqa: E402
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 _FILE = [""]  # of the tests that run
-_MEMORY = "/dev/shm"
 gc.disable()  # while everything is imported and collected
 gc.set_threshold(20_000, 20, 20)  # a tenth of the time of a short run, as it is
 
 
 def pytest_configure(config):
-    _write_to_memory()
     if os.environ.get("TRL_AMA_NOTE_SLOW") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(SlowNoted())
-
-
-def _write_to_memory() -> None:
-    """A run brings every file that it finishes to the disk, milliseconds each: of tests they are in memory, where it has room."""
-    with contextlib.suppress(OSError):
-        if shutil.disk_usage(_MEMORY).free > 4 * 2**30:
-            os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", _MEMORY)
 
 
 def pytest_sessionstart(session):
