@@ -159,7 +159,9 @@ def test_what_is_wrong_for_good_is_not_tried_again(hub, finished, waits, nothing
 
 
 @pytest.mark.parametrize(("number", "kind"), enumerate(["500", "429", "reset", "truncated"]))
-def test_one_repository_keeps_failing(hub, finished, waits, nothing_computed, monkeypatch, capsys, number, kind):
+def test_one_repository_keeps_failing(
+    hub, finished, waits, nothing_computed, one_reading, monkeypatch, capsys, number, kind
+):
     """Everything else is done and pushed; the message says what is missing, where it lies and what pushes it."""
     expected, files, _ = undisturbed(hub, finished, STAGES)
     assert list(expected) == sorted(REPOSITORIES)

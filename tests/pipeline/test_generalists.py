@@ -26,11 +26,13 @@ def test_training_without_reference_losses(copy, recipe, no_training):
         run_pipeline(*recipe(copy), stages=("train",))
 
 
-def test_best_generalist_by_its_worst_task(recipe, tmp_path):
+def test_best_generalist_by_its_worst_task(copy, recipe):
     """`save_strategy: best` is the generalist's; specialists have nothing to choose by."""
+    shutil.rmtree(copy / "specialists" / "sort")
+    shutil.rmtree(copy / "generalists")
     flags = ["--eval_strategy", "steps", "--eval_steps", 2, "--save_strategy", "best", "--load_best_model_at_end"]
     flags += ["--metric_for_best_model", "eval_worst_excess", "--greater_is_better", "False"]
-    run_pipeline(*recipe(tmp_path, *flags))
-    state = read_json(tmp_path / "generalists" / "ama_s" / "trainer_state.json")
+    run_pipeline(*recipe(copy, *flags, "--compare", "ama_s"))
+    state = read_json(copy / "generalists" / "ama_s" / "trainer_state.json")
     seen = [entry["eval_worst_excess"] for entry in state["log_history"] if "eval_worst_excess" in entry]
     assert len(seen) == 3 and state["best_metric"] == min(seen)

@@ -64,7 +64,7 @@ def test_other_settings_in_the_same_folder_are_refused(copy, recipe, no_training
 
 def test_full_fine_tuning(recipe, tmp_path):
     """Specialists and generalists are whole models; the figures are those of what was saved."""
-    flags = ["--use_peft", "False", "--learning_rate", "1e-3"]
+    flags = ["--use_peft", "False", "--learning_rate", "1e-3", "--compare", "ama_s"]
     results = run_pipeline(*recipe(tmp_path, *flags))
     assert (tmp_path / "specialists" / "list" / "model.safetensors").is_file()
     assert (tmp_path / "generalists" / "ama_s" / "model.safetensors").is_file()

@@ -1,5 +1,6 @@
 """Every shipped recipe parses strictly, and runs with model and data swapped from the command line."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -77,6 +78,9 @@ def parse(path, *flags):
     return make_parser("ama").parse_args_and_config(["--config", str(path), "--use_cpu", *map(str, flags)])
 
 
+parsed = functools.cache(parse)  # without flags, to be looked at
+
+
 def recipe_tasks(path):
     return yaml.safe_load(path.read_text())["tasks"]
 
@@ -99,7 +103,7 @@ def test_there_are_recipes():
 def test_recipe_parses_strictly(path):
     """`parse_args_and_config` raises on keys that no dataclass has; `check_keys` is what the command adds."""
     check_keys(read_config(["--config", str(path)]), make_parser("ama"), launch_command_parser())
-    pipeline_args, training_args, model_args, task_args = parse(path)
+    pipeline_args, training_args, model_args, task_args = parsed(path)
     assert model_args.model_name_or_path and len(task_args.tasks) > 1
     assert training_args.output_dir.startswith("outputs/")
     kind = path.stem.removeprefix("config_")
@@ -140,7 +144,7 @@ def test_the_configs_of_a_recipe_have_the_same_tasks(name):
 def test_recipes_on_public_data_take_it_as_it_is():
     """Published datasets may hold pairs without an answer, and a template may write the date."""
     for path in RECIPES:
-        task_args, pipeline_args = parse(path)[3], parse(path)[0]
+        pipeline_args, *_, task_args = parsed(path)
         assert task_args.drop_empty == ("quickstart" not in path.parts)
         assert (pipeline_args.template_date == "2025-07-08") == ("smollm3-3b" in path.parts)
 
@@ -220,18 +224,25 @@ def pairs_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def one_layer(tokenizer, tmp_path_factory):
+    """A model in which nothing is to be learned."""
+    return save(make_model(len(tokenizer), num_hidden_layers=1), tokenizer, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
 def model_for_4_bits(tokenizer, tmp_path_factory):
     """bitsandbytes quantises blocks of 64 weights, and on a CPU wants every row to be a whole number of them."""
-    path = tmp_path_factory.mktemp("model")
-    return save(make_model(len(tokenizer), hidden_size=64, intermediate_size=128), tokenizer, path)
+    model = make_model(len(tokenizer), num_hidden_layers=1, hidden_size=64, intermediate_size=128)
+    return save(model, tokenizer, tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
-def test_recipe_runs_with_model_and_data_swapped(path, model_dir, model_for_4_bits, pairs_dir, tmp_path):
+def test_recipe_runs_with_model_and_data_swapped(path, one_layer, model_for_4_bits, pairs_dir, tmp_path):
+    mixing = parsed(path)[1].mixing
     first = path == FIRST[path.parent.parent.name]
     tasks = recipe_tasks(path)[: None if first else 2]  # the others have the same
     flags = {
-        "model_name_or_path": model_dir,
+        "model_name_or_path": one_layer,
         "tasks_dir": pairs_dir,
         "output_dir": tmp_path / "out",
         "max_steps": 2,
@@ -239,7 +250,7 @@ def test_recipe_runs_with_model_and_data_swapped(path, model_dir, model_for_4_bi
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 1,
         "max_length": 64,
-        "compare": "proportional" if path.stem == "config_lora" else parse(path)[1].mixing,  # or no other
+        "compare": "proportional" if path.stem == "config_lora" else mixing,  # or no other
         "save_strategy": "no",
         "disable_tqdm": True,
     }
@@ -250,7 +261,7 @@ def test_recipe_runs_with_model_and_data_swapped(path, model_dir, model_for_4_bi
     words = [word for key, value in flags.items() for word in (f"--{key}", value)]
     results = run_pipeline(*parse(path, *words, "--tasks", *map(json.dumps, tasks)))
     assert results["tasks"] == [task["task"] for task in tasks]
-    assert set(results["policies"]) == {"base", "specialists", flags["compare"], parse(path)[1].mixing}
+    assert set(results["policies"]) == {"base", "specialists", flags["compare"], mixing}
     for stage in (tmp_path / "out").glob("*/*/stage.json"):
         assert json.loads(stage.read_text())["result"]["steps"] == 2
 
@@ -381,10 +392,10 @@ def test_array_job_has_one_task_each(sbatch, name):
     assert "nothing to do" in sbatch(*flags, "--stage", "ama-specialists", ARRAY_TASK_ID=len(tasks))
 
 
-def test_array_tasks_make_what_the_whole_run_finds_done(sbatch, model_dir, pairs_dir, tmp_path, capsys):
+def test_array_tasks_make_what_the_whole_run_finds_done(sbatch, one_layer, pairs_dir, tmp_path, capsys):
     path = FOLDER / "zephyr-7b" / "ama" / "config_lora.yaml"
     tasks = [task["task"] for task in recipe_tasks(path)]
-    flags = ["--model_name_or_path", model_dir, "--tasks_dir", pairs_dir, "--output_dir", tmp_path / "out"]
+    flags = ["--model_name_or_path", one_layer, "--tasks_dir", pairs_dir, "--output_dir", tmp_path / "out"]
     flags += ["--max_steps", 1, "--save_strategy", "no", "--disable_tqdm", "true"]
     for number in range(len(tasks)):
         words = sbatch("--model", "zephyr-7b", "--config", "lora", ARRAY_TASK_ID=number)

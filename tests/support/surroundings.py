@@ -48,6 +48,11 @@ HUB_ENVIRONMENT = {
 }
 os.environ.update(HUB_ENVIRONMENT)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A run brings every file that it finishes to the disk, which takes milliseconds each: tests write to memory, where it has room
+_MEMORY = "/dev/shm"
+with contextlib.suppress(OSError):
+    if shutil.disk_usage(_MEMORY).free > 4 * 2**30:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", _MEMORY)
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 

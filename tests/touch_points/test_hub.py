@@ -9,7 +9,11 @@ def test_22_one_client_with_a_time_limit():
     before = get_session().timeout
     with hub.time_limit():
         assert get_session().timeout.read == hub.TIMEOUT
-    assert get_session().timeout == before
+        assert hub._limit_request in get_session().event_hooks["request"]
+    assert get_session().timeout == before and hub._limit_request not in get_session().event_hooks["request"]
+    request = get_session().build_request("GET", "http://127.0.0.1", timeout=None)
+    hub._limit_request(request)
+    assert set(request.extensions["timeout"].values()) == {hub.TIMEOUT}
 
 
 def test_23_files_that_are_there_make_no_commit(hub, tmp_path):

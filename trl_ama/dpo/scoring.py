@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from trl import DPOTrainer
 
 from ..common import interruption
-from ..common.arrays import numpy_column
+from ..common.arrays import numpy_column, with_columns
 from ..common.processes import from_main
 from ..policies.switching import Policy, reference_policy, trained_policy, trained_policy_and_reference
 from ..reference_losses.columns import LOGP_COLUMNS, REFERENCE_COLUMNS, SPECIALIST_COLUMNS
@@ -177,9 +177,7 @@ def add_logp_columns(
             scores = score_reference_and_specialist(trainer, who, specialists[task], pairs, text)
         for column, values in columns.items():
             values[rows] = scores[column]
-    for column, values in columns.items():
-        dataset = dataset.add_column(column, values)
-    return dataset
+    return with_columns(dataset, columns)
 
 
 def _score_specialist(

@@ -3,10 +3,10 @@
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import release_memory, tqdm
-from datasets import Dataset, Value, concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from tqdm.std import tqdm as ProgressBar
 
-from ..common.arrays import numpy_column
+from ..common.arrays import numpy_column, with_columns
 from ..common.errors import AMAError
 from ..common.processes import from_main
 from ..dpo.pair_trainer import ScoringTrainer
@@ -133,7 +133,6 @@ def _table(task: str, given: Dataset, ids: list[str], scores: dict[str, np.ndarr
     kept = [PAIR_ID_COLUMN, *(texts if with_text else ())]
     row_of = {name: row for row, name in enumerate(given[PAIR_ID_COLUMN][:])}
     table = given.select([row_of[name] for name in ids]).select_columns(kept).flatten_indices()
-    table = table.add_column(TASK_COLUMN, [task] * len(table), feature=Value("string"))
-    for name in (*LOGP_COLUMNS, *TOKEN_COLUMNS):
-        table = table.add_column(name, scores[name])
+    scored = {name: scores[name] for name in (*LOGP_COLUMNS, *TOKEN_COLUMNS)}
+    table = with_columns(table, {TASK_COLUMN: [task] * len(table), **scored})
     return table.select_columns([TASK_COLUMN, *kept, *LOGP_COLUMNS, *TOKEN_COLUMNS])

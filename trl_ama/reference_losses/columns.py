@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Value
 
-from ..common.arrays import numpy_column
+from ..common.arrays import numpy_column, with_columns
 from ..common.errors import AMAError
 from ..tasks.pairs import PAIR_ID_COLUMN, TASK_COLUMN, add_pair_ids, task_names_of, with_task_labels
 
@@ -86,9 +86,8 @@ def join_reference_losses(dataset: Dataset, losses: Dataset, dropped: dict[str, 
     kept = [row for row, key in enumerate(keys) if key in row_of]
     rows = np.array([row_of[keys[row]] for row in kept], dtype=np.int64)
     joined = dataset.select(kept).flatten_indices() if len(kept) < len(keys) else dataset
-    for column in LOGP_COLUMNS:
-        joined = joined.add_column(column, np.asarray(losses[column][:], dtype=np.float32)[rows])
+    added = {column: np.asarray(losses[column][:], dtype=np.float32)[rows] for column in LOGP_COLUMNS}
     for column in TOKEN_COLUMNS:  # AMATrainer holds them against its own tokenisation
         if column in losses.column_names:
-            joined = joined.add_column(column, np.asarray(losses[column][:], dtype=np.int32)[rows])
-    return joined
+            added[column] = np.asarray(losses[column][:], dtype=np.int32)[rows]
+    return with_columns(joined, added)
