@@ -17,7 +17,8 @@ from trl import DPOTrainer
 
 from ..common.errors import AMAError
 from ..common.processes import is_sharded, of_all
-from .forward import causal_lm, packed_forward, unwrapped
+from .calls import CALL, SharedForward, is_given
+from .forward import causal_lm, unwrapped
 from .packing import CannotShare, PackedPairs, pack_pairs
 from .proof import DRAWS, NoVerdict, RandomState, kept_random_state, prove
 from .rules import broken_rule, level, modules_that_may_draw
@@ -26,7 +27,6 @@ from .trial import Tried, try_model
 
 logger = get_logger(__name__)
 
-_CALL = {"input_ids", "attention_mask", "labels", "use_cache", "fused_lm_head"}  # what DPOTrainer gives a text model
 _LATER = "the first batch says nothing"  # its numbers are not finite, or another process has none that can be packed
 
 
@@ -49,9 +49,10 @@ class PrefixSharing:
         self._said: set[str] = set()
         self.taken = {"fast": 0, "plain": 0}  # how many calls took which path
 
-    def forward(self, model: torch.nn.Module, metrics: bool = True) -> "SharedForward":
-        """A stand-in for the model where it is only called, as `DPOTrainer` calls it; without `metrics`, for log-probs."""
-        return SharedForward(self, model, metrics)
+    def forward(self, model: torch.nn.Module, metrics: bool = True, graph: bool = True) -> SharedForward:
+        """A stand-in for the model where it is only called, as `DPOTrainer` calls it; without `metrics`, for log-probs; without
+        `graph`, for numbers of which some pairs are then run `again`."""
+        return SharedForward(self, model, metrics, graph)
 
     def pack(self, model: torch.nn.Module, kwargs: dict[str, Any], use: str | None = None) -> PackedPairs | None:
         """The batch of a call as packed pairs; `None` if the call must go to the model as it is.
@@ -91,7 +92,7 @@ class PrefixSharing:
 
     def may_draw(self, model: torch.nn.Module) -> bool:
         """Whether training draws random numbers in the forward pass; also if that is not known yet."""
-        return self._drew.get(model, True) or self._draws(model)
+        return self._drew.get(model, True) or self.draws(model)
 
     def note_draws(self, model: torch.nn.Module, drew: bool) -> None:
         """Remember whether a forward pass in training drew random numbers."""
@@ -229,17 +230,15 @@ class PrefixSharing:
             raise CannotShare("its load-balancing loss (router_aux_loss_coef) counts every token of both sequences")
         args, accelerator = self._trainer.args, self._trainer.accelerator
         reason = broken_rule(model, args, accelerator.parallelism_config, model.training)
-        other = sorted(
-            name for name, given in kwargs.items() if name not in _CALL and given is not None and given is not False
-        )
+        other = sorted(name for name, given in kwargs.items() if name not in CALL and is_given(given))
         if reason is None and other:
             reason = f"the batch also has {other}, which prefix sharing does not know"
-        if reason is None and model.training and self._draws(model):
+        if reason is None and model.training and self.draws(model):
             reason = "dropout is on, and it would draw other numbers (disable_dropout=True turns it off)"
         if reason is not None:
             raise CannotShare(reason)
 
-    def _draws(self, model: torch.nn.Module) -> bool:
+    def draws(self, model: torch.nn.Module) -> bool:
         """Whether anything draws random numbers; which modules could is looked up once, as a walk takes milliseconds."""
         if model not in self._may_draw:
             self._may_draw[model] = modules_that_may_draw(model)
@@ -260,25 +259,6 @@ class PrefixSharing:
             logger.warning(
                 f"Prefix sharing is off for {name}: {reason}. The plain path gives the same numbers, slower."
             )
-
-
-class SharedForward:
-    """Forwards calls to the model, on the fast path where it is exact."""
-
-    def __init__(self, sharing: PrefixSharing, model: torch.nn.Module, metrics: bool):
-        self._sharing, self._model, self._metrics = sharing, model, metrics
-
-    def __call__(self, *args, **kwargs):
-        pairs = None if args else self._sharing.pack(self._model, kwargs, "policy" if self._metrics else "reference")
-        is_new = self._metrics and self._model.training and not self._sharing.knows_draws(self._model)
-        before = RandomState(next(self._model.parameters()).device) if is_new else None
-        if pairs is None:
-            outputs = self._model(*args, **kwargs)
-        else:
-            outputs = packed_forward(self._model, pairs, self._metrics, use_cache=False)
-        if is_new:
-            self._sharing.note_draws(self._model, RandomState(next(self._model.parameters()).device) != before)
-        return outputs
 
 
 def _several_processes() -> bool:

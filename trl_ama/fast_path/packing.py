@@ -67,6 +67,25 @@ class PackedPairs:
         """Length of the longest sequence that a token of the row sees."""
         return self.common + max(prefix + max(chosen, rejected) for prefix, chosen, rejected in self.lengths)
 
+    def subset(self, keep: Tensor) -> "PackedPairs":
+        """Some of the pairs, at least one, and the common beginning as it is; the scores go to those pairs' rows. # (B,) bool"""
+        device, kept = keep.device, keep.tolist()
+        sizes = torch.tensor([self.common, *map(sum, self.lengths)], device=device)
+        in_row = torch.tensor([True, *kept], device=device).repeat_interleave(sizes)  # (T,)
+        scored, slots = self.scored[keep.repeat(2)], self.slots[keep.repeat(2)]  # (2b, L-1)
+        used = torch.zeros_like(self.score_positions, dtype=torch.bool)  # (N,)
+        used[slots[scored]] = True
+        return PackedPairs(
+            input_ids=self.input_ids[:, in_row],
+            position_ids=self.position_ids[:, in_row],
+            labels=self.labels[:, used],
+            score_positions=(in_row.cumsum(dim=0) - 1)[self.score_positions[used]],
+            slots=torch.where(scored, (used.cumsum(dim=0) - 1)[slots], 0),
+            scored=scored,
+            common=self.common,
+            lengths=[lengths for lengths, stays in zip(self.lengths, kept, strict=True) if stays],
+        )
+
     def unpack(self, scores: Tensor | None) -> Tensor | None:
         """Per-score values (1, N) in the shape that `DPOTrainer` expects, zero outside the answers. # (2B, L-1)"""
         if scores is None:

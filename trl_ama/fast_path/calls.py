@@ -1,0 +1,84 @@
+"""A stand-in for a model where it is only called: on the fast path where that is exact, and in two passes where that is cheaper."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .forward import packed_forward
+from .packing import PackedPairs
+from .proof import RandomState
+
+
+CALL = {"input_ids", "attention_mask", "labels", "use_cache", "fused_lm_head"}  # what DPOTrainer gives a text model
+
+
+class SharedForward:
+    """Forwards calls to the model, on the path that a [`PrefixSharing`] chooses.
+
+    Attributes:
+        graph (`bool`): Whether the last call's outputs have their graph. Without, a batch of anything but tokens and a model that
+            draws random numbers have it nevertheless: a second pass would not be the same.
+    """
+
+    def __init__(self, sharing: Any, model: torch.nn.Module, metrics: bool, graph: bool = True):
+        self._sharing, self._model, self._metrics, self.graph = sharing, model, metrics, graph
+        self._pairs: PackedPairs | None = None
+        self._call: dict[str, Any] = {}
+
+    def __call__(self, *args, **kwargs):
+        self._call = kwargs
+        self._pairs = pairs = (
+            None if args else self._sharing.pack(self._model, kwargs, "policy" if self._metrics else "reference")
+        )
+        self.graph = self.graph or bool(args) or any(is_given(kwargs[name]) for name in kwargs.keys() - CALL)
+        is_new = self._metrics and self._model.training and not self._sharing.knows_draws(self._model)
+        before = RandomState(next(self._model.parameters()).device) if is_new else None
+        outputs = self._run(pairs, args, kwargs, self._metrics)
+        if is_new:
+            drew = RandomState(next(self._model.parameters()).device) != before
+            self._sharing.note_draws(self._model, drew)
+            if drew and not self.graph:
+                before.restore()
+                self.graph = True
+                outputs = self._run(pairs, args, kwargs, self._metrics)
+        return outputs
+
+    def _run(self, pairs: PackedPairs | None, args: tuple, kwargs: dict[str, Any], metrics: bool) -> Any:
+        with contextlib.nullcontext() if self.graph else _no_graph():
+            if pairs is None:
+                return self._model(*args, **kwargs)
+            return packed_forward(self._model, pairs, metrics, use_cache=False)
+
+    def again(self, keep: Tensor) -> Any:
+        """Run some pairs of the last call once more, on the same path and with their graph, for their log-probs.
+
+        Args:
+            keep (`torch.Tensor`): Which, at least one. # (B,) bool
+
+        Returns:
+            The outputs of those pairs' rows. # (2b, L-1) each
+        """
+        self.graph = True
+        if self._pairs is not None:
+            return self._run(self._pairs.subset(keep), (), {}, False)
+        rows = keep.repeat(2)  # (2B,)
+        call = {name: value[rows] if isinstance(value, Tensor) else value for name, value in self._call.items()}
+        return self._run(None, (), call, False)
+
+
+@contextlib.contextmanager
+def _no_graph() -> Iterator[None]:
+    with torch.no_grad(), warnings.catch_warnings():
+        # Of gradient checkpointing (use_reentrant=True), which has nothing to do here
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
+        yield
+    # Else casts of weights that were made without a graph would be used in the pass that has one
+    torch.clear_autocast_cache()
+
+
+def is_given(value: Any) -> bool:
+    return value is not None and value is not False
