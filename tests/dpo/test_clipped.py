@@ -54,12 +54,15 @@ def assert_same(ours, theirs, atol=2e-6):
 
 
 def made(model_dir, quick_args, dataset=None, peft=True, **settings):
-    return AMATrainer(
+    trainer = AMATrainer(
         model_dir,
         args=quick_args(**{"mixing": "ama_r", **settings}),
         train_dataset=pairs() if dataset is None else dataset,
         peft_config=lora() if peft is True else peft or None,
     )
+    if trainer.args.gradient_checkpointing:  # else done by `train()`
+        trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+    return trainer
 
 
 def backward(trainer, batch, skip):

@@ -2,13 +2,15 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from .forward import packed_forward
+from .kept_layers import KeptLayers
 from .packing import PackedPairs
 from .proof import RandomState
 
@@ -27,6 +29,7 @@ class SharedForward:
     def __init__(self, sharing: Any, model: torch.nn.Module, metrics: bool, graph: bool = True):
         self._sharing, self._model, self._metrics, self.graph = sharing, model, metrics, graph
         self._pairs: PackedPairs | None = None
+        self._layers: KeptLayers | None = None
         self._call: dict[str, Any] = {}
 
     def __call__(self, *args, **kwargs):
@@ -37,21 +40,28 @@ class SharedForward:
         self.graph = self.graph or bool(args) or any(is_given(kwargs[name]) for name in kwargs.keys() - CALL)
         is_new = self._metrics and self._model.training and not self._sharing.knows_draws(self._model)
         before = RandomState(next(self._model.parameters()).device) if is_new else None
-        outputs = self._run(pairs, args, kwargs, self._metrics)
+        outputs = self._first(pairs, args, kwargs)
         if is_new:
             drew = RandomState(next(self._model.parameters()).device) != before
             self._sharing.note_draws(self._model, drew)
             if drew and not self.graph:
                 before.restore()
-                self.graph = True
-                outputs = self._run(pairs, args, kwargs, self._metrics)
+                self.graph, self._layers = True, None
+                outputs = self._first(pairs, args, kwargs)
         return outputs
 
+    def _first(self, pairs: PackedPairs | None, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if self.graph:
+            return self._run(pairs, args, kwargs, self._metrics)
+        # DDP is told of each weight's gradient by the graph, and knows nothing of a graph within
+        self._layers = KeptLayers(self._model) if PartialState().num_processes == 1 else None
+        with _no_graph(), self._layers.keep() if self._layers else contextlib.nullcontext():
+            return self._run(pairs, args, kwargs, self._metrics)
+
     def _run(self, pairs: PackedPairs | None, args: tuple, kwargs: dict[str, Any], metrics: bool) -> Any:
-        with contextlib.nullcontext() if self.graph else _no_graph():
-            if pairs is None:
-                return self._model(*args, **kwargs)
-            return packed_forward(self._model, pairs, metrics, use_cache=False)
+        if pairs is None:
+            return self._model(*args, **kwargs)
+        return packed_forward(self._model, pairs, metrics, use_cache=False)
 
     def again(self, keep: Tensor) -> Any:
         """Run some pairs of the last call once more, on the same path and with their graph, for their log-probs.
@@ -64,10 +74,16 @@ class SharedForward:
         """
         self.graph = True
         if self._pairs is not None:
-            return self._run(self._pairs.subset(keep), (), {}, False)
+            tokens = self._pairs.tokens_of(keep)
+            with self._from_first(lambda hidden: hidden[:, tokens]):  # (1, T, H) -> (1, t, H)
+                return self._run(self._pairs.subset(keep), (), {}, metrics=False)
         rows = keep.repeat(2)  # (2B,)
         call = {name: value[rows] if isinstance(value, Tensor) else value for name, value in self._call.items()}
-        return self._run(None, (), call, False)
+        with self._from_first(lambda hidden: hidden[rows]):  # (2B, L, H) -> (2b, L, H)
+            return self._run(None, (), call, metrics=False)
+
+    def _from_first(self, select: Callable[[Tensor], Tensor]) -> contextlib.AbstractContextManager[None]:
+        return self._layers.use(select) if self._layers else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -67,11 +67,14 @@ class PackedPairs:
         """Length of the longest sequence that a token of the row sees."""
         return self.common + max(prefix + max(chosen, rejected) for prefix, chosen, rejected in self.lengths)
 
+    def tokens_of(self, keep: Tensor) -> Tensor:
+        """Which tokens of the row are of some pairs, or of what all begin with. # (B,) -> (T,), both bool"""
+        sizes = torch.tensor([self.common, *map(sum, self.lengths)], device=keep.device)
+        return torch.cat([keep.new_ones(1), keep]).repeat_interleave(sizes)
+
     def subset(self, keep: Tensor) -> "PackedPairs":
         """Some of the pairs, at least one, and the common beginning as it is; the scores go to those pairs' rows. # (B,) bool"""
-        device, kept = keep.device, keep.tolist()
-        sizes = torch.tensor([self.common, *map(sum, self.lengths)], device=device)
-        in_row = torch.tensor([True, *kept], device=device).repeat_interleave(sizes)  # (T,)
+        in_row = self.tokens_of(keep)  # (T,)
         scored, slots = self.scored[keep.repeat(2)], self.slots[keep.repeat(2)]  # (2b, L-1)
         used = torch.zeros_like(self.score_positions, dtype=torch.bool)  # (N,)
         used[slots[scored]] = True
@@ -83,7 +86,7 @@ class PackedPairs:
             slots=torch.where(scored, (used.cumsum(dim=0) - 1)[slots], 0),
             scored=scored,
             common=self.common,
-            lengths=[lengths for lengths, stays in zip(self.lengths, kept, strict=True) if stays],
+            lengths=[lengths for lengths, stays in zip(self.lengths, keep.tolist(), strict=True) if stays],
         )
 
     def unpack(self, scores: Tensor | None) -> Tensor | None:
