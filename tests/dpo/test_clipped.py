@@ -7,6 +7,7 @@ from peft import LoraConfig
 from tiny_models import lora
 from tiny_pairs import make_dataset, with_reference_columns
 from tiny_runs import logged, losses_of, weights_of
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from trl_ama import AMAConfig, AMAError, AMATrainer
 from trl_ama.dpo import clipped
@@ -110,6 +111,33 @@ def test_loss_gradients_and_figures_are_those_of_all_pairs(model_dir, quick_args
         assert torch.allclose(first, second, rtol=1e-5)
 
 
+@pytest.mark.parametrize("path", ["auto", False])
+@pytest.mark.parametrize("peft", [True, False])
+def test_with_gradient_checkpointing_no_layer_is_computed_more_often_than_without_skipping(
+    model_dir, quick_args, monkeypatch, peft, path
+):
+    trainer = made(model_dir, quick_args, gradient_checkpointing=True, peft=peft, prefix_sharing=path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    for layer_inputs_have_gradients in (True, False):
+        if not layer_inputs_have_gradients:
+            trainer.model.disable_input_require_grads()
+        backward(trainer, batch, False)  # the proof
+        tokens = []
+        plain = LlamaMLP.forward
+        with monkeypatch.context() as patch:
+            patch.setattr(LlamaMLP, "forward", lambda self, x: tokens.append(x.shape[:2].numel()) or plain(self, x))
+            theirs = backward(trainer, batch, False)
+            whole, tokens = tokens, []
+            ours = backward(trainer, batch, True)
+        layers = trainer.model.config.num_hidden_layers
+        # Once forward, once again in the backward pass, there without the pairs that were skipped
+        assert len(whole) == len(tokens) == 2 * layers
+        assert tokens[:layers] == whole[:layers] and max(tokens[layers:]) < min(whole)
+        assert ours[3] > 0 and ours[1].keys() == theirs[1].keys()
+        for name, value in theirs[1].items():
+            assert torch.allclose(ours[1][name], value, rtol=1e-4, atol=1e-6 * float(value.abs().max())), name
+
+
 def test_in_16_bits_as_well(model_dir, quick_args):
     """Casts of weights that the first pass made without a graph would leave the second without gradients."""
     trainer = made(model_dir, quick_args, bf16=True, peft=False)
@@ -174,7 +202,7 @@ def test_auto_skips_while_many_were_clipped_lately_and_a_resumed_run_goes_on_so(
     model_dir, quick_args, tmp_path, monkeypatch
 ):
     dataset = with_specialists(0.5)
-    monkeypatch.setattr(clipped, "PAYS_ABOVE", {False: 0.5, True: 1.0})
+    monkeypatch.setattr(clipped, "PAYS_ABOVE", {(False, False): 0.5})
     decisions = {}
 
     class Noting(AMATrainer):

@@ -17,8 +17,9 @@ from .pair_batches import RecordedForward
 
 logger = get_logger(__name__)
 
-# Shares of clipped pairs above which two passes are cheaper, without and with gradient checkpointing: docs/speed.md
-PAYS_ABOVE = {False: 0.6, True: 0.4}
+# Shares of clipped pairs above which two passes are cheaper (docs/speed.md): by whether there is gradient checkpointing, and several
+# processes, which wait for the one that has most pairs left
+PAYS_ABOVE = {(False, False): 0.6, (True, False): 0.1, (False, True): 0.75, (True, True): 0.6}
 
 
 class ClippedPairs:
@@ -47,7 +48,8 @@ class ClippedPairs:
             return False
         if mode == "auto":
             lately = trainer.mixture.clipped_lately
-            if lately is None or lately <= PAYS_ABOVE[bool(trainer.args.gradient_checkpointing)]:
+            case = (bool(trainer.args.gradient_checkpointing), trainer.accelerator.num_processes > 1)
+            if lately is None or lately <= PAYS_ABOVE[case]:
                 return False
         reason = self.hindrance(model)
         if reason is not None and mode is True:
