@@ -111,6 +111,19 @@ def test_loss_gradients_and_figures_are_those_of_all_pairs(model_dir, quick_args
         assert torch.allclose(first, second, rtol=1e-5)
 
 
+def with_tokens_of_layers(monkeypatch, function):
+    """How many tokens each layer had each time that it was run, and what the function returned."""
+    tokens, plain = [], LlamaMLP.forward
+
+    def counting(self, hidden):
+        tokens.append(hidden.shape[:2].numel())
+        return plain(self, hidden)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaMLP, "forward", counting)
+        return tokens, function()
+
+
 @pytest.mark.parametrize("path", ["auto", False])
 @pytest.mark.parametrize("peft", [True, False])
 def test_with_gradient_checkpointing_no_layer_is_computed_more_often_than_without_skipping(
@@ -122,13 +135,8 @@ def test_with_gradient_checkpointing_no_layer_is_computed_more_often_than_withou
         if not layer_inputs_have_gradients:
             trainer.model.disable_input_require_grads()
         backward(trainer, batch, False)  # the proof
-        tokens = []
-        plain = LlamaMLP.forward
-        with monkeypatch.context() as patch:
-            patch.setattr(LlamaMLP, "forward", lambda self, x: tokens.append(x.shape[:2].numel()) or plain(self, x))
-            theirs = backward(trainer, batch, False)
-            whole, tokens = tokens, []
-            ours = backward(trainer, batch, True)
+        whole, theirs = with_tokens_of_layers(monkeypatch, lambda: backward(trainer, batch, False))
+        tokens, ours = with_tokens_of_layers(monkeypatch, lambda: backward(trainer, batch, True))
         layers = trainer.model.config.num_hidden_layers
         # Once forward, once again in the backward pass, there without the pairs that were skipped
         assert len(whole) == len(tokens) == 2 * layers

@@ -71,7 +71,7 @@ class ClippedPairs:
         if args.torch_compile:
             return "torch_compile compiles for shapes, and a second pass has another one at every step"
         sharing = trainer.prefix_sharing
-        if sharing.may_draw(model) and (sharing.knows_draws(model) or sharing.draws(model)):
+        if sharing.knows_draws(model) and sharing.may_draw(model):  # the first pass finds it out
             return "training draws random numbers in the forward pass (dropout, NEFTune), and a second pass would draw others"
         return None
 

@@ -17,11 +17,11 @@ from trl import DPOTrainer
 
 from ..common.errors import AMAError
 from ..common.processes import is_sharded, of_all
-from .calls import CALL, SharedForward, is_given
 from .forward import causal_lm, unwrapped
 from .packing import CannotShare, PackedPairs, pack_pairs
 from .proof import DRAWS, NoVerdict, RandomState, kept_random_state, prove
 from .rules import broken_rule, level, modules_that_may_draw
+from .stand_in import CALL, SharedForward
 from .trial import Tried, try_model
 
 
@@ -92,7 +92,7 @@ class PrefixSharing:
 
     def may_draw(self, model: torch.nn.Module) -> bool:
         """Whether training draws random numbers in the forward pass; also if that is not known yet."""
-        return self._drew.get(model, True) or self.draws(model)
+        return self._drew.get(model, True) or self._draws(model)
 
     def note_draws(self, model: torch.nn.Module, drew: bool) -> None:
         """Remember whether a forward pass in training drew random numbers."""
@@ -230,15 +230,17 @@ class PrefixSharing:
             raise CannotShare("its load-balancing loss (router_aux_loss_coef) counts every token of both sequences")
         args, accelerator = self._trainer.args, self._trainer.accelerator
         reason = broken_rule(model, args, accelerator.parallelism_config, model.training)
-        other = sorted(name for name, given in kwargs.items() if name not in CALL and is_given(given))
+        other = sorted(
+            name for name, given in kwargs.items() if name not in CALL and given is not None and given is not False
+        )
         if reason is None and other:
             reason = f"the batch also has {other}, which prefix sharing does not know"
-        if reason is None and model.training and self.draws(model):
+        if reason is None and model.training and self._draws(model):
             reason = "dropout is on, and it would draw other numbers (disable_dropout=True turns it off)"
         if reason is not None:
             raise CannotShare(reason)
 
-    def draws(self, model: torch.nn.Module) -> bool:
+    def _draws(self, model: torch.nn.Module) -> bool:
         """Whether anything draws random numbers; which modules could is looked up once, as a walk takes milliseconds."""
         if model not in self._may_draw:
             self._may_draw[model] = modules_that_may_draw(model)

@@ -37,7 +37,8 @@ class SharedForward:
         self._pairs = pairs = (
             None if args else self._sharing.pack(self._model, kwargs, "policy" if self._metrics else "reference")
         )
-        self.graph = self.graph or bool(args) or any(is_given(kwargs[name]) for name in kwargs.keys() - CALL)
+        if args or any(kwargs[name] is not None and kwargs[name] is not False for name in kwargs.keys() - CALL):
+            self.graph = True
         is_new = self._metrics and self._model.training and not self._sharing.knows_draws(self._model)
         before = RandomState(next(self._model.parameters()).device) if is_new else None
         outputs = self._first(pairs, args, kwargs)
@@ -94,7 +95,3 @@ def _no_graph() -> Iterator[None]:
         yield
     # Else casts of weights that were made without a graph would be used in the pass that has one
     torch.clear_autocast_cache()
-
-
-def is_given(value: Any) -> bool:
-    return value is not None and value is not False
