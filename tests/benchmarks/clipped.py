@@ -23,12 +23,23 @@ import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from real_pairs import TASKS, add_material, read_pairs, why_not  # noqa: E402
-from transformers import AutoTokenizer  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from trl_ama import AMAConfig, AMATrainer  # noqa: E402
 
 
 BEATEN, MATCHLESS = (-5000.0, 0.0), (0.0, -5000.0)  # log-probs of a specialist with a loss far above, or of 0
+
+
+def model_of(options: argparse.Namespace) -> torch.nn.Module:
+    """The model, or its first layers with a vocabulary that is smaller by as much: layers and head keep their shares of a step."""
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    if options.layers:
+        whole = len(model.model.layers)
+        model.model.layers = model.model.layers[: options.layers]
+        model.config.num_hidden_layers = options.layers
+        model.resize_token_embeddings(model.config.vocab_size * options.layers // whole)
+    return model
 
 
 def build(options: argparse.Namespace, checkpointing: bool) -> AMATrainer:
@@ -43,7 +54,6 @@ def build(options: argparse.Namespace, checkpointing: bool) -> AMATrainer:
     args = AMAConfig(
         output_dir=tempfile.mkdtemp(),
         mixing="ama_r",
-        model_init_kwargs={"dtype": "float32"},
         bf16=False,
         max_length=options.max_length,
         per_device_train_batch_size=options.batch_size,
@@ -57,7 +67,9 @@ def build(options: argparse.Namespace, checkpointing: bool) -> AMATrainer:
     dataset = Dataset.from_list(pairs)
     for column in ("ref_chosen_logps", "ref_rejected_logps", "specialist_chosen_logps", "specialist_rejected_logps"):
         dataset = dataset.add_column(column, [0.0] * len(dataset))
-    trainer = AMATrainer(options.model, args=args, train_dataset=dataset, peft_config=peft)
+    trainer = AMATrainer(
+        model_of(options), args=args, train_dataset=dataset, peft_config=peft, processing_class=tokenizer
+    )
     trainer.reference_unchecked = False  # made-up reference log-probs
     if checkpointing:  # else done by `train()`
         trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
@@ -79,9 +91,9 @@ def batches(trainer: AMATrainer, options: argparse.Namespace) -> dict[str, list[
 
 
 def collate(trainer: AMATrainer, rows: list[dict]) -> dict:
-    batch = trainer.data_collator(
-        [{key: row[key] for key in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in rows]
-    )
+    vocabulary = trainer.model.config.vocab_size
+    ids = ("prompt_ids", "chosen_ids", "rejected_ids")
+    batch = trainer.data_collator([{key: [token % vocabulary for token in row[key]] for key in ids} for row in rows])
     zeros = torch.zeros(len(rows))
     task = torch.tensor([row["task"] for row in rows])
     return {**batch, "task": task, "ref_chosen_logps": zeros, "ref_rejected_logps": zeros}
@@ -165,6 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_material(parser)
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks"))
+    parser.add_argument("--layers", type=int, default=0, help="so many layers of the model; by default all")
     parser.add_argument("--max_length", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--batches", type=int, default=3, help="of each task")
