@@ -23,7 +23,7 @@ import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from real_pairs import TASKS, add_material, read_pairs, why_not  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
 
 from trl_ama import AMAConfig, AMATrainer  # noqa: E402
 
@@ -31,15 +31,14 @@ from trl_ama import AMAConfig, AMATrainer  # noqa: E402
 BEATEN, MATCHLESS = (-5000.0, 0.0), (0.0, -5000.0)  # log-probs of a specialist with a loss far above, or of 0
 
 
-def model_of(options: argparse.Namespace) -> torch.nn.Module:
-    """The model, or its first layers with a vocabulary that is smaller by as much: layers and head keep their shares of a step."""
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    if options.layers:
-        whole = len(model.model.layers)
-        model.model.layers = model.model.layers[: options.layers]
-        model.config.num_hidden_layers = options.layers
-        model.resize_token_embeddings(model.config.vocab_size * options.layers // whole)
-    return model
+def cut(model: torch.nn.Module, layers: int) -> None:
+    """Leave a model its first layers, and a vocabulary that is smaller by as much: layers and head keep their shares of a step."""
+    whole = len(model.model.layers)
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = layers
+    model.resize_token_embeddings(model.config.vocab_size * layers // whole)
+    for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+        embeddings.requires_grad_(False)
 
 
 def build(options: argparse.Namespace, checkpointing: bool) -> AMATrainer:
@@ -54,6 +53,7 @@ def build(options: argparse.Namespace, checkpointing: bool) -> AMATrainer:
     args = AMAConfig(
         output_dir=tempfile.mkdtemp(),
         mixing="ama_r",
+        model_init_kwargs={"dtype": "float32"},
         bf16=False,
         max_length=options.max_length,
         per_device_train_batch_size=options.batch_size,
@@ -67,10 +67,10 @@ def build(options: argparse.Namespace, checkpointing: bool) -> AMATrainer:
     dataset = Dataset.from_list(pairs)
     for column in ("ref_chosen_logps", "ref_rejected_logps", "specialist_chosen_logps", "specialist_rejected_logps"):
         dataset = dataset.add_column(column, [0.0] * len(dataset))
-    trainer = AMATrainer(
-        model_of(options), args=args, train_dataset=dataset, peft_config=peft, processing_class=tokenizer
-    )
+    trainer = AMATrainer(options.model, args=args, train_dataset=dataset, peft_config=peft)
     trainer.reference_unchecked = False  # made-up reference log-probs
+    if options.layers:
+        cut(trainer.model.get_base_model(), options.layers)
     if checkpointing:  # else done by `train()`
         trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     trainer.model.train()

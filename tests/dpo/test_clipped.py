@@ -146,9 +146,9 @@ def test_with_gradient_checkpointing_no_layer_is_computed_more_often_than_withou
             assert torch.allclose(ours[1][name], value, rtol=1e-4, atol=1e-6 * float(value.abs().max())), name
 
 
-def test_in_16_bits_as_well(model_dir, quick_args):
-    """Casts of weights that the first pass made without a graph would leave the second without gradients."""
-    trainer = made(model_dir, quick_args, bf16=True, peft=False)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_in_16_bits_as_well(model_dir, quick_args, checkpointing):
+    trainer = made(model_dir, quick_args, bf16=True, peft=False, gradient_checkpointing=checkpointing)
     batch = next(iter(trainer.get_train_dataloader()))
     ours, theirs = (backward(trainer, batch, skip) for skip in (True, False))
     assert ours[3] > 0 and ours[0] == pytest.approx(theirs[0], rel=0.05)

@@ -70,7 +70,7 @@ class KeptLayers:
             hidden, *rest = args
             # A layer with trained weights has a graph, also if nothing before it has
             return _ComputedLater.apply(
-                lambda *states: forward(*states, *rest), select(kept), hidden, _with_grad(hidden)
+                lambda states: forward(states, *rest), lambda: select(kept), hidden, _with_grad(hidden)
             )
 
         return self._calling(run)
@@ -88,7 +88,9 @@ class _ComputedLater(torch.autograd.Function):
     """A layer whose output is known: its forward is run in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, layer: Callable, output: Tensor, hidden: Tensor, _: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, layer: Callable[[Tensor], Tensor], known: Callable[[], Tensor], hidden: Tensor, _: Tensor
+    ) -> Tensor:
         device = hidden.device.type
         ctx.layer = layer
         ctx.autocast = {
@@ -98,7 +100,7 @@ class _ComputedLater(torch.autograd.Function):
             "cache_enabled": torch.is_autocast_cache_enabled(),
         }
         ctx.save_for_backward(hidden)
-        return output.view_as(output)
+        return known()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

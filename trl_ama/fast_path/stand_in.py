@@ -93,5 +93,5 @@ def _no_graph() -> Iterator[None]:
         # Of gradient checkpointing (use_reentrant=True), which has nothing to do here
         warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
         yield
-    # Else casts of weights that were made without a graph would be used in the pass that has one
+    # An older torch would use casts of weights that were made without a graph in the pass that has one
     torch.clear_autocast_cache()
