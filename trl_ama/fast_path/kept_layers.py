@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .packing import PackedPairs
+
 
 class KeptLayers:
     """The outputs of a model's checkpointed layers.
@@ -27,7 +29,7 @@ class KeptLayers:
             for module in model.modules()
             if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
         ]
-        self._outputs: dict[int, Tensor] = {}
+        self._outputs: dict[int, Tensor | None] = {}  # `None` of a layer that was called again
 
     def __bool__(self) -> bool:
         return bool(self._layers)
@@ -50,7 +52,7 @@ class KeptLayers:
         def run(number: int, checkpoint: Callable, forward: Callable, *args: Any) -> Any:
             output = forward(*args)
             if isinstance(output, Tensor) and args and isinstance(args[0], Tensor) and args[0].shape == output.shape:
-                self._outputs[number] = output
+                self._outputs[number] = None if number in self._outputs else output
             return output
 
         return self._calling(run)
@@ -64,8 +66,8 @@ class KeptLayers:
 
         def run(number: int, checkpoint: Callable, forward: Callable, *args: Any) -> Any:
             kept = self._outputs.pop(number, None)
-            others = (*args[1:], *getattr(forward, "keywords", {}).values())
-            if kept is None or any(tensor.requires_grad for tensor in _tensors(others)):
+            others = [*args[1:], *getattr(forward, "keywords", {}).values()]
+            if kept is None or not _only_read(others):
                 return checkpoint(forward, *args)
             hidden, *rest = args
             # A layer with trained weights has a graph, also if nothing before it has
@@ -117,9 +119,10 @@ def _with_grad(like: Tensor) -> Tensor:
     return torch.zeros((), device=like.device, requires_grad=True)
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            yield from _tensors(value)
+def _only_read(values: Any) -> bool:
+    """Whether a layer can but read its arguments: not states that layers share, nor what has a gradient of its own."""
+    if isinstance(values, (tuple, list)):
+        return all(map(_only_read, values))
+    if isinstance(values, Tensor):
+        return not values.requires_grad
+    return values is None or isinstance(values, (bool, int, float, str, PackedPairs))
