@@ -225,8 +225,10 @@ def outcome(world, name, trainer):
     weights = {key: value.detach().numpy() for key, value in trainer.model.named_parameters() if value.requires_grad}
     if world.rank == 0:
         np.savez(world.folder / f"{world.count}-{name}.npz", **weights)
+    skipped = gather_object([trainer.clipped_pairs.skipped if hasattr(trainer, "clipped_pairs") else 0])
     return {
         "log": trainer.state.log_history,
+        "skipped": sum(skipped),
         "drawn": [sorted(value for part in drawn for value in part.get(step, ())) for step in steps],
     }
 
@@ -460,6 +462,10 @@ CASES = {
     "ama_s-accumulated": training(mixing="ama_s", mixing_lr=0.5, gradient_accumulation_steps=2),
     "ama_r": training(mixing="ama_r", mixing_lr=0.5, excess_clip="none"),
     "ama_r-accumulated": training((1, 2), mixing="ama_r", mixing_lr=0.5, gradient_accumulation_steps=2),
+    # Processes with two pairs each, of which one often has none left to run backward
+    "ama_s-skipped-accumulated": training(
+        (1, 4), mixing="ama_s", mixing_lr=0.5, gradient_accumulation_steps=2, skip_clipped=True
+    ),
     "task_normalized": training((1, 2), mixing="task_normalized"),
     "proportional": training(mixing="proportional"),
     "proportional-accumulated": training((1, 2), mixing="proportional", gradient_accumulation_steps=2),

@@ -253,3 +253,24 @@ def test_99_a_trainer_around_a_model_without_weights():
     assert isinstance(TrainingArguments.place_model_on_device, property)
     assert callable(_BaseTrainer._send_telemetry)
     assert "self.accelerator = " in inspect.getsource(Trainer.create_accelerator_and_postprocess)
+
+
+def test_110_a_checkpointed_layer_is_called_through_its_function():
+    from functools import partial
+
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model = make_model(20).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    assert len(layers) == model.config.num_hidden_layers and all(layer.gradient_checkpointing for layer in layers)
+    seen = []
+
+    def own(forward, hidden, *args):
+        output = forward(hidden, *args)
+        seen.append((type(forward), hidden.shape == output.shape, "position_embeddings" in forward.keywords, args))
+        return output
+
+    layers[1]._gradient_checkpointing_func = own
+    model(input_ids=torch.arange(6).view(2, 3))
+    assert seen == [(partial, True, True, ())]

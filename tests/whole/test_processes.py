@@ -121,6 +121,16 @@ def test_training_is_that_of_one_process(world, name, count):
     check_weights(folder, (count, name), (1, name))
 
 
+def test_clipped_pairs_that_do_not_run_backward(world):
+    """Every process takes part in the sum of the gradients, also one that has no other pair."""
+    folder, results = world
+    whole, name = results[1]["ama_s-accumulated"], "ama_s-skipped-accumulated"
+    for count in (1, 4):
+        assert results[count][name]["skipped"] > 20 and whole["skipped"] == 0  # of 86
+        check_figures(results[count][name], whole)
+        check_weights(folder, (count, name), (1, "ama_s-accumulated"))
+
+
 def check_figures(ours, one):
     """What was logged, against that of one process."""
     for task in SIZES:

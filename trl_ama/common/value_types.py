@@ -17,7 +17,7 @@ from .errors import AMAError, short
 
 
 # Fields that take more than they are annotated with, and see to it themselves
-_LOOSE = {"tasks", "template_date", "prefix_sharing", "fsdp", "loss_type"}
+_LOOSE = {"tasks", "template_date", "prefix_sharing", "skip_clipped", "fsdp", "loss_type"}
 _NAMES = {
     bool: "true or false",
     int: "a whole number",

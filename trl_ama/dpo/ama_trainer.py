@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset
@@ -44,6 +45,7 @@ from .checks import (
     check_train_dataset,
     descends_trl_loss,
 )
+from .clipped import ClippedPairs
 from .config import AMAConfig
 from .losses import BATCH_LOSSES, PreferenceLossConfig, excess_losses, pair_losses, untrained_loss
 from .pair_batches import COUNTED, broken_on_plain_path
@@ -100,6 +102,7 @@ peft_config:
         task_names (`list[str]`): The tasks.
         strategy (`MixingStrategy`): The mixing strategy.
         has_reference_losses (`bool`): Whether the pairs are held against their specialists.
+        clipped_pairs ([`ClippedPairs`]): Leaves pairs without a gradient out of the backward pass.
 
     Raises:
         AMAError: If the data, the specialists or the configuration do not fit together; before any model is loaded where
@@ -153,8 +156,8 @@ peft_config:
                 )
         has_reference, has_specialist = check_columns(pairs.source, eval_dataset, ref_model)
         self.has_reference_losses = has_specialist or specialists is not None
-        self._loss_config = PreferenceLossConfig.of_pairs(args)
-        self.rows_have_losses = bool(self._loss_config.loss_type)
+        self.pair_loss_config = PreferenceLossConfig.of_pairs(args)
+        self.rows_have_losses = bool(self.pair_loss_config.loss_type)
         strategy = strategy_for(pairs.source, self.task_names, **args.mixing_options)
         check_arguments(args, strategy, self.has_reference_losses)
         check_best_metric(args, strategy, eval_dataset, has_specialist, specialists is not None)
@@ -202,8 +205,9 @@ peft_config:
         )  # over the pairs that are left
         self._has_excess = self.has_reference_losses or strategy.objective == "excess"
         self.mixture = Mixture(
-            strategy, self.task_names, untrained_loss(self._loss_config), self._has_excess, unknown=unknown
+            strategy, self.task_names, untrained_loss(self.pair_loss_config), self._has_excess, unknown=unknown
         )
+        self.clipped_pairs = ClippedPairs(self)
         if specialists is not None and not has_specialist:
             self.score_specialists(specialists)
         elif not self.has_reference_losses and self.strategy.objective == "excess":
@@ -248,10 +252,11 @@ peft_config:
                 else "they were computed before training (precompute_ref_log_probs). Let your data_collator pass these columns on"
             )
             raise AMAError(f"These pairs lack {list(REFERENCE_COLUMNS)} and there is no reference model: {why}.")
-        forward = self.policy_forward(model, inputs)
+        training = self.model.training
+        two_passes = training and not return_outputs and self.clipped_pairs.pay(model)
+        forward = self.policy_forward(model, inputs, graph=not two_passes)
         with self.reference_from_inputs():
             result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
-        training = self.model.training
         if not training and not self.have_tasks or task_ids is None:  # as DPOTrainer does
             if training and not descends_trl_loss(self.strategy):
                 raise AMAError(
@@ -264,12 +269,14 @@ peft_config:
         pairs = forward.log_probs(inputs, self.ld_alpha)
         if self.reference_unchecked and training:
             self.check_reference(pairs)
-        losses = pair_losses(pairs, self._loss_config)  # (B,)
+        losses = pair_losses(pairs, self.pair_loss_config)  # (B,)
         if specialist[0] is None:
             baseline = torch.zeros_like(losses)
         else:
             with torch.no_grad():
-                baseline = pair_losses(replace(pairs, chosen=specialist[0], rejected=specialist[1]), self._loss_config)
+                baseline = pair_losses(
+                    replace(pairs, chosen=specialist[0], rejected=specialist[1]), self.pair_loss_config
+                )
         excess = excess_losses(losses, baseline, self.args.excess_clip)  # (B,)
 
         if not training:
@@ -293,6 +300,14 @@ peft_config:
         weights = weights.to(losses.device, non_blocking=True)[task_ids]  # (B,)
         objective = excess if self.strategy.objective == "excess" else losses
         loss = (weights * objective).sum() / mean_micro_batch
+        if not forward.has_graph:
+            rest = len(whole) - own
+            sends = F.pad(
+                ~(losses < baseline), (0, rest)
+            )  # at zero the clipped excess has a gradient; NaN is to be seen
+            factors = F.pad(weights / mean_micro_batch, (0, rest))
+            return self.clipped_pairs.with_gradient(loss, sends, factors, forward, inputs)
+        self.clipped_pairs.ran_whole()
         if self.aux_loss_enabled:
             share = 1 if counted is None else own * self.accelerator.num_processes / counted[1]
             loss = loss + self.router_aux_loss_coef * forward.outputs.aux_loss * share

@@ -58,6 +58,11 @@ class AMAConfig(DPOConfig):
             pads nothing. `"auto"`: where it gives the same numbers, which is tried on every model, and is no slower, by a
             rule from shapes and the device. `True`: wherever it gives the same numbers, slower or not, with an error where
             it does not. `False`: never.
+        skip_clipped (`str` or `bool`, *optional*, defaults to `"auto"`):
+            Whether pairs that `excess_clip="pair"` has clipped, which send no gradient, are left out of the backward pass: the
+            batch runs forward without a graph, then the other pairs run again with one. The numbers are the same, to rounding.
+            `"auto"`: while so many pairs were clipped lately that it is faster. `True`: always, where it gives the same numbers.
+            `False`: never.
         streaming_buffer (`int`, *optional*, defaults to `1000`):
             Pairs of a task that are held and shuffled at a time if the task is streamed. A task that has no more is drawn as if
             it were in memory.
@@ -112,6 +117,13 @@ class AMAConfig(DPOConfig):
         metadata={
             "help": "Run prompt, chosen and rejected through the model as one sequence: `auto` (where it gives the same "
             "numbers and is no slower), `true` (insist) or `false`."
+        },
+    )
+    skip_clipped: str = field(
+        default="auto",
+        metadata={
+            "help": "Leave clipped pairs, which send no gradient, out of the backward pass: `auto` (while so many were clipped "
+            "lately that it is faster), `true` (always, where it gives the same numbers) or `false`."
         },
     )
     streaming_buffer: int = field(
@@ -177,7 +189,8 @@ class AMAConfig(DPOConfig):
         check_strategy_name(self.mixing)
         plain = STRATEGIES[self.mixing].plain_loss and not self.specialists
         check_loss_types(self.loss_type, self.label_smoothing, of_pairs=not plain)
-        self.prefix_sharing = _parse_prefix_sharing(self.prefix_sharing)
+        self.prefix_sharing = _parse_switch("prefix_sharing", self.prefix_sharing)
+        self.skip_clipped = _parse_switch("skip_clipped", self.skip_clipped)
         # The command line checks `choices` itself; YAML and Python come here
         for name, known in (("excess_clip", _EXCESS_CLIPS), ("sampling", _SAMPLINGS)):
             if getattr(self, name) not in known:
@@ -209,8 +222,8 @@ def _parse_mixing_lr(value: float | str | None) -> float | str:
     return number
 
 
-def _parse_prefix_sharing(value: str | bool) -> str | bool:
+def _parse_switch(name: str, value: str | bool) -> str | bool:
     known = {"auto": "auto", "true": True, "false": False}
     if str(value).lower() not in known:
-        raise AMAError(f"prefix_sharing must be 'auto', True or False, got {value!r}.")
+        raise AMAError(f"{name} must be 'auto', True or False, got {value!r}.")
     return known[str(value).lower()]

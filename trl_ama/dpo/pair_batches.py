@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from trl import DPOTrainer
 
-from ..reference_losses.columns import LOGP_COLUMNS
+from ..reference_losses.columns import LOGP_COLUMNS, REFERENCE_COLUMNS
 from ..tasks.pairs import TASK_COLUMN
 from .losses import PairLogProbs, PreferenceLossConfig, pair_losses, sequence_logps
 
@@ -40,11 +40,25 @@ class RecordedForward:
 
     def log_probs(self, inputs: dict[str, Any], ld_alpha: float | None) -> PairLogProbs:
         """Policy and reference on a batch that carries the reference's log-probs. # (B,) each"""
-        mask = inputs["completion_mask"]
-        policy = sequence_logps(self.outputs.log_probs, mask, ld_alpha)
-        return PairLogProbs(
-            *policy, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"], *mask.sum(dim=1).chunk(2)
-        )
+        return _log_probs(self.outputs, inputs["completion_mask"], inputs, ld_alpha)
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether the outputs have their graph."""
+        return getattr(self._model, "graph", True)
+
+    def log_probs_again(self, keep: torch.Tensor, inputs: dict[str, Any], ld_alpha: float | None) -> PairLogProbs:
+        """As `log_probs`, of some pairs that are run once more, with a graph. # keep (B,) bool -> (b,) each"""
+        reference = {name: inputs[name][keep] for name in REFERENCE_COLUMNS}
+        mask = inputs["completion_mask"][keep.repeat(2)]
+        return _log_probs(self._model.again(keep), mask, reference, ld_alpha)
+
+
+def _log_probs(
+    outputs: Any, mask: torch.Tensor, reference: dict[str, torch.Tensor], ld_alpha: float | None
+) -> PairLogProbs:
+    policy = sequence_logps(outputs.log_probs, mask, ld_alpha)
+    return PairLogProbs(*policy, *(reference[name] for name in REFERENCE_COLUMNS), *mask.sum(dim=1).chunk(2))
 
 
 def _beside(outputs: Any, device: torch.device) -> Any:

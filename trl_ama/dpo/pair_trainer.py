@@ -149,13 +149,14 @@ class PairTrainer(FiniteSteps, StartErrors, DPOTrainer):
         chosen, rejected = (logps.to(inputs["input_ids"].device) for logps in (chosen, rejected))
         return {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
-    def policy_forward(self, model: torch.nn.Module, inputs: dict[str, Any]) -> RecordedForward:
-        """The policy, to be called by DPOTrainer's loss on this batch, which gets reference log-probs if it has none.
+    def policy_forward(self, model: torch.nn.Module, inputs: dict[str, Any], graph: bool = True) -> RecordedForward:
+        """The policy, to be called by DPOTrainer's loss on this batch, which gets reference log-probs if it has none; without
+        `graph`, some pairs are then run again.
 
         They are computed first, while there is no graph in memory; but after it, as DPOTrainer does, where both may draw random
         numbers.
         """
-        forward = self.prefix_sharing.forward(model, ready=ready_pairs(inputs))
+        forward = self.prefix_sharing.forward(model, ready=ready_pairs(inputs), graph=graph)
         if self.model.training and self.prefix_sharing.may_draw(model):
             return RecordedForward(forward, then=lambda: inputs.update(self.with_reference(inputs)))
         inputs.update(self.with_reference(inputs))

@@ -56,9 +56,12 @@ class PrefixSharing:
         self._said: set[str] = set()
         self.taken = {"fast": 0, "plain": 0}  # how many calls took which path
 
-    def forward(self, model: torch.nn.Module, metrics: bool = True, ready: ReadyPairs | None = None) -> SharedForward:
-        """A stand-in for the model where it is only called, as `DPOTrainer` calls it; without `metrics`, for log-probs."""
-        return SharedForward(self, model, metrics, ready)
+    def forward(
+        self, model: torch.nn.Module, metrics: bool = True, ready: ReadyPairs | None = None, graph: bool = True
+    ) -> SharedForward:
+        """A stand-in for the model where it is only called, as `DPOTrainer` calls it; without `metrics`, for log-probs; without
+        `graph`, for numbers of which some pairs are then run `again`."""
+        return SharedForward(self, model, metrics, ready, graph)
 
     def pack(
         self, model: torch.nn.Module, kwargs: dict[str, Any], use: str | None = None, ready: ReadyPairs | None = None

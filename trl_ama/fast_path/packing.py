@@ -97,6 +97,28 @@ class PackedPairs:
             moved._plans[plan.gather.device] = plan
         return moved
 
+    def tokens_of(self, keep: Tensor) -> Tensor:
+        """Which tokens of the row are of some pairs, or of what all begin with. # (B,) -> (T,), both bool"""
+        sizes = torch.tensor([self.common, *map(sum, self.lengths)], device=keep.device)
+        return torch.cat([keep.new_ones(1), keep]).repeat_interleave(sizes)
+
+    def subset(self, keep: Tensor) -> "PackedPairs":
+        """Some of the pairs, at least one, and the common beginning as it is; the scores go to those pairs' rows. # (B,) bool"""
+        in_row = self.tokens_of(keep)  # (T,)
+        scored, slots = self.scored[keep.repeat(2)], self.slots[keep.repeat(2)]  # (2b, L-1)
+        used = torch.zeros_like(self.score_positions, dtype=torch.bool)  # (N,)
+        used[slots[scored]] = True
+        return PackedPairs(
+            input_ids=self.input_ids[:, in_row],
+            position_ids=self.position_ids[:, in_row],
+            labels=self.labels[:, used],
+            score_positions=(in_row.cumsum(dim=0) - 1)[self.score_positions[used]],
+            slots=torch.where(scored, (used.cumsum(dim=0) - 1)[slots], 0),
+            scored=scored,
+            common=self.common,
+            lengths=[lengths for lengths, stays in zip(self.lengths, keep.tolist(), strict=True) if stays],
+        )
+
     def unpack(self, scores: Tensor | None) -> Tensor | None:
         """Per-score values (1, N) in the shape that `DPOTrainer` expects, zero outside the answers. # (2B, L-1)"""
         if scores is None:

@@ -37,6 +37,7 @@ _IRRELEVANT = {
     "dataset_num_proc", "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "specialists",
     "per_device_eval_batch_size", "precompute_ref_batch_size", "precompute_ref_log_probs",
     "restore_callback_states_from_checkpoint", "overwrite_output_dir", "skip_memory_metrics", "prediction_loss_only", "prefix_sharing",
+    "skip_clipped",
     "streaming_buffer",
 }  # fmt: skip
 

@@ -20,6 +20,9 @@ from .step_recorder import StepRecorder
 from .streams import StreamSampler, TaskStreams
 
 
+_CLIPPED_MEMORY = 10  # optimizer steps over which the share of clipped pairs is followed, about
+
+
 def strategy_for(
     dataset: Dataset | Any, task_names: list[str], mixing: str, mixing_lr: float | str = "auto", **options: Any
 ) -> MixingStrategy:
@@ -51,6 +54,10 @@ class Mixture:
         excess_range (`float`): Excess of an untrained policy over a perfect specialist, in nats.
         has_excess (`bool`): Whether there is an excess to log: not for a fixed mixture without reference losses.
         unknown (`Collection[str]`): Figures that nobody knows here, and that are not logged.
+
+    Attributes:
+        clipped_lately (`float`, *optional*): Share of pairs without excess in the last optimizer steps, the latest counting most;
+            `None` before the first.
     """
 
     def __init__(
@@ -71,6 +78,7 @@ class Mixture:
         self._first_state = strategy.state_dict()
         self._monitor = MixtureMonitor(task_names)
         self._num_steps = 0
+        self.clipped_lately: float | None = None
         self._logged_as: dict[str, list[str]] = {}
         # Of the last step: pairs without a finite loss, by task, and pairs in all
         self.broken_pairs: dict[str, int] = {}
@@ -128,12 +136,14 @@ class Mixture:
         self._reset(num_steps)
         self.strategy.load_state_dict(state["strategy"])
         self._monitor.load_state_dict(state["monitor"])
+        self.clipped_lately = state.get("clipped_lately")
         if self.sampler is not None:
             self.sampler.load_state_dict(state["sampler"], skips_data)
 
     def _reset(self, num_steps: int) -> None:
         self._num_steps = num_steps
         self._monitor = MixtureMonitor(self._task_names)
+        self.clipped_lately = None
         self.recorder.reset()
 
     def state_dict(self) -> dict[str, Any]:
@@ -144,6 +154,7 @@ class Mixture:
             "strategy": self.strategy.state_dict(),
             "sampler": None if self.sampler is None else self.sampler.state_dict(),
             "monitor": self._monitor.state_dict(),
+            "clipped_lately": self.clipped_lately,
         }
 
     def finish_step(self, accelerator: Accelerator) -> tuple[dict[str, float], list[str]]:
@@ -158,6 +169,7 @@ class Mixture:
             self._task_names[task]: int(step.broken_counts[task]) for task in np.flatnonzero(step.broken_counts)
         }
         self.step_pairs = int(step.counts.sum())
+        self._follow_clipped(step)
         figures = self._figures(step)
         matched = (step.counts > 0) & (step.clipped_counts == step.counts)
         sends = bool((self.strategy.loss_weights() * step.excess_sums).any())  # a gradient
@@ -172,6 +184,12 @@ class Mixture:
         return figures, self._monitor.update(
             weights, excess, self._num_steps, matched, bool(matched.any()) and not (sends or self.broken_pairs)
         )
+
+    def _follow_clipped(self, step: StepStatistics) -> None:
+        if self.step_pairs:
+            share = float(step.clipped_counts.sum()) / self.step_pairs
+            before = share if self.clipped_lately is None else self.clipped_lately
+            self.clipped_lately = before + (share - before) / _CLIPPED_MEMORY
 
     def _figures(self, step: StepStatistics) -> dict[str, float]:
         figures: dict[str, float] = {}

@@ -209,6 +209,7 @@ def _by_hand() -> dict[str, dict[str, Any]]:
         },
         "loss_type": {"items": {"type": "string", "enum": losses}, "anyOf": [{"enum": losses}, {"type": "array"}]},
         "prefix_sharing": {"type": ["string", "boolean"], "anyOf": [{"enum": ["auto", True, False, "true", "false"]}]},
+        "skip_clipped": {"type": ["string", "boolean"], "anyOf": [{"enum": ["auto", True, False, "true", "false"]}]},
         "specialist_args": {"anyOf": [{"$ref": "#/$defs/specialist_args"}, {"type": ["string", "null"]}]},
         "fsdp": {"type": ["string", "array", "boolean", "null"]},
     }
