@@ -3,7 +3,7 @@
     python tests/benchmarks/speed.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data folder/of/<task>_train.jsonl[.gz]
 
 Both trainers live in one process and take turns on each batch, so that a busy machine slows both down; what counts is the
-median of the ratios. On a machine that others use, `--threads 1 --cpu-time` counts what the processor did for this process
+median of the ratios. The part `floor` states steps and scoring as multiples of what nobody can leave out (`floor.py`). On a machine that others use, `--threads 1 --cpu-time` counts what the processor did for this process
 and not what it waited. `--quick` takes few batches. Writes `speed.json` and `speed.md` into `--output`; of a run before
 with the same settings, the table keeps the precisions that this one does not measure.
 """
@@ -23,6 +23,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+import floor  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
@@ -37,7 +38,7 @@ from trl_ama.policies.switching import reference_policy  # noqa: E402
 
 
 clock = time.perf_counter
-PARTS = ("time", "memory")
+PARTS = ("time", "floor", "memory")
 WORKS = {"train": "training, precomputed reference", "train_live": "training, live reference", "score": "scoring"}
 LONG_ANSWERS = "short prompts, long answers"
 
@@ -209,6 +210,8 @@ def table(result: dict) -> str:
         lines += [f"## {dtype}", ""]
         if parts["steps"]:
             lines += [*time_table(parts), ""]
+        if parts.get("floor"):
+            lines += [*floor.table(parts["floor"]), ""]
         if parts.get("memory"):
             lines += ["| peak memory, MB | TRL | ours |", "| --- | ---: | ---: |"]
             for work, title in WORKS.items():
@@ -240,6 +243,9 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=[*TASKS, LONG_ANSWERS])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--batches", type=int, default=5)
+    parser.add_argument(
+        "--floor-batches", type=int, default=3, help="of each task, with one thread and processor time"
+    )
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--score-pairs", type=int, default=32)
@@ -262,7 +268,7 @@ def main() -> None:
     if options.quick:
         options.batches, options.score_pairs, options.score_passes = 3, 16, 1
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    count = max((options.batches + 1) * options.batch_size, options.score_pairs)
+    count = max((max(options.batches, options.floor_batches) + 1) * options.batch_size, options.score_pairs)
     real = [task for task in options.tasks if task != LONG_ANSWERS] or [TASKS[0]]
     pairs = [
         {**pair, "task": task}
@@ -282,7 +288,7 @@ def main() -> None:
     result["dtypes"] = measured_before(options.output / "speed.json", result)
     for dtype in options.dtypes:
         parts = result["dtypes"].setdefault(dtype, {"steps": {}, "scoring": {}})
-        if "time" in options.parts:
+        if {"time", "floor"} & set(options.parts):
             time_all(parts, options, dtype, pairs, lambda: save(result, options.output))
         if "memory" in options.parts:
             parts["memory"] = {
@@ -295,14 +301,19 @@ def main() -> None:
 def time_all(
     parts: dict, options: argparse.Namespace, dtype: str, pairs: list[dict], save_so_far: Callable[[], None]
 ) -> None:
-    """Fill in steps and scoring of every task in one precision."""
+    """Fill in steps, scoring and floors of every task in one precision."""
     trl, ours = build("trl", options, dtype, pairs), build("ours", options, dtype, pairs)
     ours.trainer.reference_unchecked = False  # made-up reference log-probs
     rows = prepared(ours, options.tasks, options.max_length)
     for task in options.tasks:
-        parts["steps"][task] = time_steps(trl, ours, rows[task], options)
-        parts["scoring"][task] = time_scoring(trl, ours, rows[task], options)
-        print(dtype, task, json.dumps(parts["steps"][task]), json.dumps(parts["scoring"][task]), flush=True)
+        if "time" in options.parts:
+            parts["steps"][task] = time_steps(trl, ours, rows[task], options)
+            parts["scoring"][task] = time_scoring(trl, ours, rows[task], options)
+            print(dtype, task, json.dumps(parts["steps"][task]), json.dumps(parts["scoring"][task]), flush=True)
+        if "floor" in options.parts:
+            found = floor.measure(trl, ours, rows[task], options.batch_size, options.floor_batches)
+            parts.setdefault("floor", {})[task] = found
+            print(dtype, task, json.dumps(found), flush=True)
         save_so_far()
     # Asked of the model that ran: a setting that has no effect would go unnoticed
     parts["checkpointed"] = {
