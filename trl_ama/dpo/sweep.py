@@ -149,7 +149,7 @@ class Sweep:
             start += count
 
     def one_ahead(self, done: np.ndarray) -> Iterator[tuple[list[np.ndarray], Callable[[], dict[str, Any] | None]]]:
-        """As [`rounds`], each with the collated batch of this process, which is made while a device runs the one before."""
+        """As `rounds`, each with the collated batch of this process, which is made while a device runs the one before."""
         place = self._trainer.accelerator.process_index
 
         def collated(batches: list[np.ndarray]) -> dict[str, Any] | None:
