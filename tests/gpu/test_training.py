@@ -26,8 +26,8 @@ def base(tokenizer, tmp_path_factory):
 def trainer(model, folder, adapter=True, **settings) -> AMATrainer:
     return AMATrainer(
         model,
-        args=AMAConfig(str(folder), mixing="uniform", **{**ON_CARD, "max_steps": 24, **settings}),
-        train_dataset=make_dataset({"list": 64, "brief": 64}),
+        args=AMAConfig(str(folder), mixing="uniform", **{**ON_CARD, "max_steps": 12, **settings}),
+        train_dataset=make_dataset({"list": 4, "brief": 4}),  # a step is the whole of them,
         peft_config=LoraConfig(**LORA) if adapter else None,
     )
 
@@ -35,7 +35,7 @@ def trainer(model, folder, adapter=True, **settings) -> AMATrainer:
 def learns(run: AMATrainer) -> None:
     run.train()
     losses = losses_of(run)
-    assert sum(losses[-6:]) < 0.9 * sum(losses[:6]), losses
+    assert losses[-1] < 0.9 * losses[0], losses  # of the very pairs that it is trained on
     assert run.prefix_sharing.taken["plain"] == 0 < run.prefix_sharing.taken["fast"]
     assert {weight.device.type for weight in run.model.parameters()} == {CARD}
 

@@ -50,6 +50,21 @@ def _weights(trainer: DPOTrainer) -> dict[str, torch.Tensor]:
     return {name: value.detach().cpu() for name, value in trainer.model.named_parameters() if value.requires_grad}
 
 
+def _run(command: list[str], report: Report, **variables: str) -> None:
+    """Run a program for at most the time that is left. What it says goes into a file beside the report, its last line into an error."""
+    said = report.path.with_name(f"{report.path.stem}-program.log")
+    with open(said, "w") as output:
+        to = {"stdout": output, "stderr": subprocess.STDOUT, "env": {**os.environ, **variables}}
+        try:
+            code = subprocess.run(command, cwd=ROOT, timeout=max(5, report.left), **to).returncode
+            ended = f"exit code {code}" if code else None
+        except subprocess.TimeoutExpired as error:
+            ended = f"not done after {error.timeout:.0f} s"
+    if ended:
+        lines = said.read_text(errors="replace").strip().splitlines()
+        raise RuntimeError(f"{ended}; its last line: {lines[-1] if lines else 'nothing'}")
+
+
 # ---- Resuming ----
 
 
@@ -112,10 +127,7 @@ def quickstart(report: Report) -> None:
         command += ["--max_steps", "2" if report.rehearse else "15"]
         command += ["--compare", "proportional"] if report.rehearse else []
         start = time.perf_counter()
-        done = subprocess.run(command, cwd=ROOT, timeout=max(5, report.left), text=True, capture_output=True)
-        print(done.stdout[-4000:], done.stderr[-4000:], sep="\n")
-        if done.returncode:
-            raise RuntimeError(f"exit code {done.returncode}: {(done.stderr.strip().splitlines() or ['nothing'])[-1]}")
+        _run(command, report)
         row |= {"seconds": time.perf_counter() - start, "results.json": (folder / "run" / "results.json").exists()}
 
 
@@ -181,6 +193,8 @@ def waits(report: Report) -> None:
             trainer.train()
             if turn == 0:
                 with report.row(f"{case}: {kind}") as row:
+                    if kind == "ours":
+                        row |= trainer.prefix_sharing.taken
                     if CUDA:
                         row |= {"host waits": sum(watch.waits.values()), "launches": watch.launches}
                         row["kernels ms"] = watch.kernels
@@ -200,40 +214,24 @@ def waits(report: Report) -> None:
 
 def card_tests(report: Report) -> None:
     """The tests that are marked `gpu`, one row for each that did not pass."""
-    with tempfile.TemporaryDirectory() as folder:
-        results = Path(folder, "results.xml")
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-m",
-            "gpu",
-            f"--junitxml={results}",
-        ]
-        environment = {**os.environ, **({"TRL_AMA_CARD": "cpu"} if report.rehearse else {})}
-        with report.row("all") as row:
-            done = subprocess.run(
-                [*command, str(ROOT / "tests" / "gpu")],
-                cwd=ROOT,
-                env=environment,
-                timeout=max(5, report.left),
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
+    results = report.path.with_name("tests.xml")
+    results.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", f"--junitxml={results}"]
+    with report.row("all") as row:
+        try:
+            _run(
+                [*command, str(ROOT / "tests" / "gpu")], report, **({"TRL_AMA_CARD": "cpu"} if report.rehearse else {})
             )
-            print(done.stdout[-8000:])
+        finally:
             cases = list(ET.parse(results).getroot().iter("testcase")) if results.exists() else []
             outcome = Counter(_outcome(case) for case in cases)
             row |= {name: outcome[name] for name in ("passed", "not passed", "skipped")}
-            if done.returncode or not outcome["passed"]:
-                raise RuntimeError(f"pytest's exit code {done.returncode}; {outcome['not passed']} did not pass")
-        for case in cases:
-            if _outcome(case) == "not passed":
-                with report.row(case.get("name", "?")):
-                    raise AssertionError(next(iter(case)).get("message"))
+        if not outcome["passed"]:
+            raise RuntimeError("no test has run")
+    for case in cases:
+        if _outcome(case) == "not passed":
+            with report.row(case.get("name", "?")):
+                raise AssertionError(next(iter(case)).get("message"))
 
 
 def _outcome(case: ET.Element) -> str:
