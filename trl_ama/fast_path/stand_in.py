@@ -1,6 +1,6 @@
 """What stands in for a model where it is only called."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -8,14 +8,10 @@ from .forward import packed_forward
 from .proof import RandomState
 
 
-if TYPE_CHECKING:
-    from .choice import PrefixSharing
-
-
 class SharedForward:
-    """Forwards calls to the model, on the fast path where it is exact."""
+    """Forwards calls to the model, on the fast path where the `PrefixSharing` that it is given chooses it."""
 
-    def __init__(self, sharing: "PrefixSharing", model: torch.nn.Module, metrics: bool):
+    def __init__(self, sharing: Any, model: torch.nn.Module, metrics: bool):
         self._sharing, self._model, self._metrics = sharing, model, metrics
 
     def __call__(self, *args, **kwargs):
