@@ -71,7 +71,9 @@ def thin_products(model: torch.nn.Module) -> Iterator[None]:
                 continue
             changed.append((module, names, module.cast_input_dtype_enabled))
             module.lora_variant.update(dict.fromkeys(names, _Added))
-            if names == [name for name in module.active_adapters if name in module.lora_A]:  # else another kind wants it
+            if names == [
+                name for name in module.active_adapters if name in module.lora_A
+            ]:  # else another kind wants it
                 module.cast_input_dtype_enabled = module.cast_input_dtype_enabled and casts
         yield
     finally:
