@@ -71,7 +71,10 @@ def thin_products(model: torch.nn.Module) -> Iterator[None]:
                 continue
             changed.append((module, names, module.cast_input_dtype_enabled))
             module.lora_variant.update(dict.fromkeys(names, _Added))
-            module.cast_input_dtype_enabled = module.cast_input_dtype_enabled and casts
+            if names == [
+                name for name in module.active_adapters if name in module.lora_A
+            ]:  # else another kind wants it
+                module.cast_input_dtype_enabled = module.cast_input_dtype_enabled and casts
         yield
     finally:
         for module, names, cast in changed:
