@@ -17,7 +17,7 @@ from .pair_batches import RecordedForward
 
 logger = get_logger(__name__)
 
-# Shares of clipped pairs above which two passes are cheaper (docs/speed.md; only the first is measured): by whether there is gradient checkpointing, and several
+# Shares of clipped pairs above which two passes are cheaper (docs/speed.md; the first two are measured): by whether there is gradient checkpointing, and several
 # processes, which wait for the one that has most pairs left
 PAYS_ABOVE = {(False, False): 0.6, (True, False): 0.1, (False, True): 0.75, (True, True): 0.6}
 
