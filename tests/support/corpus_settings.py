@@ -198,7 +198,7 @@ SETTINGS: dict[str, Setting] = {
     "model in bfloat16": Setting({"model_init_kwargs": {"dtype": "bfloat16"}}, LORA),
     "eager attention": Setting({"model_init_kwargs": {"attn_implementation": "eager"}}, path="plain"),
     "torch_compile": Setting({"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 2}, path="plain"),
-    "liger": Setting({"use_liger_kernel": True}, path="plain", needs="liger_kernel"),
+    "liger": Setting({"use_liger_kernel": True}, needs="liger_kernel"),
     # Optimizers
     **{f"optimizer {name}": Setting({"optim": name}) for name in ("adafactor", "rmsprop", "adagrad")},
     "optimizer sgd": Setting({"optim": "sgd", "learning_rate": 0.3}),
