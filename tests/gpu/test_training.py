@@ -26,8 +26,8 @@ def base(tokenizer, tmp_path_factory):
 def trainer(model, folder, adapter=True, **settings) -> AMATrainer:
     return AMATrainer(
         model,
-        args=AMAConfig(str(folder), mixing="uniform", **{**ON_CARD, "max_steps": 12, **settings}),
-        train_dataset=make_dataset({"list": 4, "brief": 4}),  # a step is the whole of them,
+        args=AMAConfig(str(folder), mixing="uniform", **{**ON_CARD, "max_steps": 6, **settings}),
+        train_dataset=make_dataset({"list": 4, "brief": 4}),  # a step is the whole of them
         peft_config=LoraConfig(**LORA) if adapter else None,
     )
 
@@ -66,23 +66,23 @@ def test_learns_on_four_bits(base, tmp_path, precision):
 
 
 def test_goes_on_from_a_checkpoint_with_paged_states(base, tmp_path):
-    settings = {"optim": "paged_adamw_8bit", "bf16": True, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    settings = {"optim": "paged_adamw_8bit", "bf16": True, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     trainer(quantised(base), tmp_path, **settings).train()
     again = trainer(quantised(base), tmp_path, **settings)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert again.state.global_step == 6 and len(losses_of(again)) == 6
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.state.global_step == 4 and len(losses_of(again)) == 4
 
 
 def test_a_full_specialist_is_scored_on_the_card(base, tmp_path):
     """It is a second whole model, which is to be where the first one is."""
-    tuned = trainer(base, tmp_path / "tuned", adapter=False, max_steps=4)
+    tuned = trainer(base, tmp_path / "tuned", adapter=False, max_steps=1)
     tuned.train()
     tuned.save_model(str(tmp_path / "specialist"))
     specialists = {task: str(tmp_path / "specialist") for task in ("list", "brief")}
     run = AMATrainer(
         base,
-        args=AMAConfig(str(tmp_path / "run"), mixing="ama_s", specialists=specialists, **{**ON_CARD, "max_steps": 2}),
+        args=AMAConfig(str(tmp_path / "run"), mixing="ama_s", specialists=specialists, **{**ON_CARD, "max_steps": 1}),
         train_dataset=make_dataset({"list": 16, "brief": 16}),
     )
     run.train()
-    assert all(loss == loss for loss in losses_of(run)) and run.state.global_step == 2
+    assert all(loss == loss for loss in losses_of(run)) and run.state.global_step == 1
