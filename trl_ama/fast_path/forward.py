@@ -12,7 +12,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .frozen_head import frozen_head
 from .packing import PAIRS_KEY, CannotShare, PackedPairs
-from .thin_products import thin_products
 
 
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # of TRL's FusedCausalLMOutput
@@ -196,10 +195,7 @@ def packed_forward(model: torch.nn.Module, pairs: PackedPairs, metrics: bool = T
     install()
     handle = causal_lm(model).base_model.register_forward_hook(_keep_scored, with_kwargs=True)
     try:
-        with contextlib.ExitStack() as ways:
-            if not _as_on_a_gpu:  # which takes neither
-                ways.enter_context(frozen_head(metrics))
-                ways.enter_context(thin_products(model))
+        with contextlib.nullcontext() if _as_on_a_gpu else frozen_head(metrics):  # which a GPU does not take
             outputs = model(
                 input_ids=pairs.input_ids,
                 position_ids=pairs.position_ids,
