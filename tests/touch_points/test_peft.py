@@ -68,23 +68,3 @@ def test_100_trainable_tokens_of_a_tied_head():
         for tied in (True, False)
     ]
     assert [isinstance(head, TrainableTokensWrapper) for head in heads] == [True, False]
-
-
-def test_120_lora_layers_ask_their_kind_for_the_output(dpo, monkeypatch):
-    from peft.tuners.lora.layer import Linear
-
-    layer = next(module for module in dpo.model.modules() if type(module) is Linear)
-    given = {}
-
-    class Kind:
-        @staticmethod
-        def forward(module, active_adapter, x, result, **_):
-            given.update(module=module, adapter=active_adapter, x=x)
-            return result + 1
-
-    monkeypatch.setitem(layer.lora_variant, "default", Kind)
-    monkeypatch.setattr(layer, "cast_input_dtype_enabled", False)
-    x = torch.randn(1, 2, layer.in_features, dtype=torch.float64)
-    layer.base_layer.double()
-    torch.testing.assert_close(layer(x), layer.base_layer(x) + 1)
-    assert given["module"] is layer and given["adapter"] == "default" and given["x"] is x

@@ -8,7 +8,6 @@ import torch
 from .attention import install
 from .frozen_head import frozen_head
 from .packing import PAIRS_KEY, PackedPairs
-from .thin_products import thin_products
 from .varlen import planned_for_a_gpu
 
 
@@ -53,10 +52,7 @@ def packed_forward(model: torch.nn.Module, pairs: PackedPairs, metrics: bool = T
     install(causal_lm(model).config._attn_implementation)
     handle = causal_lm(model).base_model.register_forward_hook(_keep_scored, with_kwargs=True)
     try:
-        with contextlib.ExitStack() as ways:
-            if not planned_for_a_gpu():  # which takes neither
-                ways.enter_context(frozen_head(metrics))
-                ways.enter_context(thin_products(model))
+        with contextlib.nullcontext() if planned_for_a_gpu() else frozen_head(metrics):  # which a GPU does not take
             outputs = model(
                 input_ids=pairs.input_ids,
                 position_ids=pairs.position_ids,

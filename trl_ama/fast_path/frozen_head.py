@@ -58,14 +58,13 @@ class FrozenHead(torch.autograd.Function):
         weight = weight.to(dtype)
         found: dict[str, list[Tensor]] = {name: [] for name in ("log_probs", *outputs)}
         slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # (N, H)
-        tiles = _Tiles(min(_TOKENS, len(hidden)), weight, needs_spare="entropy" in outputs)
         with torch.autocast(device, enabled=False):
             for start in range(0, len(hidden), _TOKENS):
                 part = slice(start, start + _TOKENS)
-                logits = tiles.product(hidden[part].to(dtype))  # (n, V)
+                logits = torch.mm(hidden[part].to(dtype), weight.t())  # (n, V)
                 if bias is not None:
                     logits += bias.to(dtype)
-                slope = _score(logits, tiles, weight, targets[part], scale, found, slopes is not None)
+                slope = _score(logits, weight, targets[part], scale, found, slopes is not None)
                 if slopes is not None:
                     slopes[part] = slope
         if slopes is not None:
@@ -82,51 +81,16 @@ class FrozenHead(torch.autograd.Function):
         return (None if grad is None else (grad[:, None] * slopes).to(slopes.dtype), *[None] * 5)
 
 
-class _Tiles:
-    """The matrices of n tokens and the vocabulary, made once: to be given new memory for each costs more than to fill it."""
-
-    def __init__(self, tokens: int, weight: Tensor, needs_spare: bool):
-        self._weight = weight
-        self._exact = weight.new_empty(tokens, len(weight), dtype=torch.float32)
-        self._rounded = self._exact if weight.dtype == torch.float32 else weight.new_empty(tokens, len(weight))
-        self._spare = torch.empty_like(self._exact) if needs_spare else self._exact
-
-    def product(self, hidden: Tensor) -> Tensor:
-        """The head's logits, as they come. # (n, H) -> (n, V)"""
-        return torch.mm(hidden, self._weight.t(), out=self._rounded[: len(hidden)])
-
-    def exact(self, logits: Tensor) -> Tensor:
-        """The same in 32 bits. # (n, V)"""
-        exact = self._exact[: len(logits)]
-        return logits if exact.dtype == logits.dtype else exact.copy_(logits)
-
-    def relative(self, logits: Tensor, largest: Tensor) -> Tensor:
-        """exp(logits − largest), in the place of the logits unless they are needed later. # (n, V), (n,) -> (n, V)"""
-        return torch.sub(logits, largest[:, None], out=self._spare[: len(logits)]).exp_()
-
-    def rounded(self, values: Tensor) -> Tensor:
-        """In the head's own precision. # (n, V)"""
-        return values if values.dtype == self._weight.dtype else self._rounded[: len(values)].copy_(values)
-
-
 def _score(
-    logits: Tensor,
-    tiles: _Tiles,
-    weight: Tensor,
-    targets: Tensor,
-    scale: float,
-    found: dict[str, list[Tensor]],
-    differentiate: bool,
+    logits: Tensor, weight: Tensor, targets: Tensor, scale: float, found: dict[str, list[Tensor]], differentiate: bool
 ) -> Tensor | None:
     """Add what `found` asks for, of n tokens; with `differentiate`, return how their log-probs move. # (n, V) -> (n, H)"""
-    logits = tiles.exact(logits)
+    logits = logits.float()
     if scale != 1.0:
         logits *= scale
     largest, top = logits.max(dim=1)  # (n,): the first of equal ones, as TRL counts it
     target = logits.gather(1, targets[:, None]).squeeze(1)  # (n,)
-    if "mean_logits" in found:
-        found["mean_logits"].append(logits.mean(dim=1))
-    relative = tiles.relative(logits, largest)  # (n, V): probabilities but for the sum
+    relative = (logits - largest[:, None]).exp_()  # (n, V): probabilities but for the sum
     total = relative.sum(dim=1)  # (n,)
     log_total = largest + total.log()
     found["log_probs"].append(target - log_total)
@@ -134,6 +98,8 @@ def _score(
         found["entropy"].append(log_total - _dot(relative, logits) / total)
     if "log_sum_sq_probs" in found:
         found["log_sum_sq_probs"].append(_dot(relative, relative).log() - 2 * total.log())
+    if "mean_logits" in found:
+        found["mean_logits"].append(logits.mean(dim=1))
     if "is_top1" in found:
         found["is_top1"].append(top == targets)
     if not differentiate:
@@ -141,7 +107,7 @@ def _score(
     # Of the target's own term w_y − p(y) w_y the factor is kept exact: near 1 − p = 0 a difference of rounded sums is noise
     missing = (total - relative.gather(1, targets[:, None]).squeeze(1)) / total  # (n,): 1 − p(y)
     relative.scatter_(1, targets[:, None], 0.0)
-    others = torch.mm(tiles.rounded(relative), weight).float() / total[:, None]  # (n, H)
+    others = torch.mm(relative.to(weight.dtype), weight).float() / total[:, None]  # (n, H)
     return (missing[:, None] * weight[targets].float() - others) * scale
 
 
