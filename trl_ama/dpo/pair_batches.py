@@ -31,7 +31,7 @@ class RecordedForward:
         self.outputs = None
 
     def __call__(self, *args, **kwargs):
-        outputs = _beside(self._model(*args, **kwargs), kwargs["labels"].device)
+        outputs = _beside(self._model(*args, **kwargs), kwargs["input_ids"].device)
         if self.outputs is None:
             self.outputs = outputs
             if self._then is not None:
