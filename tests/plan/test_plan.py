@@ -357,7 +357,7 @@ def test_a_specialist_of_another_length_is_planned_with_it(recipe, tmp_path):
 
 @pytest.mark.slow
 def test_attention_that_cannot_be_packed_is_planned_padded(recipe, capsys):
-    for attention in ("eager", "flex_attention"):
+    for attention in ("eager", "org/sage-attention"):
         plan = plan_of([*recipe, "--attn_implementation", attention])
         assert len(plan["variants"]) == 2 and not plan["stages"][0]["memory"]["packed"]
         assert f"Planned without the fast path: attn_implementation='{attention}'" in capsys.readouterr().out
