@@ -23,6 +23,7 @@ from trl_ama.dpo.pair_trainer import ScoringTrainer
 from trl_ama.dpo.scoring import score_policies
 from trl_ama.fast_path.packing import CannotShare, pack_pairs
 from trl_ama.fast_path.proof import NoVerdict, RandomState, prove
+from trl_ama.fast_path.rules import hook_kind
 
 
 def longer_is_smaller(module, args, output):
@@ -241,6 +242,31 @@ def test_all_processes_are_of_one_opinion(monkeypatch):
         assert bool(chooser._proofs[model]) == is_for_good
         if is_for_good:
             assert (chooser.pack(model, call, "policy") is not None) == is_fast  # nobody is asked again
+
+
+def test_the_same_hook_again_needs_no_other_proof(model_dir, quick_args, monkeypatch):
+    """After each pass of the reference, gradient checkpointing sets the hook anew that makes embeddings require gradients."""
+    proven = []
+    monkeypatch.setattr(
+        trl_ama.fast_path.choice, "prove", lambda *args: (proven.append(args[0].training), prove(*args))
+    )
+    trainer = run(
+        AMATrainer, model_dir, quick_args, peft_config=LoraConfig(r=4), gradient_checkpointing=True,
+        callbacks=[SetHook(longer_is_smaller, 2)],
+    )  # fmt: skip
+    assert len(trainer.model.get_input_embeddings()._forward_hooks) > 3 and trainer.prefix_sharing.taken["fast"] == 4
+    assert len(proven) == 4  # policy and reference, and both again once there is another hook
+
+
+def test_hooks_that_differ_in_what_they_hold_are_different():
+    def made(factor):
+        return lambda module, args, output: output * factor
+
+    def plain():
+        return lambda module, args, output: output
+
+    assert hook_kind(plain()) == hook_kind(plain()) != hook_kind(made(1))
+    assert hook_kind(made(1)) != hook_kind(made(2)) and hook_kind(SetHook(None)._set) != hook_kind(plain())
 
 
 def test_every_policy_of_a_sweep_is_proved(model_dir, quick_args):

@@ -6,7 +6,7 @@ import pytest
 from hub_server import FAULT_KINDS
 from hub_world import SIZES
 from huggingface_hub import HfApi
-from pushed_runs import REPOSITORIES, Run, finished_fixture, nothing_computed_fixture, waits_fixture  # noqa: F401 - fixtures
+from pushed_runs import REPOSITORIES, finished_fixture, leave_out, nothing_computed_fixture, waits_fixture  # noqa: F401 - fixtures
 
 from trl_ama import AMAError, run_pipeline
 from trl_ama.common.hub import HUB_ERRORS, time_limit
@@ -24,7 +24,7 @@ PUSHES = [("specialists",), ("losses",), ("train", "eval")]
 @pytest.fixture
 def one_reading(finished, monkeypatch):
     """What takes longer than the pushes and asks no Hub is done once for many commands, or left out: data and losses are read, the
-    recipe is parsed, checked and rehearsed, the losses of the tasks are put together, the plot is drawn."""
+    recipe is parsed, checked and rehearsed, the plan is told, the losses of the tasks are put together, the plot is drawn."""
     arguments = finished.parse(push_to_hub=True)
     settings = RunSettings(*arguments)
     monkeypatch.setattr(finished, "parse", lambda push_to_hub: arguments)
@@ -39,9 +39,13 @@ def one_reading(finished, monkeypatch):
 
     monkeypatch.setattr("trl_ama.reference_losses.dataset.stack", stack_once)
     monkeypatch.setattr("trl_ama.pipeline.run_losses.read_task", functools.cache(read_task))
-    for name in ("check_recipe", "rehearse_stages", "plot_mixture"):
-        monkeypatch.setattr(f"trl_ama.pipeline.run.{name}", lambda *args: None)
-    monkeypatch.setattr("trl_ama.pipeline.run.length_lines", lambda *args: [])
+    leave_out(monkeypatch, "check_recipe", "rehearse_stages", "plot_mixture")
+
+
+@pytest.fixture
+def no_page(finished, monkeypatch):
+    """The page that a run leaves asks no Hub, and takes as long as the requests; it is left by the tests below."""
+    leave_out(monkeypatch, "leave_page")
 
 
 def state(hub):
@@ -75,7 +79,7 @@ def arm(hub, kind, index, monkeypatch, seconds):
 @pytest.mark.parametrize("kind", FAULT_KINDS)
 @pytest.mark.parametrize("stages", PUSHES, ids="-".join)
 def test_every_request_fails_once(
-    hub, finished, waits, nothing_computed, one_reading, monkeypatch, capsys, stages, kind
+    hub, finished, waits, nothing_computed, one_reading, no_page, monkeypatch, capsys, stages, kind
 ):
     """Without our own retries, so that most faults make the push fail: the same command again mends it."""
     expected, files, paths = undisturbed(hub, finished, stages)

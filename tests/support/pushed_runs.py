@@ -1,5 +1,6 @@
 """A finished run to push, on a network that need not be waited for."""
 
+import copy
 import hashlib
 import time
 import types
@@ -12,6 +13,8 @@ from trl import DPOTrainer, ModelConfig, TrlParser
 from trl_ama import AMAConfig, TaskMixtureConfig, run_pipeline
 from trl_ama.pipeline.run import STAGES
 from trl_ama.recipe.arguments import PipelineArguments
+from trl_ama.reference_losses.checks import read_rows
+from trl_ama.reference_losses.files import stack
 
 
 REPOSITORIES = [
@@ -72,6 +75,51 @@ def finished_fixture(model_dir, tmp_path_factory):
         run(push_to_hub=False)
         _finished.append(run)
     return _finished[0]
+
+
+def leave_out(monkeypatch, *names):
+    """What a run does besides, asking no Hub: checks and a rehearsal, which find nothing in a recipe that has run; what it tells of its
+    plan; its page."""
+    for name in names or ("check_recipe", "rehearse_stages", "leave_page"):
+        monkeypatch.setattr(f"trl_ama.pipeline.run.{name}", lambda *args: None)
+    for name in ("describe_plan", "length_lines"):
+        monkeypatch.setattr(f"trl_ama.pipeline.run.{name}", lambda *args: [])
+
+
+_tables: dict = {}
+_stacks: dict = {}
+_losses: list = []
+
+
+@pytest.fixture(name="read_once")
+def read_once_fixture(monkeypatch):
+    """Rows of reference losses are read, checked and put together once, as long as they are the same byte by byte."""
+
+    def read_rows_once(path, task, what):
+        key = (task, hashlib.sha256(path.read_bytes()).hexdigest())
+        if key not in _tables:
+            _tables[key] = read_rows(path, task, what)
+        return _tables[key]
+
+    def stack_once(parts):
+        tables = [(part.task, name, table) for part in parts for name, table in part.splits.items()]
+        key = tuple((task, name, id(table)) for task, name, table in tables)
+        if key not in _stacks:
+            _stacks[key] = (tables, stack(parts))
+        return _stacks[key][1]
+
+    monkeypatch.setattr("trl_ama.reference_losses.files.read_rows", read_rows_once)
+    monkeypatch.setattr("trl_ama.reference_losses.dataset.stack", stack_once)
+
+
+@pytest.fixture(name="pushed_losses")
+def pushed_losses_fixture(hub, finished, nothing_computed):
+    """The Hub when the reference losses of the finished run were pushed."""
+    if not _losses:
+        finished(("losses",))
+        _losses.append(copy.deepcopy(hub.repos))
+    hub.repos = copy.deepcopy(_losses[0])
+    return hub
 
 
 @pytest.fixture(name="waits")

@@ -7,7 +7,16 @@ import threading
 import pytest
 from hub_server import FAULT_KINDS
 from huggingface_hub import close_session, get_session
-from pushed_runs import REPOSITORIES, Run, finished_fixture, nothing_computed_fixture, waits_fixture  # noqa: F401 - fixtures
+from pushed_runs import (  # noqa: F401 - fixtures
+    REPOSITORIES,
+    Run,
+    finished_fixture,
+    leave_out,
+    nothing_computed_fixture,
+    pushed_losses_fixture,
+    read_once_fixture,
+    waits_fixture,
+)
 from surroundings import forget_downloads
 
 from trl_ama import AMAError
@@ -65,7 +74,9 @@ def test_pushes_during_training(hub, fresh, waits, monkeypatch, strategy, kind, 
     hub.fail(kind or "500", match=in_training, index=0 if lasting else number, times=10**6 if lasting else 1)
     if kind is None:
         hub._faults[0].index = 10**6  # which only counts
-    fresh(("train", "eval"), hub_strategy=strategy)
+    else:
+        leave_out(monkeypatch)
+    fresh(("train", "eval") if kind is None else ("train",), hub_strategy=strategy)
     assert len(asked) == number + 1 if kind and not lasting else len(asked) >= (2 if kind else 6)
     tree = hub.tree("model", "org/mine")
     del tree[".gitattributes"]
@@ -123,14 +134,21 @@ def test_the_time_limit_holds_everywhere(hub, monkeypatch):
     close_session()
 
 
+def limit_waiting(monkeypatch, kind, seconds):
+    """For what never answers; nothing that does is in such a hurry."""
+    own = seconds if kind == "timeout" else None
+    monkeypatch.setattr("trl_ama.common.hub.TIMEOUT", own or 60.0)
+    for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):  # downloads have limits of their own
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", own or 10.0)
+
+
 def rows(losses):
     return {name: split.to_dict() for name, split in losses.items()}
 
 
 @pytest.mark.parametrize("kind", FAULT_KINDS)
-def test_pulling_losses(hub, finished, waits, nothing_computed, monkeypatch, kind):
+def test_pulling_losses(hub, pushed_losses, waits, read_once, monkeypatch, kind):
     """Once: a pull succeeds or says why not, and leaves nothing in the cache that the next one stumbles over."""
-    finished(("losses",))
     forget_downloads()
     hub.clear_log()
     expected = rows(load_reference_losses("org/mine-losses"))
@@ -139,7 +157,7 @@ def test_pulling_losses(hub, finished, waits, nothing_computed, monkeypatch, kin
     for index in range(count):
         retries = (index + FAULT_KINDS.index(kind)) % 2 * 3
         monkeypatch.setattr("trl_ama.common.hub.RETRIES", retries)
-        monkeypatch.setattr("trl_ama.common.hub.TIMEOUT", 0.3 if kind == "timeout" else 60.0)
+        limit_waiting(monkeypatch, kind, 0.15)
         forget_downloads()
         hub.fail(kind, index=index, seconds=0.5)
         try:
@@ -147,15 +165,14 @@ def test_pulling_losses(hub, finished, waits, nothing_computed, monkeypatch, kin
         except AMAError as error:
             assert retries == 0 and len(str(error).splitlines()) == 1 and hub.WRITE_TOKEN not in str(error)
         hub._faults.clear()
-        monkeypatch.setattr("trl_ama.common.hub.TIMEOUT", 60.0)
+        limit_waiting(monkeypatch, None, 0)
         assert rows(load_reference_losses("org/mine-losses")) == expected
 
 
 @pytest.mark.parametrize("kind", FAULT_KINDS)
-def test_the_hub_keeps_failing_while_losses_are_pulled(hub, finished, waits, nothing_computed, monkeypatch, kind):
-    finished(("losses",))
+def test_the_hub_keeps_failing_while_losses_are_pulled(hub, pushed_losses, waits, read_once, monkeypatch, kind):
     expected = rows(load_reference_losses("org/mine-losses"))
-    monkeypatch.setattr("trl_ama.common.hub.TIMEOUT", 0.1 if kind == "timeout" else 60.0)
+    limit_waiting(monkeypatch, kind, 0.1)
     monkeypatch.setattr("trl_ama.common.hub.RETRIES", 1)
     for part in ("/api/", "/resolve/"):
         forget_downloads()
@@ -166,5 +183,5 @@ def test_the_hub_keeps_failing_while_losses_are_pulled(hub, finished, waits, not
             load_reference_losses("org/mine-losses")
         assert len(str(caught.value).splitlines()) == 1 and hub.WRITE_TOKEN not in str(caught.value)
         hub._faults.clear()
-    monkeypatch.setattr("trl_ama.common.hub.TIMEOUT", 60.0)
+    limit_waiting(monkeypatch, None, 0)
     assert rows(load_reference_losses("org/mine-losses")) == expected

@@ -26,7 +26,7 @@ from .forward import causal_lm, unwrapped
 from .leak import first_known
 from .packing import CannotShare, PackedPairs
 from .proof import DRAWS, NoVerdict, RandomState, kept_random_state, prove
-from .rules import broken_rule, computes_in_32_bits, level, modules_that_may_draw
+from .rules import broken_rule, computes_in_32_bits, hook_kind, level, modules_that_may_draw
 from .stand_in import CALL, SharedForward
 from .trial import Tried, try_model
 from .worth import has_varlen, is_worth_it, slower, why_slow
@@ -224,12 +224,12 @@ class PrefixSharing:
         return plain
 
     def _count_hooks(self, model: torch.nn.Module) -> int:
-        """Hooks of all modules; which modules there are is looked up once."""
+        """Different hooks of all modules; which modules there are is looked up once."""
         if model not in self._hooks:
             self._hooks[model] = [
                 hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)
             ]
-        return sum(map(len, self._hooks[model]))
+        return sum(len(set(map(hook_kind, hooks.values()))) for hooks in self._hooks[model] if hooks)
 
     # ---- Rules and trial ----
 

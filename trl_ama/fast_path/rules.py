@@ -1,5 +1,6 @@
 """Rules of prefix sharing: what is known to make a difference between a packed row and padded ones, or may come to make one."""
 
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -87,6 +88,14 @@ def level(value: Any) -> float:
     """How much is drawn: a number, or one for each adapter, as PEFT has them."""
     values = value.values() if isinstance(value, dict) else [value]
     return max((float(one) for one in values if isinstance(one, (int, float))), default=0.0)
+
+
+def hook_kind(hook: Any) -> Any:
+    """What two hooks of a module share that do the same. With gradient checkpointing transformers sets one more at each step of an
+    adapter's training: a new function each time, but of the same code, and with nothing of its own."""
+    if not isinstance(hook, FunctionType):
+        return id(hook)
+    return hook.__code__, id(hook.__defaults__), id(hook.__kwdefaults__), tuple(map(id, hook.__closure__ or ()))
 
 
 def computes_in_32_bits(model: torch.nn.Module) -> bool:
