@@ -508,7 +508,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--steps", type=int, default=RECIPE["max_steps"], help="of the generalist; an epoch has 12")
     parser.add_argument("--specialist_steps", type=int, default=RECIPE["specialist_args"]["max_steps"])
-    parser.add_argument("--tasks", type=int, default=len(SIZES), help="how many of the three; an epoch of two has 8 steps")
+    parser.add_argument(
+        "--tasks", type=int, default=len(SIZES), help="how many of the three; an epoch of two has 8 steps"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="folder for chaos.json")
     parser.add_argument("--keep", action="store_true", help="keep the runs, and say where they are")

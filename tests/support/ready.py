@@ -85,7 +85,9 @@ def _print_to(folder: str) -> None:
         file = os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(file, number)
         os.close(file)
-        setattr(sys, name, io.TextIOWrapper(open(number, "wb", closefd=False, buffering=0), "utf-8", write_through=True))  # noqa: SIM115
+        setattr(
+            sys, name, io.TextIOWrapper(open(number, "wb", closefd=False, buffering=0), "utf-8", write_through=True)
+        )  # noqa: SIM115
     for reference in logging._handlerList:
         handler = reference()
         if type(handler) is logging.StreamHandler:
