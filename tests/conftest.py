@@ -3,6 +3,7 @@
 import gc
 import os
 import re
+import sys
 
 import pytest
 from places import DOCS, SUPPORT, TESTS
@@ -51,6 +52,16 @@ def pytest_collection_modifyitems(items):
         if item.nodeid.partition("[")[0] in slow:
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: -ranks[item.path])
+
+
+def pytest_collection_finish(session):
+    """Before a test computes anything; for those that ask for it."""
+    if "ready" in sys.modules and session.items and not session.config.option.collectonly:
+        from ready import make_ready
+
+        gc.collect()
+        gc.freeze()
+        make_ready()
 
 
 def pytest_runtest_logstart(nodeid, location):

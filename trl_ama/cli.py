@@ -37,7 +37,7 @@ def run_command(name: str, argv: list[str]) -> int:
         argv (`list[str]`):
             What follows its name.
     """
-    from trl_ama.scripts.common import report_errors, split_arguments
+    from trl_ama.scripts.common import nothing_collected, report_errors, split_arguments
     from trl_ama.scripts.messages import tidy_warnings
     from trl_ama.scripts.recipe_check import check_early
 
@@ -49,7 +49,8 @@ def run_command(name: str, argv: list[str]) -> int:
         script = importlib.import_module(f"trl_ama.scripts.{name.replace('-', '_')}")
         if hasattr(script, "run_without_recipe"):  # nothing to parse or launch
             return script.run_without_recipe(argv)
-        launch_args, script_args = split_arguments(script.make_parser(prog=f"trl {name}"), argv)
+        with nothing_collected():
+            launch_args, script_args = split_arguments(script.make_parser(prog=f"trl {name}"), argv)
         if hasattr(script, "run_here"):  # nothing to launch
             return script.run_here(launch_args, script_args)
         return _launch(Path(script.__file__), launch_args, script_args)

@@ -9,6 +9,7 @@ import pytest
 from hub_server import HubServer
 from hub_world import SIZES, parse, upload_model, upload_pairs, write_pairs, write_recipe
 from places import ROOT
+from ready import Job, run_module
 from surroundings import HUB_ENVIRONMENT, client_env, logged_in
 from tiny_pairs import make_dataset
 from trl import DPOTrainer
@@ -136,14 +137,10 @@ def environment(home, token):
 
 
 def test_the_command_says_it_in_one_line(hub, recipe, hub_home):
-    done = subprocess.run(
-        [sys.executable, "-m", "trl_ama", "ama-specialists", "--config", str(recipe())],
-        env=environment(hub_home, HubServer.READ_TOKEN),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 2, done.stderr
+    arguments = ["ama-specialists", "--config", str(recipe())]
+    environ = environment(hub_home, HubServer.READ_TOKEN)
+    done = Job(run_module, "trl_ama", arguments, folder=hub_home, environ=environ)
+    assert done.wait() == 2, done.stderr
     lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
     assert len(lines) == 1 and lines[0].startswith("trl ama-specialists: error: ") and "may only read" in lines[0]
     assert "Traceback" not in done.stderr and HubServer.READ_TOKEN not in done.stdout + done.stderr

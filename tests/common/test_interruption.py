@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -12,6 +10,7 @@ import pytest
 import torch
 from hub_world import parse
 from places import ROOT
+from ready import Job, run_module
 from resumed_runs import At, assert_same, recipe_fixture, training_fixture  # noqa: F401 - fixtures
 from surroundings import client_env
 from trl import DPOTrainer
@@ -251,7 +250,7 @@ def test_a_stage_is_named_and_the_next_run_goes_on(recipe, tmp_path, monkeypatch
             assert path.read_bytes() == (tmp_path / "run" / path.relative_to(tmp_path / "whole")).read_bytes(), path
 
 
-def wait_for(path: Path, pattern: str, process: subprocess.Popen) -> None:
+def wait_for(path: Path, pattern: str, process: Job) -> None:
     end = time.monotonic() + 120
     while not list(path.glob(pattern)):
         assert process.poll() is None and time.monotonic() < end
@@ -260,19 +259,18 @@ def wait_for(path: Path, pattern: str, process: subprocess.Popen) -> None:
 
 def test_the_command_passes_the_signal_on_and_returns_the_code(recipe, tmp_path):
     """The whole way: `trl-ama`, accelerate, the script; with a signal to the first of these processes alone."""
-    command = [sys.executable, "-m", "trl_ama", "ama", "--config", recipe, "--output_dir", tmp_path / "run"]
+    command = ["ama", "--config", recipe, "--output_dir", tmp_path / "run"]
     environ = {**client_env(tmp_path / "home"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     flags = ["--specialist_args", "{max_steps: 100000}", "--save_steps", "5"]
-    process = subprocess.Popen(
-        list(map(str, [*command, *flags])), env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    arguments = list(map(str, [*command, *flags]))
+    process = Job(run_module, "trl_ama", arguments, folder=tmp_path / "printed", environ=environ, seconds=180)
     try:
         wait_for(tmp_path / "run", "specialists/list/checkpoint-5/ama_files.json", process)
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
+        code, errors = process.wait(), process.stderr
     finally:
-        process.kill()
-    assert process.returncode == 75, errors
+        process.send_signal(signal.SIGKILL)
+    assert code == 75, errors
     last = errors.strip().splitlines()[-1]
     assert last.startswith("Interrupted by SIGTERM: saved at step ") and last.endswith(
         "Run the same command again to go on."

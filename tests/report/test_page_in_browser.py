@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from made_runs import HOSTILE, make_run, write
@@ -23,17 +24,29 @@ FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars"
 ).split()
-# In an <iframe>, as a window has a smallest width of its own
-FRAME = """<!DOCTYPE html><meta charset="utf-8"><iframe id="page" style="width: {width}px; height: 4000px; border: 0"></iframe>
+# In <iframe>s, as a window has a smallest width of its own; one after the other, as only one has the focus
+FRAMES = """<!DOCTYPE html><meta charset="utf-8">
 <pre id="found"></pre>
 <script>
-const page = document.getElementById("page");
-page.srcdoc = {page};
-page.onload = () => setTimeout(() => {{
-  let found;
-  try {{ found = (({check}))(page.contentWindow, page.contentDocument); }} catch (error) {{ found = String(error); }}
-  document.getElementById("found").textContent = JSON.stringify(found);
-}}, 300);
+const views = [{views}], all = [];
+const look = () => {{
+  if (all.length === views.length) {{
+    document.getElementById("found").textContent = JSON.stringify(all);
+    return;
+  }}
+  const view = views[all.length], page = document.createElement("iframe");
+  page.style = `width: ${{view.width}}px; height: 4000px; border: 0`;
+  page.srcdoc = view.page;
+  page.onload = () => setTimeout(() => {{
+    let found;
+    try {{ found = view.check(page.contentWindow, page.contentDocument); }} catch (error) {{ found = String(error); }}
+    all.push(found);
+    page.remove();
+    look();
+  }}, 300);
+  document.body.append(page);
+}};
+look();
 </script>
 """
 
@@ -43,25 +56,33 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def browse(tmp_path):
-    """Run a check, a JavaScript function of window and document, within a page of some width, and return what it returns."""
+class View(NamedTuple):
+    """A page in a window of some width, and what a JavaScript function of window and document finds there."""
 
-    def run(page: str, check: str, width: int = 1100, flags: tuple[str, ...] = (), policy: bool = True):
-        if not policy:
+    page: str
+    check: str
+    width: int = 1100
+    policy: bool = True
+
+    def script(self) -> str:
+        page, count = self.page, 1
+        if not self.policy:
             page, count = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
-            assert count == 1
+        assert count == 1
         text = json.dumps(page).replace("<", "\\u003c")
-        path = tmp_path / "frame.html"
-        path.write_text(FRAME.format(width=width, page=text, check=check), encoding="utf-8")
-        command = [BROWSER, *FLAGS, *flags, f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=8000"]
-        command += ["--dump-dom", path.as_uri()]
-        result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=240)
-        found = re.search(r'(?s)<pre id="found">(.*?)</pre>', result.stdout)
-        assert found and found[1], result.stderr[-2000:]
-        return json.loads(html.unescape(found[1]))
+        return f"{{width: {self.width}, page: {text}, check: ({self.check})}}"
 
-    return run
+
+def browse(folder: Path, views: list[View], flags: tuple[str, ...] = ()) -> list:
+    """What is found in each view, all of them in one browser."""
+    path = folder / "frames.html"
+    path.write_text(FRAMES.format(views=",\n".join(view.script() for view in views)), encoding="utf-8")
+    command = [BROWSER, *FLAGS, *flags, f"--user-data-dir={folder / 'profile'}"]
+    command += [f"--virtual-time-budget={8000 + 1000 * len(views)}", "--dump-dom", path.as_uri()]
+    result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=240)
+    found = re.search(r'(?s)<pre id="found">(.*?)</pre>', result.stdout)
+    assert found and found[1], result.stderr[-2000:]
+    return json.loads(html.unescape(found[1]))
 
 
 @pytest.fixture(scope="module")
@@ -85,100 +106,18 @@ def pages(folder, tmp_path_factory) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("width", [375, 800])
-@pytest.mark.parametrize("name", ["run", "comparison", "unfinished"])
-def test_fits_without_scrolling_sideways(browse, pages, name, width):
-    """Only tables may be wider than the screen, in containers that scroll; and the script has run, policy and all."""
-    found = browse(
-        pages[name],
-        """(window, document) => {
-          document.querySelectorAll("details").forEach((one) => { one.open = true; });
-          const wide = [...document.querySelectorAll("body *")].filter((one) =>
-            !one.closest(".scroll *, .unseen, .skip, .values") && one.getBoundingClientRect().right > window.innerWidth + 0.5);
-          return {
-            ready: document.documentElement.dataset.ready,
-            width: window.innerWidth,
-            scroll: document.documentElement.scrollWidth,
-            wide: wide.map((one) => one.outerHTML.slice(0, 200)),
-            scripts: document.querySelectorAll("script").length,
-          };
-        }""",
-        width,
-    )
-    assert found == {"ready": "yes", "width": width, "scroll": width, "wide": [], "scripts": 2}
-
-
-def test_charts_read_out_their_values(browse, pages, folder):
-    found = browse(
-        pages["run"],
-        """(window, document) => {
-          const plot = document.querySelector("#chart-0-weight .plot");
-          const read = () => { const values = plot.querySelector(".values"); return values.hidden ? null : values.textContent; };
-          const press = (key) => plot.dispatchEvent(new window.KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
-          const seen = [read()];
-          plot.focus(); seen.push(read());
-          press("Home"); seen.push(read());
-          press("ArrowRight"); seen.push(read());
-          press("Escape"); seen.push(read());
-          const frame = plot.querySelector("svg").getBoundingClientRect();
-          plot.dispatchEvent(new window.PointerEvent("pointermove", { clientX: frame.left + frame.width * 0.999, clientY: frame.top + 5 }));
-          seen.push(read());
-          const buttons = [...document.querySelectorAll(".copy")];
-          return { seen, focusable: plot.tabIndex, live: plot.querySelector(".values").getAttribute("role"),
-                   copy: buttons.map((one) => [one.hidden, one.textContent, one.parentElement.querySelectorAll("code").length]) };
-        }""",
-    )
-    log = json.loads((folder / "generalists/ama_s/trainer_state.json").read_text())["log_history"]
-
-    def said(entry):
-        figures = (f"{task} {float(format(entry[f'ama/weight/{task}'], '.4g')):g}" for task in ("helpful", "code"))
-        return f"step {entry['step']}" + "".join(figures)
-
-    assert found["seen"] == [None, said(log[-1]), said(log[0]), said(log[1]), None, said(log[-1])]
-    assert found["focusable"] == 0 and found["live"] == "status"
-    assert len(found["copy"]) >= 5 and all(one[0] is False and one[2] == 1 for one in found["copy"])
-
-
-@pytest.mark.parametrize("policy", [True, False], ids=["as it is", "without its policy"])
-def test_hostile_texts_do_nothing(browse, tmp_path, policy):
-    """They would not even if the page's policy let them."""
-    names = [*HOSTILE, "harmless"]
-    run = make_run(tmp_path / "run", tasks=names, strategies=["ama_s", HOSTILE[0].replace("/", "")], texts=HOSTILE)
-    write(run / NOTE_FILE, {"recipe": "\n".join(HOSTILE), "arguments": " ".join(HOSTILE), "base_model": HOSTILE[1],
-                            "mixing": "ama_s", "data": {HOSTILE[0]: HOSTILE[1]}, "published": {"": HOSTILE[4]}})  # fmt: skip
-    other = shutil.copytree(run, tmp_path / "other")
-    for path in (write_page(run), write_comparison([run, other], tmp_path / "both.html")):
-        found = browse(
-            path.read_text(encoding="utf-8"),
-            """(window, document) => {
-              document.querySelectorAll("details").forEach((one) => { one.open = true; });
-              document.querySelectorAll(".plot").forEach((one) => { one.focus(); });
-              document.querySelectorAll("body *").forEach((one) => {
-                for (const kind of ["mouseover", "focus", "load", "error"]) one.dispatchEvent(new window.Event(kind));
-              });
-              return {
-                sentinel: String(window.sentinel) + String(window.parent.sentinel),
-                ready: document.documentElement.dataset.ready,
-                scripts: document.querySelectorAll("script").length,
-                foreign: document.querySelectorAll("img, iframe, base, object, [src], [onload], [onerror], [onfocus]").length,
-                said: document.body.textContent.includes("<script>window.sentinel = 1</" + "script>"),
-                here: window.location.href,
-              };
-            }""",
-            policy=policy,
-        )
-        assert found == {"sentinel": "undefinedundefined", "ready": "yes", "scripts": 2, "foreign": 0, "said": True,
-                         "here": "about:srcdoc"}  # fmt: skip
-
-
-def test_the_check_would_see_a_script_that_runs(browse, pages):
-    """Else the test above could not fail."""
-    check = "(window) => String(window.sentinel)"
-    page = pages["run"].replace("<main", "<script>window.sentinel = 1</script><main", 1)
-    assert browse(page, check, policy=False) == "1"
-    assert browse(page, check) == "undefined"  # the policy holds
-
-
+FITS = """(window, document) => {
+  document.querySelectorAll("details").forEach((one) => { one.open = true; });
+  const wide = [...document.querySelectorAll("body *")].filter((one) =>
+    !one.closest(".scroll *, .unseen, .skip, .values") && one.getBoundingClientRect().right > window.innerWidth + 0.5);
+  return {
+    ready: document.documentElement.dataset.ready,
+    width: window.innerWidth,
+    scroll: document.documentElement.scrollWidth,
+    wide: wide.map((one) => one.outerHTML.slice(0, 200)),
+    scripts: document.querySelectorAll("script").length,
+  };
+}"""
 CONTRASTS = """(window, document) => {
   const light = (text) => text.match(/[\\d.]+/g).slice(0, 3).map(Number).map((one) => one / 255)
     .map((one) => one <= 0.04045 ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4)
@@ -197,11 +136,104 @@ CONTRASTS = """(window, document) => {
   });
   return { text: Math.min(...text), curves: Math.min(...curves), page: light(page) };
 }"""
+READS_OUT = """(window, document) => {
+  const plot = document.querySelector("#chart-0-weight .plot");
+  const read = () => { const values = plot.querySelector(".values"); return values.hidden ? null : values.textContent; };
+  const press = (key) => plot.dispatchEvent(new window.KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
+  const seen = [read()];
+  plot.focus(); seen.push(read());
+  press("Home"); seen.push(read());
+  press("ArrowRight"); seen.push(read());
+  press("Escape"); seen.push(read());
+  const frame = plot.querySelector("svg").getBoundingClientRect();
+  plot.dispatchEvent(new window.PointerEvent("pointermove", { clientX: frame.left + frame.width * 0.999, clientY: frame.top + 5 }));
+  seen.push(read());
+  const buttons = [...document.querySelectorAll(".copy")];
+  return { seen, focusable: plot.tabIndex, live: plot.querySelector(".values").getAttribute("role"),
+           copy: buttons.map((one) => [one.hidden, one.textContent, one.parentElement.querySelectorAll("code").length]) };
+}"""
+
+
+@pytest.fixture(scope="module")
+def found(pages, tmp_path_factory) -> dict:
+    """What is found in pages that are as they are, by what was looked for, page and width."""
+    views = {("fits", name, width): View(page, FITS, width) for name, page in pages.items() for width in (375, 800)}
+    views |= {"charts": View(pages["run"], READS_OUT), "contrast": View(pages["run"], CONTRASTS)}
+    return dict(zip(views, browse(tmp_path_factory.mktemp("found"), [*views.values()]), strict=True))
+
+
+@pytest.mark.parametrize("width", [375, 800])
+@pytest.mark.parametrize("name", ["run", "comparison", "unfinished"])
+def test_fits_without_scrolling_sideways(found, name, width):
+    """Only tables may be wider than the screen, in containers that scroll; and the script has run, policy and all."""
+    expected = {"ready": "yes", "width": width, "scroll": width, "wide": [], "scripts": 2}
+    assert found["fits", name, width] == expected
+
+
+def test_charts_read_out_their_values(found, folder):
+    found = found["charts"]
+    log = json.loads((folder / "generalists/ama_s/trainer_state.json").read_text())["log_history"]
+
+    def said(entry):
+        figures = (f"{task} {float(format(entry[f'ama/weight/{task}'], '.4g')):g}" for task in ("helpful", "code"))
+        return f"step {entry['step']}" + "".join(figures)
+
+    assert found["seen"] == [None, said(log[-1]), said(log[0]), said(log[1]), None, said(log[-1])]
+    assert found["focusable"] == 0 and found["live"] == "status"
+    assert len(found["copy"]) >= 5 and all(one[0] is False and one[2] == 1 for one in found["copy"])
+
+
+DOES_NOTHING = """(window, document) => {
+  document.querySelectorAll("details").forEach((one) => { one.open = true; });
+  document.querySelectorAll(".plot").forEach((one) => { one.focus(); });
+  document.querySelectorAll("body *").forEach((one) => {
+    for (const kind of ["mouseover", "focus", "load", "error"]) one.dispatchEvent(new window.Event(kind));
+  });
+  return {
+    sentinel: String(window.sentinel) + String(window.parent.sentinel),
+    ready: document.documentElement.dataset.ready,
+    scripts: document.querySelectorAll("script").length,
+    foreign: document.querySelectorAll("img, iframe, base, object, [src], [onload], [onerror], [onfocus]").length,
+    said: document.body.textContent.includes("<script>window.sentinel = 1</" + "script>"),
+    here: window.location.href,
+  };
+}"""
+
+
+@pytest.fixture(scope="module")
+def found_of_hostile(tmp_path_factory) -> dict[bool, list]:
+    """What is found in pages full of hostile texts, with the policy of the page and without it."""
+    folder, names = tmp_path_factory.mktemp("hostile"), [*HOSTILE, "harmless"]
+    run = make_run(folder / "run", tasks=names, strategies=["ama_s", HOSTILE[0].replace("/", "")], texts=HOSTILE)
+    write(run / NOTE_FILE, {"recipe": "\n".join(HOSTILE), "arguments": " ".join(HOSTILE), "base_model": HOSTILE[1],
+                            "mixing": "ama_s", "data": {HOSTILE[0]: HOSTILE[1]}, "published": {"": HOSTILE[4]}})  # fmt: skip
+    other = shutil.copytree(run, folder / "other")
+    paths = [write_page(run), write_comparison([run, other], folder / "both.html")]
+    pages = [path.read_text(encoding="utf-8") for path in paths]
+    found = browse(folder, [View(page, DOES_NOTHING, policy=policy) for policy in (True, False) for page in pages])
+    return {True: found[:2], False: found[2:]}
+
+
+@pytest.mark.parametrize("policy", [True, False], ids=["as it is", "without its policy"])
+def test_hostile_texts_do_nothing(found_of_hostile, policy):
+    """They would not even if the page's policy let them."""
+    expected = {"sentinel": "undefinedundefined", "ready": "yes", "scripts": 2, "foreign": 0, "said": True,
+                "here": "about:srcdoc"}  # fmt: skip
+    assert found_of_hostile[policy] == [expected, expected]
+
+
+def test_the_check_would_see_a_script_that_runs(pages, tmp_path):
+    """Else the test above could not fail."""
+    check = "(window) => String(window.sentinel)"
+    page = pages["run"].replace("<main", "<script>window.sentinel = 1</script><main", 1)
+    views = [View(page, check, policy=False), View(page, check)]
+    assert browse(tmp_path, views) == ["1", "undefined"]  # the policy holds
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_contrast(browse, pages, dark):
-    found = browse(pages["run"], CONTRASTS, flags=("--blink-settings=preferredColorScheme=0",) if dark else ())
+def test_contrast(found, pages, tmp_path, dark):
+    view = View(pages["run"], CONTRASTS)
+    found = browse(tmp_path, [view], ("--blink-settings=preferredColorScheme=0",))[0] if dark else found["contrast"]
     assert found["text"] >= 4.5 and found["curves"] >= 3
     assert found["page"] < 0.05 if dark else found["page"] > 0.95
 

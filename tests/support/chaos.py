@@ -484,7 +484,7 @@ def import_everything() -> None:
     import matplotlib.pyplot  # noqa: F401
     import pyarrow.parquet  # noqa: F401
     import safetensors.torch  # noqa: F401
-    import torch  # noqa: F401
+    import torch
     import torch.distributed  # noqa: F401
     from peft import LoraConfig, PeftModel  # noqa: F401
     from peft.tuners import lora  # noqa: F401
@@ -494,6 +494,8 @@ def import_everything() -> None:
     import trl_ama.pipeline.generalists  # noqa: F401
     import trl_ama.pipeline.run  # noqa: F401
     import trl_ama.report.page  # noqa: F401
+
+    torch.set_num_threads(1)  # the environment says so, too, if it was read after that
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -505,11 +507,17 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--steps", type=int, default=RECIPE["max_steps"], help="of the generalist; an epoch has 12")
+    parser.add_argument("--specialist_steps", type=int, default=RECIPE["specialist_args"]["max_steps"])
+    parser.add_argument(
+        "--tasks", type=int, default=len(SIZES), help="how many of the three; an epoch of two has 8 steps"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="folder for chaos.json")
     parser.add_argument("--keep", action="store_true", help="keep the runs, and say where they are")
     args = parser.parse_args(argv)
-    RECIPE["max_steps"] = args.steps
+    RECIPE.update(
+        max_steps=args.steps, specialist_args={"max_steps": args.specialist_steps}, tasks=RECIPE["tasks"][: args.tasks]
+    )
 
     home = Path(tempfile.mkdtemp(prefix="chaos_"))
     os.environ.update(HF_HOME=str(home / "hf"), PYTHONHASHSEED="0", MPLCONFIGDIR=str(home / "mpl"))

@@ -763,14 +763,14 @@ def fuzz(cases: int, seed: int = 0, start: int = 0, talk: bool = False) -> tuple
     return counts, failures
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", type=int, default=2500)
     parser.add_argument("--start", type=int, default=0, help="number of the first case")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="file to write counts and failures to")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     counts, failures = fuzz(args.cases, args.seed, args.start, talk=True)
     names = sorted({name for _, name in counts})
     print(f"\n{'':10}" + "".join(f"{name:>11}" for name in names))

@@ -28,12 +28,16 @@ from matplotlib.figure import Figure
 # How a figure is really drawn, for tests of plots; every other test gets a picture that was drawn before
 DRAW = {"savefig": Figure.savefig, "tight_layout": Figure.tight_layout}
 
+_is_kept: list[bool] = []
 _UNCHANGING = (str, int, type(None), pyarrow.DataType)
 
 
 def keep() -> None:
     """Keep metadata of packages, which there are, compiled templates, the names of globals in functions, fingerprints of plain
-    values, types of columns, and a plot; and do not wait for the disk."""
+    values, types of columns, and a plot; and do not wait for the disk. Once: also in a fork of a process that does."""
+    if _is_kept:
+        return
+    _is_kept.append(True)
     _keep_metadata()
     _keep_packages()
     _keep_templates()

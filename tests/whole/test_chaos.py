@@ -2,12 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
-from chaos import differences, draws_of, what_it_is
-from places import SUPPORT
+from chaos import differences, draws_of, main, what_it_is
+from ready import Job, leave_with
 
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="every process of the suite is a fork")
@@ -15,10 +13,10 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="every process o
 
 @pytest.mark.slow
 def test_two_kills_in_every_stage_change_nothing(tmp_path):
-    script = SUPPORT / "chaos.py"
-    command = [sys.executable, script, "--kills", "2", "--variants", "plain", "--steps", "16", "--output", tmp_path]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout + done.stderr
+    flags = ["--kills", "2", "--variants", "plain", "--output", str(tmp_path)]
+    flags += ["--tasks", "2", "--steps", "10", "--specialist_steps", "7"]  # each of them across epochs
+    job = Job(leave_with, main, flags, folder=tmp_path, seconds=400)
+    assert job.wait() == 0, job.stdout + job.stderr
     report = json.loads((tmp_path / "chaos.json").read_text())
     assert [(row["stage"], row["equal"]) for row in report["stages"]] == [
         ("specialists", True), ("losses", True), ("train", True),

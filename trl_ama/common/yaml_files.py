@@ -17,8 +17,22 @@ def load_yaml(text: str, where: str) -> Any:
     Raises:
         AMAError: If a key is there twice, with both lines. What is no YAML raises as `yaml.safe_load` does.
     """
-    check_keys_once(yaml.compose(text, yaml.SafeLoader), where)
-    return yaml.safe_load(text)
+    return load_with_lines(text, where)[0]
+
+
+def load_with_lines(text: str, where: str) -> tuple[Any, dict[str, int]]:
+    """[`load_yaml`], and the line of each key of the outermost mapping; the text is parsed once."""
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        check_keys_once(root, where)
+        pairs = root.value if isinstance(root, yaml.MappingNode) else ()
+        lines = {
+            str(key.value): key.start_mark.line + 1 for key, _ in pairs
+        }  # before `<<` is replaced by what it brings
+        return (None if root is None else loader.construct_document(root)), lines
+    finally:
+        loader.dispose()
 
 
 def check_keys_once(root: Any, where: str) -> None:

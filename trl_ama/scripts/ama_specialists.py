@@ -15,7 +15,10 @@ import argparse
 
 def main(pipeline_args, training_args, model_args, task_args) -> None:
     """Train or pull the specialists."""
-    from trl_ama.pipeline.run import run_pipeline
+    from trl_ama.scripts.common import nothing_collected
+
+    with nothing_collected():
+        from trl_ama.pipeline.run import run_pipeline
 
     run_pipeline(pipeline_args, training_args, model_args, task_args, stages=("specialists",))
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from trl_ama.common.errors import AMAError, nearest
-from trl_ama.common.yaml_files import load_yaml
+from trl_ama.common.yaml_files import load_with_lines
 from trl_ama.tasks.config import NO_STREAMING
 
 
@@ -48,7 +48,7 @@ def read_config(argv: list[str]) -> Config | None:
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
-        values = load_yaml(text, f"The config file {path}")
+        values, lines = load_with_lines(text, f"The config file {path}")
     except AMAError:
         raise
     except OSError as error:
@@ -69,7 +69,6 @@ def read_config(argv: list[str]) -> Config | None:
         raise AMAError(
             f"The config file {path}, line 1, must hold a YAML mapping (`key: value` lines), but holds {found}."
         )
-    lines = {str(key.value): key.start_mark.line + 1 for key, _ in yaml.compose(text, yaml.SafeLoader).value}
     lines.setdefault("env", lines.get("<<", 1))
     if not isinstance(values.get("env", {}), dict):
         raise AMAError(
