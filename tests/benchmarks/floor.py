@@ -22,7 +22,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from trl_ama.fast_path.forward import PairAttention, causal_lm, packed_forward
+from trl_ama.fast_path.attention import PairAttention
+from trl_ama.fast_path.forward import causal_lm, packed_forward
 from trl_ama.fast_path.packing import PackedPairs, pack_pairs
 from trl_ama.policies.switching import reference_policy
 

@@ -39,11 +39,11 @@ class Run:
         return run_pipeline(*self.parse(**{"push_to_hub": True, **changes}), stages=stages)
 
     def files(self):
-        """A hash of every file."""
+        """A hash of every file but the locks, which depend on which commands there were."""
         return {
             str(path.relative_to(self.output_dir)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in self.output_dir.rglob("*")
-            if path.is_file()
+            if path.is_file() and path.parent.name != ".locks"
         }
 
 

@@ -31,7 +31,7 @@ class RecordedForward:
         self.outputs = None
 
     def __call__(self, *args, **kwargs):
-        outputs = _beside(self._model(*args, **kwargs), kwargs["labels"].device)
+        outputs = _beside(self._model(*args, **kwargs), kwargs["input_ids"].device)
         if self.outputs is None:
             self.outputs = outputs
             if self._then is not None:
@@ -64,7 +64,8 @@ def _log_probs(
 def _beside(outputs: Any, device: torch.device) -> Any:
     """Outputs on the batch's device: where a model is spread over devices, TRL's head leaves them on its own, and its loss does not
     expect that."""
-    if outputs.log_probs.device == device:
+    log_probs = getattr(outputs, "log_probs", None)  # which a call for logits does not have
+    if log_probs is None or log_probs.device == device:
         return outputs
     moved = {name: value.to(device) if torch.is_tensor(value) else value for name, value in outputs.items()}
     return type(outputs)(**moved)

@@ -24,7 +24,8 @@ _BYTES = ("binary", "large_binary")
 
 def has_images(dataset: Any) -> bool:
     """Whether `DPOTrainer` takes these pairs for pairs about images; it then tokenises them batch by batch."""
-    return any(column in (dataset.column_names or ()) for column in IMAGE_COLUMNS)
+    columns = getattr(dataset, "column_names", None) or ()  # a user's own Dataset need not have any
+    return any(column in columns for column in IMAGE_COLUMNS)
 
 
 def is_about_images(row: Mapping[str, Any]) -> bool:
