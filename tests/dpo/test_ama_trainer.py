@@ -47,6 +47,24 @@ def specialists(model_dir, tmp_path_factory):
     return paths
 
 
+@pytest.fixture(scope="module")
+def merged_log_probs(model_dir, tokenizer, specialists, tmp_path_factory):
+    """What PEFT gives for each merged specialist on its task's pairs, an independent way to the same numbers."""
+    from transformers import AutoModelForCausalLM
+
+    expected = {}
+    for task, path in specialists.items():
+        merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), path).merge_and_unload()
+        scorer = ScoringTrainer(
+            merged,
+            args=DPOConfig(str(tmp_path_factory.mktemp("merged")), precompute_ref_log_probs=True, **QUICK),
+            train_dataset=make_dataset(SIZES).filter(lambda row, name=task: row["task"] == name),
+            processing_class=tokenizer,
+        )
+        expected[task] = score_pairs(scorer, scorer.model, scorer.train_dataset, "")["chosen_logps"]
+    return expected
+
+
 def test_every_argument_of_dpo_trainer_is_there():
     ours = list(inspect.signature(AMATrainer.__init__).parameters)
     theirs = list(inspect.signature(DPOTrainer.__init__).parameters)
@@ -116,8 +134,8 @@ def test_without_columns_later_pairs_need_them_too(model_dir, quick_args):
 
 
 @pytest.mark.parametrize("peft", [True, False])
-def test_specialists_by_path_give_their_own_log_probs(model_dir, quick_args, specialists, peft):
-    """The columns equal what PEFT gives for the merged specialist, an independent way to the same numbers."""
+def test_specialists_by_path_give_their_own_log_probs(model_dir, quick_args, specialists, merged_log_probs, peft):
+    """The columns equal what PEFT gives for the merged specialist."""
     data, held_out = make_dataset(SIZES), make_dataset(SIZES, seed=1)
     trainer = AMATrainer(
         model_dir,
@@ -131,20 +149,9 @@ def test_specialists_by_path_give_their_own_log_probs(model_dir, quick_args, spe
     trainable = {name for name, value in trainer.model.named_parameters() if value.requires_grad}
     assert trainable and all(("default" in name) == peft for name in trainable)
     for index, task in enumerate(trainer.task_names):
-        from transformers import AutoModelForCausalLM
-
-        merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), specialists[task])
-        merged = merged.merge_and_unload()
-        scorer = ScoringTrainer(
-            merged,
-            args=quick_args(DPOConfig, precompute_ref_log_probs=True),
-            train_dataset=make_dataset(SIZES).filter(lambda row, name=task: row["task"] == name),
-            processing_class=trainer.processing_class,
-        )
-        expected = score_pairs(scorer, scorer.model, scorer.train_dataset, "")
         rows = np.flatnonzero(np.asarray(trainer.train_dataset["task"]) == index)
         ours = np.asarray(trainer.train_dataset["specialist_chosen_logps"])[rows]
-        np.testing.assert_allclose(ours, expected["chosen_logps"], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(ours, merged_log_probs[task], rtol=1e-4, atol=1e-4)
     # and the specialists are better than the base on their own pairs, so these are real targets
     config = PreferenceLossConfig(["sigmoid"], beta=0.5)
     columns = {name: torch.tensor(np.asarray(trainer.train_dataset[name])) for name in LOGP_COLUMNS}

@@ -126,7 +126,9 @@ def test_all_processes_run_a_shared_out_model_equally_often(monkeypatch):
         None,
     ]  # length, twice whether they moved, the verdict, the proof's
     here = passes(monkeypatch, {}, leaky)
-    there = passes(monkeypatch, {2: "they moved", 3: "they moved", 4: "another reason"})
+    there = passes(
+        monkeypatch, {**dict.fromkeys(range(2, 6), "they moved"), 6: "another reason"}
+    )  # asked twice of each row
     assert here[0] == there[0] > count and not here[1] and not there[1]
     assert list(there[3]._trials.values()) == ["another reason"]
 
@@ -209,6 +211,12 @@ def test_what_may_move_by_rounding(config, moves, rows_move, again, is_leak, exa
 
     reason = why_tokens_meet(packed, plain, CALL, pairs, config, exact)
     assert (reason is not None) == is_leak
+    # What is known of the row saves a pass where nothing moves, and decides nothing where it was computed otherwise
+    for off, passes in ((0.0, 1 if not moves else 3), (1e-5, 2 if not moves else 3)):
+        calls.clear()
+        known = torch.full(CALL["labels"][:, 1:].shape, -1.0) + off
+        assert why_tokens_meet(packed, plain, CALL, pairs, config, exact, known=known) == reason
+        assert len(calls) == passes
 
 
 def test_which_models_have_experts():

@@ -40,6 +40,7 @@ def why_tokens_meet(
     config: Any,
     exact: bool,
     agree: Callable[[str | None], str | None] = first_known,
+    known: Tensor | None = None,
 ) -> str | None:
     """Replace one branch of every pair, and say by how much the other one moved if it did.
 
@@ -50,15 +51,20 @@ def why_tokens_meet(
         config: The model's.
         exact (`bool`): Whether the model computes in 32 bits.
         agree (`Callable`, *optional*): Makes one of what several processes found: all must run the model equally often.
+        known (`torch.Tensor`, *optional*): Log-probs of `pairs` that are there already. Where none moves from them the question is
+            answered; where one does, it may be for how they were computed (with gradients), and they are computed again.
+            # (2B, L-1)
     """
-    vocabulary = config.get_text_config().vocab_size
-    before, count = packed(pairs), len(pairs.lengths)
+    vocabulary, count = config.get_text_config().vocab_size, len(pairs.lengths)
     odd = torch.arange(count, device=pairs.scored.device) % 2 == 1  # (B,): where the rejected branch is replaced
-    others = (torch.cat([odd, ~odd])[:, None] & pairs.scored).to(before.device)  # (2B, L-1)
-    moved = (packed(with_other_tokens(pairs, vocabulary)) - before).abs()[others]
+    after = packed(with_other_tokens(pairs, vocabulary))  # (2B, L-1)
+    others = (torch.cat([odd, ~odd])[:, None] & pairs.scored).to(after.device)  # (2B, L-1)
+    for before in [packed(pairs)] if known is None else [known, None]:
+        before = packed(pairs) if before is None else before
+        moved = (after - before).abs()[others]
+        if agree("they moved" if bool((moved != 0).any()) else None) is None:
+            return None
     size = before.abs()[others]
-    if agree("they moved" if bool((moved != 0).any()) else None) is None:
-        return None
     again, rows_meet = packed(pairs), _rows_meet(plain, call, vocabulary)
     if not bool((moved != 0).any()):  # but on another process
         return None

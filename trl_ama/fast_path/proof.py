@@ -83,12 +83,13 @@ def prove(
                 pairs,
                 causal_lm(model).config,
                 exact,
+                known=shared,
             )
         if reason is not None:
             raise CannotShare(reason.replace("in a trial", "on the first batch"))
         if trains:
             del shared
-            _check_adapter(model, kwargs, exact, rounding=difference, at_once=at_once)
+            _check_adapter(model, kwargs, expected, exact, rounding=difference, at_once=at_once)
 
 
 def _check_draws(model: torch.nn.Module, kwargs: dict[str, Any], scored: Tensor, at_once: int | None) -> None:
@@ -168,18 +169,26 @@ def _check_pairs(shared: Tensor, expected: Tensor, scored: Tensor, exact: bool) 
 
 
 def _check_adapter(
-    model: torch.nn.Module, kwargs: dict[str, Any], exact: bool, rounding: float, at_once: int | None
+    model: torch.nn.Module,
+    kwargs: dict[str, Any],
+    unmoved: Tensor,
+    exact: bool,
+    rounding: float,
+    at_once: int | None,
 ) -> None:
-    """Raise `CannotShare` if an adapter that is moved a little acts on other tokens of a packed row."""
+    """Raise `CannotShare` if an adapter that is moved a little acts on other tokens of a packed row.
+
+    `unmoved` are the plain path's log-probs of the whole batch with the adapter as it is. # (2B, L-1)
+    """
     adapters = _trained_adapters(model)
     if not adapters:
         return
     call = _rows(kwargs, 0, _ADAPTED)
     pairs = pack_pairs(call["input_ids"], call["attention_mask"], call["labels"] != -100)
     with torch.no_grad():
-        still = _plain_log_probs(model, call, at_once)
-        scored = pairs.scored.to(still.device)
-        still = still[scored]
+        scored = pairs.scored.to(unmoved.device)
+        # Of these pairs; that others were beside them is rounding, and the effect is far above it
+        still = unmoved.view(2, -1, unmoved.shape[1])[:, :_ADAPTED].flatten(0, 1)[scored]
         for size in _MOVES:
             with _moved(adapters, size):
                 expected = _plain_log_probs(model, call, at_once)[scored]

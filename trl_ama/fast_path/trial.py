@@ -203,7 +203,7 @@ def _compare(
     if moved is not None and not exact:  # in 32 bits, both paths' log-probs tell as much
         other = _packed(moved)
         counted_on = why_positions_count_on(shared, packed(other), (pairs.scored, other.scored), config)
-    meets = why_tokens_meet(packed, plain, call, pairs, config, exact, agree)
+    meets = why_tokens_meet(packed, plain, call, pairs, config, exact, agree, known=shared)
 
     if layers != config.num_hidden_layers:
         return f"{layers} of its {config.num_hidden_layers} layers compute attention in a way that can be shared"
