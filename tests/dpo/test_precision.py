@@ -157,6 +157,6 @@ def test_what_the_head_leaves_on_another_device_comes_to_the_batch():
         chosen, rejected = sequence_logps(there, mask)
         assert chosen.device == rejected.device == mask.device and chosen.dtype == torch.float32
         forward = RecordedForward(lambda **kwargs: FusedCausalLMOutput(log_probs=there, entropy=there))
-        outputs = forward(labels=mask)
+        outputs = forward(input_ids=mask)
         assert outputs.log_probs.device == outputs.entropy.device == mask.device and outputs.aux_loss is None
         assert forward.outputs is outputs

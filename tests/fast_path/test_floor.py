@@ -9,7 +9,8 @@ from places import TESTS
 from prefix_cases import FAST, TINY, build, padded, random_pairs
 from torch.utils.flop_counter import FlopCounterMode
 
-from trl_ama.fast_path.forward import _visible, packed_forward
+from trl_ama.fast_path.attention import _visible
+from trl_ama.fast_path.forward import packed_forward
 from trl_ama.fast_path.packing import pack_pairs
 
 

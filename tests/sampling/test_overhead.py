@@ -129,13 +129,21 @@ def test_calls_of_a_steps_end_hardly_grow_with_tasks(name):
     assert calls[64] < 1.1 * calls[4]
 
 
-def test_adding_a_micro_batch_does_not_wait_for_the_device():
-    """Tensors without data: to look at a value, or to copy one to the CPU, fails."""
+def test_a_micro_batch_is_one_copy_from_the_device_and_the_end_of_a_step_none(monkeypatch):
+    """DPOTrainer has waited for the device when a micro-batch is added; after the backward pass there would be much to wait for."""
+    copies, plain = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copies.append(tensor.shape) or plain(tensor))
     recorder = StepRecorder(3)
-    values = torch.zeros(4, device="meta")
-    recorder.add(torch.zeros(4, dtype=torch.long, device="meta"), values, values, values)
-    with pytest.raises(NotImplementedError):
-        recorder.finish(np.full(3, 1 / 3), PROCESS)
+    values = torch.ones(4, requires_grad=True)
+    for _ in range(2):
+        recorder.add(torch.arange(4) % 3, values, values, values)
+    assert copies == [(4, 4)] * 2
+    # Tensors without data: to look at a value fails
+    nothing = torch.zeros(4, device="meta")
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        recorder.add(torch.zeros(4, dtype=torch.long, device="meta"), nothing, nothing, nothing)
+    del copies[:]
+    assert recorder.finish(np.full(3, 1 / 3), PROCESS).counts.tolist() == [4, 2, 2] and not copies
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
