@@ -1,6 +1,8 @@
 """A merge is held to what its adapter does: every kind of PEFT's is merged right or refused in a sentence, and nothing in between."""
 
+import copy
 import dataclasses
+import functools
 import gc
 import inspect
 import json
@@ -75,11 +77,17 @@ def load(folder, **kwargs):
     return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
 
 
+@functools.cache
+def loaded_once(base: str) -> tuple[torch.nn.Module, torch.Tensor]:
+    """A base, of which copies are taken, and its values."""
+    return load(base), values(load(base))
+
+
 def held(base: str, kind, tmp_path) -> dict:
     """Merge an adapter by us, and hold the result to PEFT's own model, apart from any figure of ours."""
-    make_adapter(load(base), kind).save_pretrained(tmp_path / "adapter")
-    plain = values(load(base))
-    expected = values(PeftModel.from_pretrained(load(base), tmp_path / "adapter"))
+    model, plain = loaded_once(base)
+    make_adapter(copy.deepcopy(model), kind).save_pretrained(tmp_path / "adapter")
+    expected = values(PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter"))
     note = merge_adapter(str(tmp_path / "adapter"), tmp_path / "merged", base_model=base)
     merged = load(tmp_path / "merged")
     effect = (expected - plain).abs().mean().item()

@@ -21,15 +21,20 @@ pytestmark = pytest.mark.slow
 PUSHES = [("specialists",), ("losses",), ("train", "eval")]
 
 
+@pytest.fixture(scope="module")
+def reading(finished):
+    """The arguments and the settings of the finished run, which no push changes."""
+    arguments = finished.parse(push_to_hub=True)
+    return arguments, RunSettings(*arguments), functools.cache(read_task), {}
+
+
 @pytest.fixture
-def one_reading(finished, monkeypatch):
+def one_reading(finished, reading, monkeypatch):
     """What takes longer than the pushes and asks no Hub is done once for many commands, or left out: data and losses are read, the
     recipe is parsed, checked and rehearsed, the plan is told, the losses of the tasks are put together, the plot is drawn."""
-    arguments = finished.parse(push_to_hub=True)
-    settings = RunSettings(*arguments)
+    arguments, settings, read_task_once, tables = reading
     monkeypatch.setattr(finished, "parse", lambda push_to_hub: arguments)
     monkeypatch.setattr("trl_ama.pipeline.run.RunSettings", lambda *args: settings)
-    tables = {}
 
     def stack_once(parts):
         key = tuple(map(id, parts))
@@ -38,13 +43,13 @@ def one_reading(finished, monkeypatch):
         return tables[key][1]
 
     monkeypatch.setattr("trl_ama.reference_losses.dataset.stack", stack_once)
-    monkeypatch.setattr("trl_ama.pipeline.run_losses.read_task", functools.cache(read_task))
+    monkeypatch.setattr("trl_ama.pipeline.run_losses.read_task", read_task_once)
     leave_out(monkeypatch, "check_recipe", "rehearse_stages", "plot_mixture")
 
 
 @pytest.fixture
 def no_page(finished, monkeypatch):
-    """The page that a run leaves asks no Hub, and takes as long as the requests; it is left by the tests below."""
+    """The page that a run leaves asks no Hub, and takes as long as the requests; the last tests leave it."""
     leave_out(monkeypatch, "leave_page")
 
 
@@ -105,7 +110,7 @@ def test_every_request_fails_once(
 
 
 @pytest.mark.parametrize("stages", PUSHES, ids="-".join)
-def test_one_fault_is_retried(hub, finished, waits, nothing_computed, one_reading, monkeypatch, stages):
+def test_one_fault_is_retried(hub, finished, waits, nothing_computed, one_reading, no_page, monkeypatch, stages):
     """As a user has it: the push does not even fail, and no commit is made twice."""
     expected, files, paths = undisturbed(hub, finished, stages)
     for index, path in enumerate(paths):

@@ -66,11 +66,22 @@ def rows_of(tmp_path):
     return write
 
 
-def logps_of_base(folder, tmp_path, dataset):
-    """Summed log-probs of both answers under the base, of the tokens that a plain `DPOTrainer` makes. # (N, 2)"""
-    args = DPOConfig(str(tmp_path / "plain"), max_length=None, bf16=False, use_cpu=True, report_to="none")
-    prepared = DPOTrainer(folder, args=args, train_dataset=dataset).train_dataset
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+_logps: dict = {}
+
+
+def logps_of_base(folder, tmp_path, rows, loaded):
+    """Summed log-probs of both answers under the base, of the tokens that a plain `DPOTrainer` makes. Split → (N, 2)"""
+    key = json.dumps(rows)
+    if key not in _logps:  # the rows of a form are the same with its texts saved and without
+        args = DPOConfig(str(tmp_path / "plain"), max_length=None, bf16=False, use_cpu=True, report_to="none")
+        trainer = DPOTrainer(folder, args=args, train_dataset=loaded["train"], eval_dataset=loaded["test"])
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        parts = {"train": trainer.train_dataset, "test": trainer.eval_dataset}
+        _logps[key] = {split: sums_of(model, prepared) for split, prepared in parts.items()}
+    return _logps[key]
+
+
+def sums_of(model, prepared):
     sums = []
     for row in prepared:
         for side in ("chosen_ids", "rejected_ids"):
@@ -114,11 +125,13 @@ def test_every_form(hub, rows_of, kind, include_text, letters_dir, tmp_path, mon
     losses = load_reference_losses(LOSSES)
     assert losses.tasks == list(rows)
     for task, own in rows.items():
+        loaded = load_dataset("json", data_files=files[task])
+        expected_logps = logps_of_base(letters_dir, tmp_path, own, loaded)
         for split, part in own.items():
-            raw = load_dataset("json", data_files=files[task], split=split)
+            raw = loaded[split]
             joined = join_reference_losses(raw.add_column("task", [task] * len(raw)), losses[split])
             ours = np.stack([joined["ref_chosen_logps"][:], joined["ref_rejected_logps"][:]], axis=1)
-            np.testing.assert_allclose(ours, logps_of_base(letters_dir, tmp_path, raw), rtol=1e-5)
+            np.testing.assert_allclose(ours, expected_logps[split], rtol=1e-5)
             assert (np.abs(np.array(joined["specialist_chosen_logps"][:]) - ours[:, 0]) > 1e-3).all()
             saved = losses.parts[task].splits[split]
             texts = [name for name in ("prompt", "chosen", "rejected", "tools") if name in saved.column_names]
