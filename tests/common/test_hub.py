@@ -1,6 +1,7 @@
 """Tokens that may not push, a Hub that cannot be reached, and no network at all: one sentence, before anything is trained."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import sys
 import pytest
 from hub_server import HubServer
 from hub_world import SIZES, parse, upload_model, upload_pairs, write_pairs, write_recipe
-from places import ROOT
+from places import ROOT, SUPPORT
 from ready import Job, run_module
 from surroundings import HUB_ENVIRONMENT, client_env, logged_in
 from tiny_pairs import make_dataset
@@ -132,8 +133,8 @@ def test_the_trainer_creates_its_repository_on_a_bad_network(hub, model_dir, qui
     one_sentence(caught.value)
 
 
-def environment(home, token):
-    return {**client_env(home, token), "PYTHONPATH": str(ROOT)}
+def environment(home, token, *more):
+    return {**client_env(home, token), "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *more)))}
 
 
 def test_the_command_says_it_in_one_line(hub, recipe, hub_home):
@@ -160,11 +161,15 @@ def test_a_hub_that_cannot_be_reached(hub, recipe, nothing_begun, monkeypatch):
 
 
 OFFLINE = """
-import json, os, runpy, shutil, sys
+import gc, json, os, runpy, shutil, sys
+gc.disable()
+from kept import keep_and_freeze
 from trl import ModelConfig, TrlParser
 from trl_ama import AMAConfig, AMAError, TaskMixtureConfig, run_pipeline
 from trl_ama.recipe.arguments import PipelineArguments
 
+keep_and_freeze()
+gc.enable()
 recipe, again, output_dir = sys.argv[1:]
 
 def run(*flags):
@@ -217,7 +222,7 @@ def offline(online, tmp_path_factory):
     with logged_in() as hub:
         done = subprocess.run(
             [sys.executable, "-c", OFFLINE, *map(str, (recipe, finished, folder / "empty"))],
-            env={**environment(folder / "hf_home", HubServer.WRITE_TOKEN), "HF_HUB_OFFLINE": "1"},
+            env={**environment(folder / "hf_home", HubServer.WRITE_TOKEN, SUPPORT), "HF_HUB_OFFLINE": "1"},
             capture_output=True,
             text=True,
             timeout=300,

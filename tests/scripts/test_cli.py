@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from places import ROOT
+from ready import Job, run_module
 
 from trl_ama import cli
 from trl_ama.common import interruption
@@ -262,15 +263,9 @@ def test_a_launched_script_reports_its_error_in_one_line(config, tmp_path):
         "sys.modules['trl_ama.pipeline.run'].run_pipeline = run_pipeline\n"
     )
     argv = [*config("env:\n  TRL_AMA_TEST: seven\nnum_processes: 1\n"), "--seed", "11"]
-    result = subprocess.run(
-        [sys.executable, "-m", "trl_ama", "ama", *argv],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 2
+    environ = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    result = Job(run_module, "trl_ama", ["ama", *argv], folder=tmp_path / "printed", environ=environ)
+    assert result.wait() == 2
     assert "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1] == "trl ama: error: seed 11, env seven"
     assert result.stderr.count("error:") == 1

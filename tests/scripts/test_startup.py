@@ -14,34 +14,38 @@ from places import ROOT
 COMMANDS = ["ama", "ama-specialists", "ama-losses", "ama-eval", "ama-check"]
 HEAVY = {"accelerate", "datasets", "numpy", "pandas", "peft", "pyarrow", "torch", "transformers"}
 HELP = """
-import contextlib, io
+import contextlib, io, sys
 import trl_ama_register
 trl_ama_register.install()
 from trl.cli import main
-with contextlib.redirect_stdout(io.StringIO()) as printed:
-    for command in {commands!r}:
-        with contextlib.suppress(SystemExit):
-            main([command, "--help"])
-        assert "--learning_rate" in printed.getvalue(), command
-        printed.truncate(0)
+def help(*commands):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        for command in commands:
+            with contextlib.suppress(SystemExit):
+                main([command, "--help"])
+            assert "--learning_rate" in printed.getvalue(), command
+            printed.truncate(0)
+    print("modules:", *sys.modules)
+help("dpo")
+help(*{commands!r})
 """
 
 
 def modules_after(code: str) -> set[str]:
     """The modules of a fresh Python that has run `code`."""
+    return modules_during(code + "\nimport sys; print('modules:', *sys.modules)")[-1]
+
+
+def modules_during(code: str) -> list[set[str]]:
+    """Those of a fresh Python whenever `code` prints them."""
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    code += "\nimport sys; print('modules:', *sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    return set(result.stdout.rpartition("modules:")[2].split())
+    return [set(part.split()) for part in result.stdout.split("modules:")[1:]]
 
 
 def packages(modules: set[str]) -> set[str]:
     return {module.partition(".")[0] for module in modules} - sys.stdlib_module_names
-
-
-def help_modules(*commands: str) -> set[str]:
-    return modules_after(HELP.format(commands=commands))
 
 
 def test_import_adds_nothing_to_importing_trl():
@@ -65,7 +69,7 @@ def test_list_of_commands_imports_nothing_heavy():
 
 
 def test_help_of_our_commands_imports_nothing_that_help_of_dpo_does_not():
-    ours, theirs = help_modules(*COMMANDS), help_modules("dpo")
+    theirs, ours = modules_during(HELP.format(commands=COMMANDS))  # one after the other
     assert "datasets" not in ours
     assert {module for module in ours - theirs if not module.startswith("trl_ama")} == {"trl.ama"} - theirs
     assert "trl_ama.registration" in ours

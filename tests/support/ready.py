@@ -30,9 +30,13 @@ def make_ready() -> None:
     if _connection is not None or not hasattr(os, "fork"):
         return
     _connection, theirs = multiprocessing.Pipe()
-    if os.fork():
+    child = os.fork()
+    if child:
         theirs.close()
+        os.waitpid(child, 0)
         return
+    if os.fork():
+        os._exit(0)  # so that it is no child of this process: tests look at those, and send them signals
     _connection.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -53,13 +53,13 @@ class _ExponentiatedGradient(MixingStrategy):
     def _ascend(self, estimate: np.ndarray) -> None:
         if self.mixing_lr is None:
             raise AMAError("mixing_lr='auto' needs the length of the run: call set_horizon(num_steps, range) first.")
-        if not np.isfinite(estimate).all():
-            raise AMAError(
-                f"The excess losses of this step are not finite ({estimate.tolist()}). Lower learning_rate, or check "
-                "the reference losses for NaN."
-            )
         move = self.mixing_lr * estimate
         if not np.isfinite(move).all():
+            if not np.isfinite(estimate).all():
+                raise AMAError(
+                    f"The excess losses of this step are not finite ({estimate.tolist()}). Lower learning_rate, or check "
+                    "the reference losses for NaN."
+                )
             raise AMAError(f"mixing_lr={self.mixing_lr} times the excess losses of a step overflows. Lower mixing_lr.")
         log_weights = self._log_weights + move
         # log-sum-exp with the maximum taken out: exact for any size of the estimate, and Σ = 1 to rounding forever
@@ -80,13 +80,11 @@ class _ExponentiatedGradient(MixingStrategy):
             return np.ones(self.num_tasks)
         return np.where(self._followed_excess <= 0, 0.0, 1.0)  # NaN (not yet seen) is open
 
-    def _follow(self, step: StepStatistics) -> None:
-        means = step.mean_excess()
-        seen = ~np.isnan(means)
-        first = seen & np.isnan(self._followed_excess)
-        later = seen & ~first
-        self._followed_excess[first] = means[first]
-        self._followed_excess[later] += (means[later] - self._followed_excess[later]) / _TASK_CLIP_MEMORY
+    def _follow(self, means: np.ndarray) -> None:
+        """Take in the mean excess of a step by task, NaN where it drew none. # (k,)"""
+        followed = self._followed_excess
+        moved = np.where(np.isnan(followed), means, followed + (means - followed) / _TASK_CLIP_MEMORY)
+        self._followed_excess = np.where(np.isnan(means), followed, moved)
 
     def state_dict(self) -> dict[str, Any]:
         followed = [None if math.isnan(value) else value for value in self._followed_excess.tolist()]
@@ -149,8 +147,9 @@ class AMAReweighting(_ExponentiatedGradient):
         return self._weights()
 
     def observe(self, step: StepStatistics) -> None:
-        self._follow(step)
-        estimate = np.where(step.counts > 0, step.mean_excess(), 0.0)
+        means = step.mean_excess()
+        self._follow(means)
+        estimate = np.where(step.counts > 0, means, 0.0)
         if self.excess_clip == "task":
             estimate = np.maximum(estimate, 0.0)
         self._ascend(estimate)
@@ -197,7 +196,7 @@ class AMAResampling(_ExponentiatedGradient):
         return self._weights()
 
     def observe(self, step: StepStatistics) -> None:
-        self._follow(step)
+        self._follow(step.mean_excess())
         total = step.counts.sum()
         if total == 0:
             return
