@@ -102,7 +102,7 @@ peft_config:
         task_names (`list[str]`): The tasks.
         strategy (`MixingStrategy`): The mixing strategy.
         has_reference_losses (`bool`): Whether the pairs are held against their specialists.
-        clipped_pairs ([`ClippedPairs`]): Leaves pairs without a gradient out of the backward pass.
+        clipped_pairs (`ClippedPairs`): Leaves pairs without a gradient out of the backward pass.
 
     Raises:
         AMAError: If the data, the specialists or the configuration do not fit together; before any model is loaded where
