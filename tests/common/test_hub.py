@@ -230,6 +230,13 @@ def offline(online, tmp_path_factory):
         return done, folder, list(hub.requests)
 
 
+def figures(value, name="") -> dict[str, float]:
+    """Every number in nested mappings, by its path."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {path: number for key, inner in value.items() for path, number in figures(inner, f"{name}/{key}").items()}
+
+
 def test_offline(online, offline):
     results, (done, _, requests) = online[1], offline
     assert "with an empty cache\n" in done.stderr, done.stderr[-2000:]
@@ -240,7 +247,10 @@ def test_offline(online, offline):
     # The generalist is another one: its adapter starts from the random numbers that the process has drawn so far
     assert found["policies"].keys() == results["policies"].keys()
     for name in ("base", "specialists"):
-        assert found["policies"][name] == results["policies"][name]
+        # Another process rounds otherwise, where threads or memory's alignment differ
+        assert figures(found["policies"][name]) == pytest.approx(
+            figures(results["policies"][name]), rel=1e-5, abs=1e-6
+        )
     for name in ("reference_losses", "held_out"):
         assert found["made_from"][name] == results["made_from"][name]
     assert "HF_HUB_OFFLINE=1 forbids it" in one_sentence(refusal)

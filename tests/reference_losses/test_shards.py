@@ -1,6 +1,5 @@
 """A sweep that is stopped goes on where it was, with the same numbers; shards that are not this run's own are not used."""
 
-import functools
 import logging
 import os
 import shutil
@@ -12,9 +11,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from accelerate import PartialState
-from forked import run_forked
 from hub_world import HELD_OUT, SIZES, parse, write_pairs, write_recipe
 from peft import LoraConfig
+from ready import Job
 from saved_adapters import save_adapter
 
 from trl_ama import AMAError, run_pipeline
@@ -296,11 +295,11 @@ def test_a_finished_run_leaves_no_shards(world):
 def test_killed_twice_and_run_to_the_end(world, tmp_path, monkeypatch):
     """Real processes, really killed: in the middle of the second task, and again while a shard is written."""
     recipe, finished, forwards = world
-    run, printed = tmp_path / "run", tmp_path / "printed.txt"
+    run, printed = tmp_path / "run", tmp_path / "printed"
     have = 0
     for moment in (("forward", forwards // 4), ("replace", 3)):
-        run_it = functools.partial(killed_losses, *moment, "--config", recipe, "--output_dir", run)
-        assert run_forked(run_it, printed) == -signal.SIGKILL, printed.read_text()
+        job = Job(killed_losses, *moment, "--config", str(recipe), "--output_dir", str(run), folder=printed)
+        assert job.wait() == -signal.SIGKILL, job.stdout + job.stderr
         assert not (run / "reference_losses" / "list").exists()
         shards = shards_of(run / "reference_losses")
         assert len(shards) > have  # the first had none to begin with, the second went on
