@@ -125,8 +125,8 @@ def test_clipped_pairs_that_do_not_run_backward(world):
     """Every process takes part in the sum of the gradients, also one that has no other pair."""
     folder, results = world
     whole, name = results[1]["ama_s-accumulated"], "ama_s-skipped-accumulated"
-    for count in (1, 4):
-        assert results[count][name]["skipped"] > 20 and whole["skipped"] == 0  # of 86
+    for count, least in ((1, 20), (4, 8)):  # several begin with two steps as a whole
+        assert results[count][name]["skipped"] > least and whole["skipped"] == 0
         check_figures(results[count][name], whole)
         check_weights(folder, (count, name), (1, "ama_s-accumulated"))
 

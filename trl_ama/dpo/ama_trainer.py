@@ -307,7 +307,7 @@ peft_config:
             )  # at zero the clipped excess has a gradient; NaN is to be seen
             factors = F.pad(weights / mean_micro_batch, (0, rest))
             return self.clipped_pairs.with_gradient(loss, sends, factors, forward, inputs)
-        self.clipped_pairs.ran_whole()
+        self.clipped_pairs.ran_whole(model)
         if self.aux_loss_enabled:
             share = 1 if counted is None else own * self.accelerator.num_processes / counted[1]
             loss = loss + self.router_aux_loss_coef * forward.outputs.aux_loss * share

@@ -5,6 +5,7 @@ once more, with one. Which pairs these are, and what the loss is, the first pass
 """
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.logging import get_logger
@@ -20,6 +21,9 @@ logger = get_logger(__name__)
 # Shares of clipped pairs above which two passes are cheaper (docs/speed.md; the first two are measured): by whether there is gradient checkpointing, and several
 # processes, which wait for the one that has most pairs left
 PAYS_ABOVE = {(False, False): 0.6, (True, False): 0.1, (False, True): 0.75, (True, True): 0.6}
+
+
+_WHOLE_STEPS = 2  # optimizer steps that several processes begin with
 
 
 class ClippedPairs:
@@ -38,6 +42,7 @@ class ClippedPairs:
     def __init__(self, trainer: DPOTrainer):
         self._trainer = trainer
         self._step_has_graph = False  # one of the step's micro-batches ran backward
+        self._whole_steps: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()  # of a model in its wrappers
         self.skipped = 0
 
     def pay(self, model: torch.nn.Module) -> bool:
@@ -45,6 +50,9 @@ class ClippedPairs:
         trainer = self._trainer
         mode = trainer.args.skip_clipped
         if mode is False:
+            return False
+        # DDP rebuilds its buckets, of all processes at once, in the first pass with a graph after its first step
+        if trainer.accelerator.num_processes > 1 and self._whole_steps.get(model, 0) < _WHOLE_STEPS:
             return False
         if mode == "auto":
             lately = trainer.mixture.clipped_lately
@@ -68,6 +76,8 @@ class ClippedPairs:
             return "the router's load-balancing loss (router_aux_loss_coef) has a gradient on every pair"
         if is_sharded(trainer.accelerator):
             return "every process has to run the layers of a sharded model as often as the others"
+        if getattr(args, "n_gpu", 1) > 1:
+            return "DataParallel splits a batch over devices, and would split a second pass otherwise"
         if args.torch_compile:
             return "torch_compile compiles for shapes, and a second pass has another one at every step"
         sharing = trainer.prefix_sharing
@@ -114,6 +124,7 @@ class ClippedPairs:
         self._step_has_graph = not accelerator.sync_gradients and (self._step_has_graph or bool(keep.any()))
         return keep
 
-    def ran_whole(self) -> None:
+    def ran_whole(self, model: torch.nn.Module) -> None:
         """Note that a micro-batch ran backward as a whole."""
+        self._whole_steps[model] = self._whole_steps.get(model, 0) + int(self._trainer.accelerator.sync_gradients)
         self._step_has_graph = not self._trainer.accelerator.sync_gradients

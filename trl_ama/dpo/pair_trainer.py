@@ -137,7 +137,7 @@ class PairTrainer(FiniteSteps, StartErrors, DPOTrainer):
         """Reference log-probs of a batch, as DPOTrainer computes them. # (B,), (B,)"""
         with contextlib.nullcontext() if self.ref_model is not None else self.own_base.reference(self):
             forward = self.prefix_sharing.forward(model, metrics=False, ready=ready_pairs(inputs))
-            return super().compute_ref_log_probs(forward, inputs)
+            return super().compute_ref_log_probs(RecordedForward(forward), inputs)
 
     def with_reference(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch with its reference log-probs, which are computed if it has none."""

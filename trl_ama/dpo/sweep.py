@@ -21,6 +21,7 @@ from ..fast_path.packing import PackedPairs
 from ..policies.switching import Policy
 from ..reference_losses.columns import REFERENCE_COLUMNS
 from ..tasks.images import has_images
+from ..training.by_task import TaskCollator
 from .losses import sequence_logps
 from .pair_trainer import ScoringTrainer
 from .prefetch import one_ahead, pinned, works_ahead
@@ -38,7 +39,10 @@ class Sweep:
         self._knows_lengths = not has_images(dataset)
         self._rows = dataset.select_columns(scored_columns(dataset))
         self._sharing = getattr(trainer, "prefix_sharing", None) or PrefixSharing(trainer, "auto")
-        self._collator = getattr(trainer.data_collator, "inner", trainer.data_collator)
+        own = trainer.data_collator
+        while isinstance(own, TaskCollator | PackingCollator):  # ours; what a user's own wraps is its business
+            own = own.inner
+        self._collator = own
         if self._sharing.mode is not False and self._knows_lengths:
             self._collator = PackingCollator(self._collator, trainer.accelerator.device)
         self._collating = threading.Lock()  # one at a time, as tokenizers of images' collators have to
@@ -169,7 +173,8 @@ class Sweep:
 
     def _inputs(self, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
         """The completion mask (2B, L) of a batch, and what the model is called with."""
-        batch = send_to_device(batch, self._trainer.args.device, non_blocking=True)
+        device = self._trainer.args.device
+        batch = send_to_device(batch, device, non_blocking=device.type == "cuda")
         inputs = self._trainer._prepare_inputs(batch)
         mask = inputs["completion_mask"]
         kwargs = {key: value for key, value in inputs.items() if key not in _NOT_FOR_THE_MODEL}

@@ -116,7 +116,9 @@ class PrefixSharing:
         device, inner = _device_of(kwargs), causal_lm(model)
         if self.mode is True or device.type == "cpu":
             return None
-        if has_varlen(inner, device, self._trainer.accelerator.mixed_precision, pairs and pairs.longest):
+        # Nor may a window decide by the lengths of one process
+        longest = None if is_sharded(self._trainer.accelerator) else pairs and pairs.longest
+        if has_varlen(inner, device, self._trainer.accelerator.mixed_precision, longest):
             return None
         trains = model.training and torch.is_grad_enabled()
         # By their own batches, processes that share a model out would take different paths

@@ -5,6 +5,7 @@ the very tensors that were packed. Whatever becomes of the batch on its way (ano
 replaced or changed), either they still belong to its tensors, or there are none and the call is packed when it is made.
 """
 
+import copy
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -32,8 +33,8 @@ class PairBatch(dict):
     def to(self, device: torch.device, non_blocking: bool = False) -> "PairBatch":
         """The batch on a device, as Accelerate would move it; from then on, [`ready_pairs`] finds its packed pairs."""
         moved = PairBatch(send_to_device(dict(self), device, non_blocking=non_blocking))
-        if self.packed is not None:
-            moved.packed = self.packed.on(device)
+        if self.packed is not None and not any(moved[name].is_inference() for name in _PACKED_FROM):
+            moved.packed = self.packed.on(device, non_blocking)
             setattr(moved[_PACKED_FROM[0]], _READY, ReadyPairs(moved.packed, moved))
         return moved
 
@@ -82,6 +83,9 @@ def in_one_row(call: Mapping[str, Any], ready: ReadyPairs | None = None) -> tupl
         ready ([`ReadyPairs`], *optional*): What the batch has brought.
     """
     pairs = None if ready is None else ready.pairs_of(call)
+    if pairs is not None:  # the batch lives until its optimizer step is over, and masks of layers need not
+        pairs = copy.copy(pairs)
+        pairs.cache = {}
     try:
         return pairs or pack_pairs(call["input_ids"], call["attention_mask"], call["labels"] != -100), None
     except CannotShare as error:

@@ -78,12 +78,12 @@ class PackedPairs:
             self._plans[device] = made.map(lambda tensor: tensor.to(device, non_blocking=True))
         return self._plans[device]
 
-    def on(self, device: torch.device) -> "PackedPairs":
+    def on(self, device: torch.device, non_blocking: bool = False) -> "PackedPairs":
         """The same pairs on a device, with the plan if it was made; layers make anew what else they have in common.
 
         Not `to`: Accelerate, where it has split a model, calls that of every argument of every layer, which would each get another object.
         """
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "PackedPairs":
         """The same pairs where a GPU can copy them from without anybody waiting."""

@@ -79,11 +79,11 @@ class SharedForward:
         self.graph = True
         if self._pairs is not None:
             tokens = self._pairs.tokens_of(keep)
-            with self._from_first(lambda hidden: hidden[:, tokens]):  # (1, T, H) -> (1, t, H)
+            with self._from_first(lambda hidden: hidden[:, tokens.to(hidden.device)]):  # (1, T, H) -> (1, t, H)
                 return self._run(self._pairs.subset(keep), (), {}, metrics=False)
         rows = keep.repeat(2)  # (2B,)
         call = {name: value[rows] if isinstance(value, Tensor) else value for name, value in self._call.items()}
-        with self._from_first(lambda hidden: hidden[rows]):  # (2B, L, H) -> (2b, L, H)
+        with self._from_first(lambda hidden: hidden[rows.to(hidden.device)]):  # (2B, L, H) -> (2b, L, H)
             return self._run(None, (), call, metrics=False)
 
     def _from_first(self, select: Callable[[Tensor], Tensor]) -> contextlib.AbstractContextManager[None]:
