@@ -69,7 +69,7 @@ def test_every_sequence_sees_what_is_before_it(common, case):
         assert bounds.dtype == torch.int32
         assert bounds.diff().tolist() == [len(sequence[side]) for sequence in expected]
     assert [token for queries, _ in expected for token in queries] == list(range(start))
-    assert plan.longest == max(len(keys) for _, keys in expected) <= plan.max_k
+    assert plan.cu_k.diff().max() == max(len(keys) for _, keys in expected) <= plan.max_k
     # Each copy of each token is known to it
     for token in range(common, start):
         copies = {int(plan.own[token - common]), int(plan.again[token - common])}

@@ -34,9 +34,10 @@ def test_a_step_waits_no_more_often_than_trls(model_dir, quick_args, monkeypatch
     # Where there is Triton, TRL's head looks for the positions that have a label
     monkeypatch.setattr(trl.trainer.utils, "_use_triton", lambda device: True)
     packed = []
-    for module in ("collating", "proof"):
-        name = f"trl_ama.fast_path.{module}.pack_pairs"
-        monkeypatch.setattr(name, lambda *args, module=module: packed.append(module) or packing.pack_pairs(*args))
+    for name in ("pack_pairs", "pack_call"):
+        plain = getattr(packing, name)
+        counted = f"trl_ama.fast_path.collating.{name}"
+        monkeypatch.setattr(counted, lambda *args, name=name, plain=plain: packed.append(name) or plain(*args))
     pairs = with_reference_columns(make_dataset({"list": 12, "sort": 12}))
     settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 3, "logging_steps": 1}
     waits = {}
@@ -59,7 +60,7 @@ def test_a_step_waits_no_more_often_than_trls(model_dir, quick_args, monkeypatch
     assert len(waits["TRL"]) == len(waits["ours"]) == 2
     for ours, theirs in zip(waits["ours"], waits["TRL"], strict=True):
         assert 0 < ours.total() <= theirs.total(), f"more: {ours - theirs}, fewer: {theirs - ours}"
-    assert packed.count("collating") == 6  # every batch once, by the loader
+    assert packed == ["pack_pairs"] * 6  # every batch once, by the loader, and no call
 
 
 # ---- Launches ----

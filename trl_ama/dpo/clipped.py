@@ -18,11 +18,9 @@ from .pair_batches import RecordedForward
 
 logger = get_logger(__name__)
 
-# Shares of clipped pairs above which two passes are cheaper (docs/speed.md; the first two are measured): by whether there is gradient checkpointing, and several
-# processes, which wait for the one that has most pairs left
+# Shares of clipped pairs above which two passes are cheaper (docs/speed.md; the first two are measured): by whether there is gradient
+# checkpointing, and several processes, which wait for the one that has most pairs left
 PAYS_ABOVE = {(False, False): 0.6, (True, False): 0.1, (False, True): 0.75, (True, True): 0.6}
-
-
 _WHOLE_STEPS = 2  # optimizer steps that several processes begin with
 
 
@@ -30,18 +28,18 @@ class ClippedPairs:
     """Decides, for each micro-batch of a training, whether clipped pairs are left out of the backward pass.
 
     The decision is a function of the settings and of the mixture's state, so all processes decide alike, and so does a run that
-    is resumed.
+    is resumed; but that several processes begin a training, a resumed one too, with steps that run whole.
 
     Args:
         trainer (`DPOTrainer`): An [`AMATrainer`], which has a mixture.
 
     Attributes:
-        skipped (`int`): Pairs that did not run backward since the training began, on this process.
+        skipped (`int`): Pairs of all trainings that did not run backward, on this process.
     """
 
     def __init__(self, trainer: DPOTrainer):
         self._trainer = trainer
-        self._step_has_graph = False  # one of the step's micro-batches ran backward
+        self._ran_in_step = -1  # the last optimizer step in which a micro-batch ran backward
         self._whole_steps: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()  # of a model in its wrappers
         self.skipped = 0
 
@@ -113,18 +111,19 @@ class ClippedPairs:
         Where none has to, one does if the optimizer step would else see no gradient instead of zeros, which momentum and weight
         decay tell apart, and if other processes wait for this one's.
         """
-        accelerator = self._trainer.accelerator
+        accelerator, step = self._trainer.accelerator, self._trainer.state.global_step
         tokens = inputs["completion_mask"][:, 1:].sum(dim=1)  # (2B,)
         scored = tokens.view(2, -1).sum(dim=0) > 0  # (B,): the others have no gradient, and nothing to run
         keep = sends & scored
         if not keep.any() and accelerator.sync_gradients:
-            if accelerator.num_processes > 1 or not self._step_has_graph:
+            if accelerator.num_processes > 1 or self._ran_in_step != step:
                 lengths = inputs["attention_mask"].sum(dim=1).view(2, -1).sum(dim=0)  # (B,)
                 keep[torch.where(scored, lengths, lengths.max() + 1).argmin()] = True
-        self._step_has_graph = not accelerator.sync_gradients and (self._step_has_graph or bool(keep.any()))
+        if keep.any():
+            self._ran_in_step = step
         return keep
 
     def ran_whole(self, model: torch.nn.Module) -> None:
         """Note that a micro-batch ran backward as a whole."""
         self._whole_steps[model] = self._whole_steps.get(model, 0) + int(self._trainer.accelerator.sync_gradients)
-        self._step_has_graph = not self._trainer.accelerator.sync_gradients
+        self._ran_in_step = self._trainer.state.global_step

@@ -80,10 +80,10 @@ class Sweep:
                 model.train(training)
 
     def prove(self, done: np.ndarray) -> None:
-        """Run the sweep's first batch both ways under every policy, on all processes."""
-        remaining = [] if self._sharing.mode is False else self._remaining(done)
-        if remaining:
-            _, kwargs = self._inputs(self._collated(remaining[0]))
+        """Run the sweep's first batch both ways under every policy, on all processes; also if it is done, so that what is found
+        does not depend on where a sweep was stopped."""
+        if self._sharing.mode is not False and not done.all():
+            _, kwargs = self._inputs(self._collated(next(self.batches())))
             at_once = max(1, self._budget // kwargs["input_ids"].shape[1] // 2)
             self._plain = self._sharing.plain_policies(self._policies, kwargs, at_once)
 

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from .packing import CannotShare, PackedPairs, pack_pairs
+from .packing import CannotShare, PackedPairs, pack_call, pack_pairs
 
 
 _PACKED_FROM = ("input_ids", "attention_mask", "completion_mask")  # what of a batch says how it is packed
@@ -87,7 +87,7 @@ def in_one_row(call: Mapping[str, Any], ready: ReadyPairs | None = None) -> tupl
         pairs = copy.copy(pairs)
         pairs.cache = {}
     try:
-        return pairs or pack_pairs(call["input_ids"], call["attention_mask"], call["labels"] != -100), None
+        return pairs or pack_call(call), None
     except CannotShare as error:
         return None, str(error)
 

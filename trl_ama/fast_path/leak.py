@@ -59,12 +59,16 @@ def why_tokens_meet(
     odd = torch.arange(count, device=pairs.scored.device) % 2 == 1  # (B,): where the rejected branch is replaced
     after = packed(with_other_tokens(pairs, vocabulary))  # (2B, L-1)
     others = (torch.cat([odd, ~odd])[:, None] & pairs.scored).to(after.device)  # (2B, L-1)
-    for before in [packed(pairs)] if known is None else [known, None]:
-        before = packed(pairs) if before is None else before
-        moved = (after - before).abs()[others]
-        if agree("they moved" if bool((moved != 0).any()) else None) is None:
-            return None
-    size = before.abs()[others]
+
+    def nothing_moved(before: Tensor) -> bool:
+        return agree("they moved" if bool((after != before)[others].any()) else None) is None
+
+    if known is not None and nothing_moved(known):
+        return None
+    before = packed(pairs)
+    if nothing_moved(before):
+        return None
+    moved, size = (after - before).abs()[others], before.abs()[others]
     again, rows_meet = packed(pairs), _rows_meet(plain, call, vocabulary)
     if not bool((moved != 0).any()):  # but on another process
         return None

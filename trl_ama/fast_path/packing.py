@@ -17,7 +17,7 @@ layer in the backward pass), and TRL's own fused head scores the hidden states, 
 answer token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -126,6 +126,11 @@ class PackedPairs:
         device = scores.device  # of a split model's head, not of the row
         values = scores.squeeze(0)[self.slots.to(device)]  # (2B, L-1)
         return torch.where(self.scored.to(device), values, torch.zeros((), dtype=values.dtype, device=values.device))
+
+
+def pack_call(call: Mapping[str, Any]) -> PackedPairs:
+    """[`pack_pairs`] of what a model is called with: TRL's `input_ids`, `attention_mask` and `labels`. # (2B, L) each"""
+    return pack_pairs(call["input_ids"], call["attention_mask"], call["labels"] != -100)
 
 
 def pack_pairs(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> PackedPairs:

@@ -28,11 +28,10 @@ class AttentionPlan:
         cu_q, cu_k (`torch.Tensor`): Where the sequences' queries and keys begin, and where the last ends. # (N + 1,) int32
         common (`int`): How many tokens are common.
         max_q, max_k (`int`): Bounds of the longest sequence's queries and keys.
-        longest (`int`): The longest sequence's keys, exactly.
     """
 
     _TENSORS = ("gather", "own", "again", "twice", "of_common", "cu_q", "cu_k")
-    _NUMBERS = ("common", "max_q", "max_k", "longest")
+    _NUMBERS = ("common", "max_q", "max_k")
 
     def __init__(
         self,
@@ -46,11 +45,10 @@ class AttentionPlan:
         common: int,
         max_q: int,
         max_k: int,
-        longest: int,
     ):
         self.gather, self.own, self.again, self.twice, self.of_common = gather, own, again, twice, of_common
         self.cu_q, self.cu_k = cu_q, cu_k
-        self.common, self.max_q, self.max_k, self.longest = common, max_q, max_k, longest
+        self.common, self.max_q, self.max_k = common, max_q, max_k
         self._twice_as: dict[torch.dtype, Tensor] = {}
 
     def twice_as(self, dtype: torch.dtype) -> Tensor:
@@ -121,5 +119,4 @@ def plan_attention(common: int, lengths: Sequence[tuple[int, int, int]]) -> Atte
         common=common,
         max_q=rounded(queries),
         max_k=rounded(keys),
-        longest=int(keys.max(initial=0)),
     )

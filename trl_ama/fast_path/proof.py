@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .failures import FAILURES, as_text, is_out_of_memory, says_nothing
 from .forward import causal_lm, packed_forward, unwrapped
 from .leak import EXACT, why_tokens_meet
-from .packing import CannotShare, PackedPairs, pack_pairs
+from .packing import CannotShare, PackedPairs, pack_call
 from .trial import ROUNDED
 
 
@@ -184,7 +184,7 @@ def _check_adapter(
     if not adapters:
         return
     call = _rows(kwargs, 0, _ADAPTED)
-    pairs = pack_pairs(call["input_ids"], call["attention_mask"], call["labels"] != -100)
+    pairs = pack_call(call)
     with torch.no_grad():
         scored = pairs.scored.to(unmoved.device)
         # Of these pairs; that others were beside them is rounding, and the effect is far above it

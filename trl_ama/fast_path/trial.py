@@ -20,7 +20,7 @@ from .attention import install
 from .failures import FAILURES, as_text, is_out_of_memory, says_nothing
 from .forward import causal_lm, packed_forward
 from .leak import EXACT, first_known, why_positions_count_on, why_tokens_meet
-from .packing import CannotShare, PackedPairs, pack_pairs
+from .packing import CannotShare, PackedPairs, pack_call
 
 
 # In 16 bits, mean over tokens. Both paths are about 0.04 nats from 32 bits (SmolLM2-135M) and as far from each other, and more
@@ -193,7 +193,7 @@ def _compare(
     def plain(call: dict[str, Any]) -> torch.Tensor:
         return model(**call, use_cache=False, fused_lm_head=True).log_probs.float()
 
-    pairs = _packed(call)
+    pairs = pack_call(call)
     pairs.cache["layers"] = 0
     shared = packed(pairs)
     layers = pairs.cache.pop("layers")
@@ -201,7 +201,7 @@ def _compare(
         expected = plain(call)
     counted_on = None
     if moved is not None and not exact:  # in 32 bits, both paths' log-probs tell as much
-        other = _packed(moved)
+        other = pack_call(moved)
         counted_on = why_positions_count_on(shared, packed(other), (pairs.scored, other.scored), config)
     meets = why_tokens_meet(packed, plain, call, pairs, config, exact, agree, known=shared)
 
@@ -226,10 +226,6 @@ def _compare(
             "in attention, or positions are not read from position_ids"
         )
     return meets or counted_on
-
-
-def _packed(call: dict[str, torch.Tensor]) -> PackedPairs:
-    return pack_pairs(call["input_ids"], call["attention_mask"], call["labels"] != -100)
 
 
 @contextlib.contextmanager

@@ -15,12 +15,9 @@ import argparse
 
 def main(pipeline_args, training_args, model_args, task_args) -> None:
     """Compute the reference losses."""
-    from trl_ama.scripts.common import nothing_collected
+    from trl_ama.scripts.common import run_stages
 
-    with nothing_collected():
-        from trl_ama.pipeline.run import run_pipeline
-
-    run_pipeline(pipeline_args, training_args, model_args, task_args, stages=("losses",))
+    run_stages(("losses",), pipeline_args, training_args, model_args, task_args)
 
 
 def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None):

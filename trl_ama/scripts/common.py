@@ -272,3 +272,16 @@ def nothing_collected() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def run_stages(stages: tuple[str, ...], *arguments: Any) -> None:
+    """Run stages of the pipeline, which is imported for it.
+
+    Args:
+        stages (`tuple[str, ...]`): Their names.
+        arguments: As [`run_pipeline`] takes them.
+    """
+    with nothing_collected():
+        from trl_ama.pipeline.run import run_pipeline
+
+    run_pipeline(*arguments, stages=stages)
